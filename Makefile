@@ -1,0 +1,39 @@
+# make setup | train | test | lint | bench: each sets up what it needs.
+PYTHON ?= python3
+EXTRAS ?= dev
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/installed-$(EXTRAS)
+PROJECTS := pyproject.toml model/selective_attention/pyproject.toml model/inference_budget/pyproject.toml
+.DELETE_ON_ERROR:
+.PHONY: setup train test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt $(PROJECTS)
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) found; install Python 3.11 or newer, or run: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11 or newer is needed, e.g. make PYTHON=python3.11"; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) -m venv failed; on Debian or Ubuntu install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt \
+	    --editable model/selective_attention --editable model/inference_budget --editable ".[$(EXTRAS)]" \
+	    || { echo "error: installing failed (see above); check the network to the package index, then run make setup again"; exit 1; }
+	@touch $@
+
+train: setup
+	@$(RUN) -m launch.demo --workdir runs/demo --report report
+
+test: setup
+	@$(RUN) -m pytest -n 2 -m "not slow" tests
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/lint-imports --config pyproject.toml
+	@$(VENV)/bin/mypy
+
+bench: setup
+	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(RUN) $$benchmark || exit 1; done
+
+clean:
+	rm -rf runs report $(VENV)

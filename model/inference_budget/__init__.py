@@ -1,0 +1,1 @@
+"""Per-layer memory budgets for selective-attention transformers (arXiv 2410.02703, section 2)."""

@@ -1,0 +1,248 @@
+"""A decoder-only transformer with selective attention (Flax NNX).
+
+Pre-norm RMSNorm, QK normalisation, SwiGLU, no biases (section 4 of the paper). The layers are one `Block` whose
+parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth.
+
+Shape letters: B batch, N positions, E d_model, H query heads, K key/value heads, D head width, F SwiGLU width,
+V vocabulary, L layers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from .attention import Selection, selection_mask
+from .config import TransformerConfig
+from .parallel import sharded_selective_attention
+from .sharding import Axes, partition_spec, reshard
+
+# (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
+Attend = Callable[[Array, Array, Array, Array | None, Array | None], tuple[Array, Any]]
+
+
+def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
+    """Normal float32 parameter, made where it will live: under a mesh every device draws only its own shard."""
+    spec = partition_spec(axes, shape)
+    value = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec) * stddev
+    return nnx.Param(value, axes=axes)
+
+
+def _scale(shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """RMSNorm over the last axis, computed in float32 (or x's dtype, if wider); returns x's dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (normed * scale).astype(x.dtype)
+
+
+def rotary(x_BNHD: Array, position_N: Array, base: float) -> Array:
+    """Rotary position embedding, halves rotated as (x1, x2); `position_N` int32 [N] or [B, N]."""
+    half = x_BNHD.shape[-1] // 2
+    frequency_D = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_N.astype(jnp.float32)[..., None, None] * frequency_D  # [(B,) N, 1, D / 2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x1, x2 = jnp.split(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32)), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BNHD.dtype)
+
+
+class Block(nnx.Module):
+    """One pre-norm layer. Constructed with a leading axis of `num_layers`; called on one layer's slice."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        c, layers = config, config.num_layers
+        into = c.d_model**-0.5
+        # Outputs onto the residual stream are scaled down so that its variance does not grow with depth.
+        attention_out = (c.num_heads * c.head_dim * 2 * layers) ** -0.5
+        mlp_out = (c.mlp_dim * 2 * layers) ** -0.5
+        self.config = config
+        self.attention_norm = _scale((layers, c.d_model))
+        self.w_query = _parameter(
+            rngs, (layers, c.d_model, c.num_heads, c.head_dim), (None, "embed", "heads", None), into
+        )
+        kv_shape = (layers, c.d_model, c.num_kv_heads, c.head_dim)
+        self.w_key = _parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
+        self.w_value = _parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
+        out_shape = (layers, c.num_heads, c.head_dim, c.d_model)
+        self.w_out = _parameter(rngs, out_shape, (None, "heads", None, "embed"), attention_out)
+        if c.qk_norm:
+            self.query_norm = _scale((layers, c.head_dim))
+            self.key_norm = _scale((layers, c.head_dim))
+        if c.selection is Selection.OWN_HEAD:
+            self.w_query_sel = _parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
+            self.w_key_sel = _parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
+            if c.qk_norm:
+                self.query_sel_norm = _scale((layers, c.head_dim))
+                self.key_sel_norm = _scale((layers, c.head_dim))
+        self.mlp_norm = _scale((layers, c.d_model))
+        self.w_gate = _parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
+        self.w_up = _parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
+        self.w_down = _parameter(rngs, (layers, c.mlp_dim, c.d_model), (None, "mlp", "embed"), mlp_out)
+
+    def __call__(self, x_BNE: Array, position_N: Array, attend: Attend) -> tuple[Array, Any]:
+        """x [B, N, E], positions int32 [N] or [B, N], attention -> (x of the next layer, what `attend` adds)."""
+        q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
+        out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
+        x_BNE = x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)
+        h_BNE = rms_norm(x_BNE, self.mlp_norm[...])
+        hidden = "batch", "sequence", "mlp"
+        gate_BNF = contract("bne,ef->bnf", h_BNE, self.w_gate, *hidden)
+        h_BNF = jax.nn.silu(gate_BNF) * contract("bne,ef->bnf", h_BNE, self.w_up, *hidden)
+        return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None), extra
+
+    def project(self, h_BNE: Array, position_N: Array) -> tuple[Array, Array, Array, Array | None, Array | None]:
+        """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
+        c = self.config
+        q_BNHD = contract("bne,ehd->bnhd", h_BNE, self.w_query, "batch", "sequence", "heads", None)
+        k_BNKD = contract("bne,ekd->bnkd", h_BNE, self.w_key, "batch", "sequence", "kv_heads", None)
+        v_BNKD = contract("bne,ekd->bnkd", h_BNE, self.w_value, "batch", "sequence", "kv_heads", None)
+        q_sel_BND = k_sel_BND = None
+        if c.selection is Selection.OWN_HEAD:
+            q_sel_BND = contract("bne,ed->bnd", h_BNE, self.w_query_sel, "batch", "sequence", None)
+            k_sel_BND = contract("bne,ed->bnd", h_BNE, self.w_key_sel, "batch", "sequence", None)
+        if c.qk_norm:
+            q_BNHD, k_BNKD = rms_norm(q_BNHD, self.query_norm[...]), rms_norm(k_BNKD, self.key_norm[...])
+            if q_sel_BND is not None and k_sel_BND is not None:
+                q_sel_BND = rms_norm(q_sel_BND, self.query_sel_norm[...])
+                k_sel_BND = rms_norm(k_sel_BND, self.key_sel_norm[...])
+        if c.positions == "rotary":
+            q_BNHD = rotary(q_BNHD, position_N, c.rotary_base)
+            k_BNKD = rotary(k_BNKD, position_N, c.rotary_base)
+            if q_sel_BND is not None and k_sel_BND is not None:
+                q_sel_BND = rotary(q_sel_BND[:, :, None], position_N, c.rotary_base)[:, :, 0]
+                k_sel_BND = rotary(k_sel_BND[:, :, None], position_N, c.rotary_base)[:, :, 0]
+        return q_BNHD, k_BNKD, v_BNKD, q_sel_BND, k_sel_BND
+
+
+def contract(subscripts: str, x: Array, weight: nnx.Param, *out_axes: str | None) -> Array:
+    """einsum of activations with a parameter in the activations' dtype, gathered over fsdp; result laid out by
+    `out_axes`.
+    """
+    operands, result = subscripts.split("->")
+    axes: Axes = weight.axes[-(len(operands.split(",")[1])) :]  # a layer's slice has lost the leading L
+    gathered = reshard(weight[...].astype(x.dtype), *(None if a == "embed" else a for a in axes))
+    sizes = dict(zip(operands.replace(",", ""), x.shape + gathered.shape, strict=True))
+    spec = partition_spec(out_axes, tuple(sizes[letter] for letter in result))
+    return jnp.einsum(subscripts, x, gathered, out_sharding=spec)
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits. `Transformer(config, rngs=nnx.Rngs(params=seed))`; under `jax.jit` and a mesh, sharded from
+    the start.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        self.embedding = _parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
+        if c.positions == "learned":
+            shape = (c.max_length, c.d_model)
+            self.position_embedding = _parameter(rngs, shape, (None, "embed"), c.d_model**-0.5)
+        self.blocks = Block(config, rngs)
+        self.final_norm = _scale((c.d_model,))
+        if not c.tied_embeddings:
+            self.output = _parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
+
+    def __call__(self, tokens_BN: Array, *, segment_ids: Array | None = None, evict_at: Array | None = None) -> Array:
+        """Logits [B, N, V] float32 of the next token, from int32 tokens [B, N]; N at most `max_length`.
+
+        `segment_ids` int32 [B, N] and `evict_at` int32 [L, B, N] are as in `selective_attention`.
+        """
+        return self.logits(self.hidden(tokens_BN, segment_ids=segment_ids, evict_at=evict_at)[0])
+
+    def hidden(
+        self,
+        tokens_BN: Array,
+        *,
+        segment_ids: Array | None = None,
+        evict_at: Array | None = None,
+        memory_tau: float | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Final hidden states [B, N, E], and with `memory_tau` the memory statistic [L, B, N] of
+        `selective_attention`.
+        """
+        c = self.config
+
+        def attend(layer_evict_at, q, k, v, q_sel, k_sel):
+            result = sharded_selective_attention(
+                q,
+                k,
+                v,
+                q_sel=q_sel,
+                k_sel=k_sel,
+                evict_at=layer_evict_at,
+                segment_ids=segment_ids,
+                selection=c.selection,
+                memory_tau=memory_tau,
+                implementation=c.attention,
+            )
+            return result if memory_tau is not None else (result, None)
+
+        position_N = jnp.arange(tokens_BN.shape[1])
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BNE, layer_and_evict_at):
+            layer_parameters, layer_evict_at = layer_and_evict_at
+            block = nnx.merge(graph, layer_parameters)
+            return block(x_BNE, position_N, functools.partial(attend, layer_evict_at))
+
+        x_BNE, forgotten_LBN = jax.lax.scan(
+            _rematerialised(layer, c.remat), self.embed(tokens_BN, position_N), (layers, evict_at)
+        )
+        return rms_norm(x_BNE, self.final_norm[...]), forgotten_LBN
+
+    def embed(self, tokens_BN: Array, position_N: Array) -> Array:
+        """[B, N, E]: embedded tokens, with learned positions added if the model has them."""
+        x_BNE = _lookup(self.embedding, tokens_BN)
+        if self.config.positions == "learned":
+            x_BNE = x_BNE + reshard(self.position_embedding[...], None, None)[position_N]
+        # Rows of the embedding have unit length for the logits' sake; the residual stream wants unit variance.
+        return (x_BNE * self.config.d_model**0.5).astype(self.config.dtype)
+
+    def logits(self, hidden_BNE: Array) -> Array:
+        """float32 [B, N, V] from final hidden states, sharded over `tensor` along V."""
+        weight = self.embedding if self.config.tied_embeddings else self.output
+        gathered_VE = reshard(weight[...].astype(hidden_BNE.dtype), "vocab", None)
+        spec = partition_spec(("batch", "sequence", "vocab"), (*hidden_BNE.shape[:2], gathered_VE.shape[0]))
+        dtype = jnp.promote_types(hidden_BNE.dtype, jnp.float32)
+        return jnp.einsum("bne,ve->bnv", hidden_BNE, gathered_VE, preferred_element_type=dtype, out_sharding=spec)
+
+    def selection_masks(self, tokens_BN: Array) -> Array:
+        """F of every layer over whole sequences, [L, B, N, N] float32: for looking at, not for training. No mesh."""
+        position_N = jnp.arange(tokens_BN.shape[1])
+        c, x_BNE = self.config, self.embed(tokens_BN, position_N)
+        graph, layers = nnx.split(self.blocks)
+
+        def attend(q, k, v, q_sel, k_sel):
+            out_BNHD = sharded_selective_attention(
+                q, k, v, q_sel=q_sel, k_sel=k_sel, selection=c.selection, implementation=c.attention
+            )
+            q_sel = q[:, :, 0] if q_sel is None else q_sel
+            k_sel = k[:, :, 0] if k_sel is None else k_sel
+            return out_BNHD, selection_mask(q_sel, k_sel, scale=c.head_dim**-0.5, selection=c.selection)
+
+        def layer(x_BNE, layer_parameters):
+            return nnx.merge(graph, layer_parameters)(x_BNE, position_N, attend)
+
+        return jax.lax.scan(layer, x_BNE, layers)[1]
+
+
+def _lookup(table: nnx.Param, tokens_BN: Array) -> Array:
+    spec = partition_spec(("batch", "sequence", None), (*tokens_BN.shape, table.shape[1]))
+    if spec is None:
+        return table[...][tokens_BN]
+    return reshard(table[...], None, None).at[tokens_BN].get(out_sharding=spec)
+
+
+def _rematerialised(layer: Callable, remat: str) -> Callable:
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps XLA from undoing it

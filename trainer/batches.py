@@ -1,0 +1,83 @@
+"""Host rows to global arrays: each host reads only the rows of its devices, ahead of time, in a thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from selective_attention import partition_spec
+from trainer.step import Batch
+
+
+class Rows(Protocol):
+    """What `data.TrainBatches` and `data.EvalBatches` have in common."""
+
+    batch_size: int
+    context_length: int
+
+    def rows(self, step: int, rows: range) -> dict[str, np.ndarray]: ...
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The layout of a batch's [B, N] arrays: rows over `data` and `fsdp`, positions over `context`."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+
+
+def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
+    """The batch of a step as global arrays; reads the rows that this host's devices hold, once each."""
+    shape = (source.batch_size, source.context_length)
+    blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def local(index: tuple[slice, ...], name: str) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        if (start, stop) not in blocks:
+            blocks[start, stop] = source.rows(step, range(start, stop))
+        return blocks[start, stop][name][:, index[1]]
+
+    return Batch(
+        inputs=jax.make_array_from_callback(shape, sharding, lambda index: local(index, "inputs")),
+        targets=jax.make_array_from_callback(shape, sharding, lambda index: local(index, "targets")),
+    )
+
+
+def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2) -> Iterator[Batch]:
+    """The batches of `steps`, up to `depth` of them on the devices ahead of the consumer.
+
+    An error while reading is raised where the batch would have been yielded. The thread ends with the iterator.
+    """
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Batch | BaseException) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for step in steps:
+                if not put(global_batch(source, step, sharding)):
+                    return
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=read, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()

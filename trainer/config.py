@@ -1,0 +1,70 @@
+"""What a config must agree on with the dataset and the mesh, checked before anything is compiled."""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from data import Dataset
+from trainer.errors import ConfigError
+from trainer.state import model_config
+
+POSITIVE_FIELDS = (
+    "context_length",
+    "batch_size",
+    "steps",
+    "accumulation",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "eval.every_steps",
+    "eval.batches",
+    "log_every_steps",
+    "memory_loss.tau",
+)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises ConfigError for values that no run can have."""
+    for name in POSITIVE_FIELDS:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if value <= 0:
+            raise ConfigError(f"--config.{name} must be positive, got {value}")
+    model_config(config)
+
+
+def check_dataset(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises ConfigError unless the dataset has this vocabulary and windows of this length."""
+    manifest = dataset.manifest
+    if manifest.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"the dataset in {config.data.path} has {manifest.vocab_size} token ids, the model "
+            f"{config.model.vocab_size}; set --config.model.vocab_size={manifest.vocab_size}"
+        )
+    if manifest.record_length % config.context_length:
+        raise ConfigError(
+            f"--config.context_length={config.context_length} does not divide the dataset's record length "
+            f"{manifest.record_length}; choose a divisor"
+        )
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError unless the mesh divides what it shards."""
+    shape, model = mesh.shape, model_config(config)
+    rows = shape["data"] * shape["fsdp"] * config.accumulation
+    if config.batch_size % rows:
+        raise ConfigError(
+            f"--config.batch_size={config.batch_size} cannot be divided into data={shape['data']} x "
+            f"fsdp={shape['fsdp']} x accumulation={config.accumulation} = {rows} parts; choose a multiple of {rows}"
+        )
+    divided = (
+        ("d_model", model.d_model, "fsdp"),
+        ("num_heads", model.num_heads, "tensor"),
+        ("mlp_dim", model.mlp_dim, "tensor"),
+        ("vocab_size", model.vocab_size, "tensor"),
+        ("context_length", config.context_length, "context"),
+    )
+    for name, size, axis in divided:
+        if size % shape[axis]:
+            raise ConfigError(
+                f"mesh {axis}={shape[axis]} does not divide {name}={size}; change --config.mesh.{axis} or the model"
+            )

@@ -1,0 +1,59 @@
+"""Validation loss, exactly once over every token of the batches asked for."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+
+from trainer.batches import Rows, prefetch
+from trainer.step import EvalStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean over all tokens of the batches."""
+
+    loss: float  # nats per token
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: nnx.State,
+    source: Rows,
+    num_batches: int,
+    sharding: NamedSharding,
+    stop: Callable[[], Array],
+    progress: Callable[[], object] = lambda: None,
+) -> Evaluation | None:
+    """Mean loss over the first `num_batches` batches of `source`; None if a host was told to stop meanwhile.
+
+    Sums are kept in float64 on the host, so that the result does not depend on the number of batches before it.
+    `stop` gives the array of `trainer.step`; `progress` is called after each batch.
+    """
+    nll, tokens = 0.0, 0
+    pending = None
+    for batch in prefetch(source, range(num_batches), sharding):
+        dispatched = eval_step(params, batch, stop())
+        if pending is not None:
+            values = jax.device_get(pending)
+            nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
+            progress()
+            if values["stop"]:
+                return None
+        pending = dispatched
+    values = jax.device_get(pending)
+    progress()
+    if values["stop"]:
+        return None
+    nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
+    return Evaluation(nll / tokens, tokens)
