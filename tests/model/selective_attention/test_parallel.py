@@ -1,0 +1,148 @@
+"""On eight emulated devices every mesh gives the loss and the gradients of one device."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import make_inputs
+from jax import P
+from jax.sharding import AxisType
+
+from selective_attention.attention import selective_attention
+from selective_attention.parallel import sharded_selective_attention, zigzag_positions
+
+AXES = ("data", "fsdp", "context", "tensor")
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
+NAMES = ["q", "k", "v", "q_sel", "k_sel"]
+
+
+def loss_and_gradients(attend, arrays, **options):
+    """Of a loss that all outputs enter with different weights; gradients of all floating arrays."""
+
+    def loss(arrays):
+        out, forgotten = attend(**arrays, memory_tau=0.7, **options)
+        weight = jnp.cos(arrays["q"])  # laid out and ordered as the output, different for every entry
+        return jnp.sum(weight * out) / out.size + jnp.mean(forgotten**2)
+
+    return jax.jit(jax.value_and_grad(loss))(arrays)
+
+
+def example(heads=8, kv_heads=8, separate=False, length=32):
+    q, k, v = make_inputs(0, batch=8, length=length, heads=heads, kv_heads=kv_heads, width=4, dtype=np.float32)
+    arrays = {"q": q, "k": k, "v": v}
+    if separate:
+        rng = np.random.default_rng(1)
+        arrays |= {name: rng.normal(size=(8, length, 6)).astype(np.float32) for name in ("q_sel", "k_sel")}
+    return arrays
+
+
+def on_mesh(sizes, arrays, axis_type=AxisType.Explicit, **options):
+    """The same by the sharded function, given and returned in the sequence's own order."""
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(axis_type,) * 4)
+    order = zigzag_positions(arrays["q"].shape[1], sizes[2])
+    options = {name: x[:, order] if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    with jax.set_mesh(mesh):
+        placed = {}
+        for name, array in arrays.items():
+            heads_axis = "tensor" if array.ndim == 4 and array.shape[2] % sizes[3] == 0 else None
+            placed[name] = jax.device_put(array[:, order], P(("data", "fsdp"), "context", heads_axis))
+        loss, gradients = loss_and_gradients(sharded_selective_attention, placed, **options)
+    return loss, {name: np.asarray(gradient)[:, np.argsort(order)] for name, gradient in gradients.items()}
+
+
+def assert_same(result, expected):
+    (loss, gradients), (expected_loss, expected_gradients) = result, expected
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    for name, gradient in gradients.items():
+        difference = np.linalg.norm(np.ravel(gradient - expected_gradients[name]))
+        assert difference <= 5e-5 * np.linalg.norm(np.ravel(expected_gradients[name])), name
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return loss_and_gradients(selective_attention, example())
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_every_mesh_equals_one_device(sizes, one_device):
+    assert_same(on_mesh(sizes, example()), one_device)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (2, 1, 2, 2)], ids=str)
+def test_auto_axes_equal_one_device(sizes, one_device):
+    assert_same(on_mesh(sizes, example(), AxisType.Auto), one_device)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (1, 1, 2, 4)], ids=str)
+def test_grouped_heads_equal_one_device(sizes, kv_heads):
+    arrays = example(kv_heads=kv_heads)
+    assert_same(on_mesh(sizes, arrays), loss_and_gradients(selective_attention, arrays))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
+@pytest.mark.parametrize("selection", ["paper", "own_head", "off"])
+def test_segments_evictions_and_separate_projections_equal_one_device(sizes, selection):
+    arrays = example(separate=True)
+    rng = np.random.default_rng(2)
+    segment_ids = np.sort(rng.integers(0, 4, size=(8, 32)).astype(np.int32), axis=1)
+    segment_ids[:, 29:] = -1
+    evict_at = np.where(rng.random((8, 32)) < 0.3, np.arange(32) + 3, 32).astype(np.int32)
+    options = {"segment_ids": segment_ids, "evict_at": evict_at, "selection": selection}
+    expected = loss_and_gradients(selective_attention, arrays, **options)
+    assert_same(on_mesh(sizes, arrays, **options), expected)
+
+
+def test_axes_that_the_mesh_does_not_have_are_not_needed(one_device):
+    arrays = example()
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        placed = {name: jax.device_put(array, P("data")) for name, array in arrays.items()}
+        assert_same(loss_and_gradients(sharded_selective_attention, placed), one_device)
+
+
+def test_without_a_mesh_it_is_the_local_function(one_device):
+    assert_same(loss_and_gradients(sharded_selective_attention, example()), one_device)
+
+
+def test_inside_a_shard_map_it_is_the_local_function(one_device):
+    arrays = example()
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+
+        def attend(*, memory_tau, **arrays):
+            local = jax.shard_map(
+                lambda arrays: sharded_selective_attention(**arrays, memory_tau=memory_tau),
+                in_specs=(P("data"),),
+                out_specs=P("data"),
+                check_vma=False,
+            )
+            return local(arrays)
+
+        placed = {name: jax.device_put(array, P("data")) for name, array in arrays.items()}
+        assert_same(loss_and_gradients(attend, placed), one_device)
+
+
+def test_zigzag_evens_the_causal_work():
+    positions = zigzag_positions(64, 4)
+    assert sorted(positions) == list(range(64))
+    work = (positions.reshape(4, 16) + 1).sum(axis=1)  # keys that each device's queries see
+    assert work.max() == work.min()
+    contiguous = (np.arange(64).reshape(4, 16) + 1).sum(axis=1)
+    assert contiguous.max() / contiguous.mean() > 1.7
+    np.testing.assert_array_equal(zigzag_positions(10, 1), np.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "arrays", "message"),
+    [
+        ((4, 4, 1, 1), {}, "a batch of 8 does not divide over data x fsdp = 16 devices"),
+        ((1, 1, 1, 3), {}, "8 query heads do not divide over tensor=3"),
+        ((1, 1, 1, 4), {"heads": 12, "kv_heads": 6}, "tensor=4 must divide the 6 key/value heads"),
+        ((1, 1, 8, 1), {"length": 24}, "a sequence of 24 does not split into the 16 chunks of context=8"),
+    ],
+)
+def test_what_the_mesh_does_not_divide_is_named(sizes, arrays, message):
+    mesh = jax.sharding.AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda arrays: sharded_selective_attention(**arrays), example(**arrays))
