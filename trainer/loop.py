@@ -2,7 +2,6 @@
 
 import json
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +69,9 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
             logging.info("starting at step %d of %d", first_step, config.steps)
 
         sharding = batch_sharding(mesh)
-        train_step = _compile_train_step(config, optimizer, state_shape, mesh, sharding)
-        eval_step = jax.jit(make_eval_step(config))
+        pad_id = dataset.manifest.tokenizer.pad_id
+        train_step = compile_train_step(config, pad_id, state_shape, mesh)
+        eval_step = jax.jit(make_eval_step(config, pad_id))
         stop_values = {flag: _stop_array(mesh, flag) for flag in (False, True)}
         writer = MetricsWriter(f"{workdir}/tensorboard", first_step + 1, enabled=is_main)
         interrupt.can_save()
@@ -180,15 +180,14 @@ class StepLog:
                 logging.info("step %d loss %.4f, %.2f s a step", step, values["loss"], seconds)
 
 
-def _compile_train_step(
-    config: ConfigDict, optimizer: Any, state_shape: TrainState, mesh: Mesh, sharding: NamedSharding
-) -> Any:
+def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
     """The train step compiled for exactly these shapes and shardings, its state donated."""
-    rows = jax.ShapeDtypeStruct((config.batch_size, config.context_length), jnp.int32, sharding=sharding)
-    stop_shape = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=_stop_sharding(mesh))
+    shape, sharding = (config.batch_size, config.context_length), batch_sharding(mesh)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=_stop_sharding(mesh))
     start = time.monotonic()
-    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
-    compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), stop_shape).compile()
+    step = jax.jit(make_train_step(config, make_optimizer(config), pad_id), donate_argnums=0)
+    compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), stop).compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - start)
     return compiled
 

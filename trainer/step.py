@@ -13,7 +13,6 @@ from flax import nnx
 from jax import Array
 from ml_collections import ConfigDict
 
-from data import PAD_ID
 from selective_attention import lm_loss, memory_loss, reshard
 from trainer.state import TrainState, learning_rate, model_config, model_graph
 
@@ -22,7 +21,7 @@ class Batch(TypedDict):
     """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
 
     inputs: Array  # int32 [B, N]
-    targets: Array  # int32 [B, N]; PAD_ID does not count
+    targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
 
 
 Metrics = dict[str, Array]
@@ -30,7 +29,7 @@ TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[nnx.State, Batch, Array], Metrics]
 
 
-def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation) -> TrainStep:
+def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation, pad_id: int) -> TrainStep:
     """`train_step(state, batch, stop) -> (state, metrics)`.
 
     `stop` is int32 [devices], one element on every device, 1 where the host was told to stop; its maximum comes back
@@ -43,7 +42,7 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation)
 
     def loss_fn(params: nnx.State, part: Batch, num_tokens: Array) -> tuple[Array, Metrics]:
         model = nnx.merge(graph, params)
-        weights_BN = _weights(part)
+        weights_BN = _weights(part, pad_id)
         hidden_BNE, forgotten_LBN = model.hidden(part["inputs"], memory_tau=tau if epsilon else None)
         nll, _ = lm_loss(model.logits(hidden_BNE), part["targets"], weights_BN)
         loss = nll / num_tokens
@@ -53,7 +52,7 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation)
         return loss + epsilon * memory, {"loss": loss, "memory_loss": memory}
 
     def train_step(state: TrainState, batch: Batch, stop: Array) -> tuple[TrainState, Metrics]:
-        num_tokens = jnp.maximum(jnp.sum(_weights(batch)), 1)
+        num_tokens = jnp.maximum(jnp.sum(_weights(batch, pad_id)), 1)
         gradient = jax.grad(loss_fn, has_aux=True)
         if config.accumulation == 1:
             grads, metrics = gradient(state.params, batch, num_tokens)
@@ -68,7 +67,7 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation)
             (grads, metrics), _ = jax.lax.scan(add_part, zeros, parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": num_tokens,
             "stop": jnp.max(stop),
@@ -78,20 +77,20 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation)
     return train_step
 
 
-def make_eval_step(config: ConfigDict) -> EvalStep:
+def make_eval_step(config: ConfigDict, pad_id: int) -> EvalStep:
     """`eval_step(params, batch, stop) -> {"nll": summed nats, "tokens": their number, "stop": as in train_step}`."""
     graph = model_graph(model_config(config))
 
     def eval_step(params: nnx.State, batch: Batch, stop: Array) -> Metrics:
         logits_BNV = nnx.merge(graph, params)(batch["inputs"])
-        nll, tokens = lm_loss(logits_BNV, batch["targets"], _weights(batch))
+        nll, tokens = lm_loss(logits_BNV, batch["targets"], _weights(batch, pad_id))
         return {"nll": nll, "tokens": tokens, "stop": jnp.max(stop)}
 
     return eval_step
 
 
-def _weights(batch: Batch) -> Array:
-    return (batch["targets"] != PAD_ID).astype(jnp.float32)
+def _weights(batch: Batch, pad_id: int) -> Array:
+    return (batch["targets"] != pad_id).astype(jnp.float32)
 
 
 def _split_rows(x_BN: Array, parts: int) -> Array:

@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from .attention import Selection, selection_mask
 from .config import TransformerConfig
-from .parallel import sharded_selective_attention
+from .parallel import SEQUENCE_AXIS, sharded_selective_attention, zigzag_positions
 from .sharding import Axes, partition_spec, reshard
 
 # (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
@@ -169,6 +170,10 @@ class Transformer(nnx.Module):
         `selective_attention`.
         """
         c = self.config
+        position_N = sequence_order(tokens_BN.shape[1])
+        tokens_BN, segment_ids, evict_at = (
+            None if x is None else permute(x, position_N) for x in (tokens_BN, segment_ids, evict_at)
+        )
 
         def attend(layer_evict_at, q, k, v, q_sel, k_sel):
             result = sharded_selective_attention(
@@ -185,7 +190,6 @@ class Transformer(nnx.Module):
             )
             return result if memory_tau is not None else (result, None)
 
-        position_N = jnp.arange(tokens_BN.shape[1])
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BNE, layer_and_evict_at):
@@ -196,15 +200,16 @@ class Transformer(nnx.Module):
         x_BNE, forgotten_LBN = jax.lax.scan(
             _rematerialised(layer, c.remat), self.embed(tokens_BN, position_N), (layers, evict_at)
         )
-        return rms_norm(x_BNE, self.final_norm[...]), forgotten_LBN
+        back_N = np.argsort(position_N)
+        hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)
+        return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)
 
     def embed(self, tokens_BN: Array, position_N: Array) -> Array:
         """[B, N, E]: embedded tokens, with learned positions added if the model has them."""
         x_BNE = _lookup(self.embedding, tokens_BN)
         if self.config.positions == "learned":
             x_BNE = x_BNE + reshard(self.position_embedding[...], None, None)[position_N]
-        # Rows of the embedding have unit length for the logits' sake; the residual stream wants unit variance.
-        return (x_BNE * self.config.d_model**0.5).astype(self.config.dtype)
+        return x_BNE.astype(self.config.dtype)
 
     def logits(self, hidden_BNE: Array) -> Array:
         """float32 [B, N, V] from final hidden states, sharded over `tensor` along V."""
@@ -232,6 +237,22 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, layer_parameters)(x_BNE, position_N, attend)
 
         return jax.lax.scan(layer, x_BNE, layers)[1]
+
+
+def sequence_order(length: int) -> np.ndarray:
+    """int32 [N]: the position that each place of a sequence holds on the mesh that is set (`zigzag_positions`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return zigzag_positions(length, 1 if mesh.empty else mesh.shape.get(SEQUENCE_AXIS, 1))
+
+
+def permute(x: Array, order_N: np.ndarray, axis: int = -1) -> Array:
+    """`x` with its sequence axis put in this order: tokens [B, N], [L, B, N] or, with axis 1, [B, N, E]."""
+    if np.array_equal(order_N, np.arange(len(order_N))):
+        return x
+    leading = (None,) * (x.ndim - 2) if axis == -1 else ()
+    trailing = (None,) * (x.ndim - 2) if axis == 1 else ()
+    whole = reshard(x, *leading, "batch", None, *trailing)
+    return reshard(jnp.take(whole, order_N, axis=axis), *leading, "batch", "sequence", *trailing)
 
 
 def _lookup(table: nnx.Param, tokens_BN: Array) -> Array:

@@ -1,0 +1,142 @@
+"""Every supported mesh computes what one device computes. XLA can get this wrong without a word: see trainer/mesh.py."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from configs import base
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from trainer.batches import batch_sharding
+from trainer.mesh import AXES, make_mesh
+from trainer.state import init_state, make_optimizer
+from trainer.step import make_train_step
+
+MESHES = {
+    "data=8": (8, 1, 1, 1),
+    "fsdp=8": (1, 8, 1, 1),
+    "data=2,fsdp=4": (2, 4, 1, 1),
+    "tensor=4": (1, 1, 1, 4),
+    "data=2,fsdp=2,tensor=2": (2, 2, 1, 2),
+    "fsdp=2,context=2,tensor=2": (1, 2, 2, 2),
+    "data=2,fsdp=2,context=2": (2, 2, 2, 1),
+}
+STEPS = 20
+
+
+def small_config(**changes) -> ConfigDict:
+    c = base.get_config()
+    c.context_length = 16
+    c.model.num_layers = 2
+    c.batch_size = 16
+    c.steps = 100
+    c.model.width = 4
+    c.model.vocab_size = 512
+    c.model.dtype = "float32"
+    c.memory_loss.epsilon = 0.1
+    c.mesh.data = 1
+    c.optimizer.warmup_steps = 1000
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def on_mesh(config: ConfigDict, shape: tuple[int, ...]):
+    config.mesh.update(dict(zip(AXES, shape, strict=True)))
+    return make_mesh(config.mesh, jax.devices()[: math.prod(shape)])
+
+
+def batches(config: ConfigDict, mesh, steps: int):
+    """Random tokens, some of them padding."""
+    rng = np.random.default_rng(0)
+    sharding = batch_sharding(mesh)
+    for _ in range(steps):
+        inputs, targets = rng.integers(1, 512, (2, config.batch_size, config.context_length), dtype=np.int32)
+        targets[-3:, 11:] = 0
+        yield {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
+
+
+def stop_array(mesh, flags=0):
+    return jax.device_put(np.full(mesh.size, flags, np.int32), NamedSharding(mesh, jax.P(AXES)))
+
+
+def run(config: ConfigDict, mesh, steps: int):
+    """Losses of `steps` steps, and the first step's gradient (Adam's first moment is a tenth of it, unclipped)."""
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state = jax.jit(lambda: init_state(config, optimizer))()
+        step = jax.jit(make_train_step(config, optimizer, pad_id=0))
+        losses, gradient = [], None
+        for batch in batches(config, mesh, steps):
+            state, metrics = step(state, batch, stop_array(mesh))
+            losses.append(float(metrics["loss"]))
+            if gradient is None:
+                (adam,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s)]
+                gradient = {
+                    jax.tree_util.keystr(path): np.asarray(leaf, np.float64) / (1 - config.optimizer.b1)
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(adam.mu)
+                }
+    return losses, gradient
+
+
+def _is_adam(node) -> bool:
+    return hasattr(node, "mu")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    config = small_config(**{"optimizer.clip_norm": 0.0})
+    return run(config, on_mesh(config, (1, 1, 1, 1)), STEPS)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients_and_losses_equal_one_device(name, one_device):
+    config = small_config(**{"optimizer.clip_norm": 0.0})
+    losses, gradient = run(config, on_mesh(config, MESHES[name]), STEPS)
+    expected_losses, expected = one_device
+    assert gradient.keys() == expected.keys()
+    for parameter, value in expected.items():
+        error = np.linalg.norm(gradient[parameter] - value) / np.linalg.norm(value)
+        assert error < 5e-5, f"gradient of {parameter}: relative error {error:.1e}"
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_matrix_takes_its_share_of_each_device(name):
+    config = small_config()
+    mesh = on_mesh(config, MESHES[name])
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
+    both = mesh.shape["fsdp"] * mesh.shape["tensor"]  # every matrix has one dimension on each of these axes
+    matrices = {
+        jax.tree_util.keystr(p): x
+        for p, x in jax.tree_util.tree_leaves_with_path(state.params)
+        if "norm" not in jax.tree_util.keystr(p)
+    }
+    assert len(matrices) == 8
+    for parameter, x in matrices.items():
+        for shard in x.addressable_shards:
+            assert shard.data.nbytes * both == x.nbytes, parameter
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(one_device):
+    config = small_config(**{"optimizer.clip_norm": 0.0, "accumulation": 4})
+    _, gradient = run(config, on_mesh(config, (2, 2, 1, 1)), 1)
+    for parameter, value in one_device[1].items():
+        assert np.linalg.norm(gradient[parameter] - value) < 5e-5 * np.linalg.norm(value), parameter
+
+
+def test_one_host_told_to_stop_stops_all():
+    config = small_config()
+    mesh = on_mesh(config, (8, 1, 1, 1))
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state = jax.jit(lambda: init_state(config, optimizer))()
+        step = jax.jit(make_train_step(config, optimizer, pad_id=0))
+        (batch,) = batches(config, mesh, 1)
+        flags = np.zeros(8, np.int32)
+        assert step(state, batch, stop_array(mesh, flags))[1]["stop"] == 0
+        flags[5] = 1
+        assert step(state, batch, stop_array(mesh, flags))[1]["stop"] == 1
