@@ -1,0 +1,8 @@
+"""Raw text -> tokenizer -> ArrayRecord -> deterministic batches. See README.md in this folder."""
+
+from data.batches import EvalBatches, TrainBatches
+from data.dataset import Dataset, open_dataset
+from data.manifest import DataError, Manifest
+from data.tokenizer import Tokenizer
+
+__all__ = ["DataError", "Dataset", "EvalBatches", "Manifest", "Tokenizer", "TrainBatches", "open_dataset"]
