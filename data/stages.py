@@ -1,0 +1,184 @@
+"""The two stages of preparing text, each a function of one task that any runner can call anywhere, any number of times.
+
+`tokenize_file` turns one input file into token files (one a split) and a receipt; `write_shard` copies a range of those
+tokens into one ArrayRecord shard. Both write aside and rename, the receipt last, so that what exists is complete, and
+both give the same bytes whoever runs them.
+"""
+
+import dataclasses
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from array_record.python import array_record_module
+
+from data.folder import Folder
+from data.manifest import TOKENIZER_FILE, DataError, Shard, record_dtype
+from data.sources import BadDocument, in_validation, read_documents
+from data.tokenizer import SPACE_SYMBOL, Tokenizer
+
+# One record a chunk for random access; uncompressed, since ids hardly compress and reading is what must be fast.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_BUFFER_BYTES = 8 << 20
+_REPORTED_BAD_DOCUMENTS = 20
+
+
+@dataclass(frozen=True)
+class SplitCount:
+    """What one file gave to one split. `tokens` counts one EOS per document, `text_bytes` is UTF-8."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of one input file. `bad` lists the first bad documents as (line, reason)."""
+
+    splits: dict[str, SplitCount]
+    bad_documents: int
+    bad: list[tuple[int, str]]
+    changed_documents: int  # Those with U+2581, which comes back as a space.
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Receipt":
+        receipt = json.loads(content)
+        receipt["splits"] = {name: SplitCount(**count) for name, count in receipt["splits"].items()}
+        receipt["bad"] = [tuple(bad) for bad in receipt["bad"]]
+        return cls(**receipt)
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """Input number `index`. `split` is None where a hash of each document decides, with `validation_fraction`."""
+
+    work: Folder
+    index: int
+    url: str
+    source: str
+    split: str | None
+    validation_fraction: float
+
+    @property
+    def receipt_file(self) -> str:
+        return f"tokens/{self.index:05d}.json"
+
+    def token_file(self, split: str) -> str:
+        return f"tokens/{self.index:05d}.{split}.tokens"
+
+    def __str__(self) -> str:
+        return self.url
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """`tokens` tokens of a token file, from number `start`."""
+
+    file: str
+    start: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """`records` records, from the concatenation of `ranges`, padded at the end with the tokenizer's pad id."""
+
+    work: Folder
+    output: Folder
+    file: str
+    ranges: tuple[TokenRange, ...]
+    records: int
+    record_length: int
+
+    @property
+    def receipt_file(self) -> str:
+        return f"shards/{self.file}.json"
+
+    def __str__(self) -> str:
+        return self.file
+
+
+@cache
+def load_tokenizer(work: Folder) -> Tokenizer:
+    return Tokenizer(work.read(TOKENIZER_FILE))
+
+
+def tokenize_file(task: FileTask) -> Receipt:
+    """Stage one. Raises DataError for an input that cannot be read to its end."""
+    tokenizer = load_tokenizer(task.work)
+    dtype = record_dtype(tokenizer.vocab_size)
+    names = [task.split] if task.split else ["train", "validation"]
+    counts = {name: [0, 0, 0] for name in names}
+    bad: list[tuple[int, str]] = []
+    bad_documents = changed_documents = 0
+    with ExitStack() as stack:
+        paths = [stack.enter_context(task.work.writing(task.token_file(name))) for name in names]
+        files = {
+            name: stack.enter_context(path.open("wb", _BUFFER_BYTES)) for name, path in zip(names, paths, strict=True)
+        }
+        for document in read_documents(task.url, task.source):
+            if isinstance(document, BadDocument):
+                bad_documents += 1
+                if len(bad) < _REPORTED_BAD_DOCUMENTS:
+                    bad.append((document.line, document.reason))
+                continue
+            text = document.text
+            split = task.split or ("validation" if in_validation(text, task.validation_fraction) else "train")
+            ids = tokenizer.encode(text)
+            ids.append(tokenizer.eos_id)
+            files[split].write(np.array(ids, dtype).tobytes())
+            count = counts[split]
+            count[0] += 1
+            count[1] += len(ids)
+            count[2] += len(text.encode())
+            changed_documents += SPACE_SYMBOL in text
+    receipt = Receipt({name: SplitCount(*counts[name]) for name in names}, bad_documents, bad, changed_documents)
+    task.work.write(task.receipt_file, json.dumps(dataclasses.asdict(receipt)).encode())
+    return receipt
+
+
+def write_shard(task: ShardTask) -> Shard:
+    """Stage two. The shard is read back for its checksum, and its records are counted, before it appears."""
+    tokenizer = load_tokenizer(task.work)
+    dtype = np.dtype(record_dtype(tokenizer.vocab_size))
+    record_bytes = task.record_length * dtype.itemsize
+    pad = np.array([tokenizer.pad_id], dtype).tobytes()
+    with task.output.writing(task.file) as path:
+        writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        buffer = b""
+        for content in itertools.chain(_token_bytes(task, dtype.itemsize), [None]):
+            if content is None:
+                buffer += pad * (-len(buffer) % record_bytes // dtype.itemsize)
+            else:
+                buffer += content
+            whole = len(buffer) - len(buffer) % record_bytes
+            for start in range(0, whole, record_bytes):
+                writer.write(buffer[start : start + record_bytes])
+            buffer = buffer[whole:]
+        writer.close()
+        reader = array_record_module.ArrayRecordReader(str(path))
+        if not reader.ok() or reader.num_records() != task.records:
+            raise DataError(
+                f"{path} holds {reader.num_records()} records after writing {task.records}; is the disk full?"
+            )
+        reader.close()
+        crc32 = 0
+        with path.open("rb") as stream:
+            while content := stream.read(_BUFFER_BYTES):
+                crc32 = zlib.crc32(content, crc32)
+        shard = Shard(task.file, task.records, path.stat().st_size, crc32)
+    task.work.write(task.receipt_file, json.dumps(dataclasses.asdict(shard)).encode())
+    return shard
+
+
+def _token_bytes(task: ShardTask, itemsize: int) -> Iterator[bytes]:
+    for part in task.ranges:
+        end = (part.start + part.tokens) * itemsize
+        for start in range(part.start * itemsize, end, _BUFFER_BYTES):
+            yield task.work.read(part.file, start, min(start + _BUFFER_BYTES, end))

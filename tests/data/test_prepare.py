@@ -1,0 +1,98 @@
+"""Preparing text: what goes in comes out, and nothing crosses from train to validation."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import Dataset, open_dataset
+
+
+def documents(dataset: Dataset, split: str) -> list[str]:
+    """The texts of a split, decoded from its records."""
+    info = dataset.manifest.splits[split]
+    tokens = dataset.read_records(split, range(info.records)).reshape(-1)[: info.tokens]
+    ends = np.flatnonzero(tokens == dataset.manifest.tokenizer.eos_id)
+    assert ends[-1] == len(tokens) - 1
+    tokenizer = dataset.tokenizer()
+    return [tokenizer.decode(part[part != 3]) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def test_every_document_comes_back_in_order(dataset: Dataset, texts: dict[str, list[str]]) -> None:
+    assert documents(dataset, "train") == texts["a"] + texts["b"]
+    assert documents(dataset, "validation") == texts["c"]
+
+
+def test_only_the_tail_of_a_split_is_padded(dataset: Dataset) -> None:
+    for split, info in dataset.manifest.splits.items():
+        tokens = dataset.read_records(split, range(info.records)).reshape(-1)
+        assert tokens[: info.tokens].all()
+        assert not tokens[info.tokens :].any()
+        assert len(tokens) - info.tokens < dataset.manifest.record_length
+
+
+def test_the_manifest_counts_what_is_there(dataset: Dataset, texts: dict[str, list[str]]) -> None:
+    train = dataset.manifest.splits["train"]
+    assert train.documents == len(texts["a"] + texts["b"])
+    assert train.text_bytes == sum(len(text.encode()) for text in texts["a"] + texts["b"])
+    assert [shard.records for shard in train.shards] in (
+        [train.records // 3 + (i >= 3 - train.records % 3) for i in range(3)],
+    )
+
+
+def test_a_hash_split_never_parts_equal_documents(inputs: Path, texts: dict, tmp_path: Path, run_prepare) -> None:
+    folder = run_prepare(tmp_path / "out", input=[inputs / "a.json.gz", inputs / "b.json.gz"], validation_fraction=0.3)
+    dataset = open_dataset(folder)
+    train, validation = documents(dataset, "train"), documents(dataset, "validation")
+    assert sorted(train + validation) == sorted(texts["a"] + texts["b"])
+    assert not set(train) & set(validation)
+    assert 0.2 < len(validation) / (len(train) + len(validation)) < 0.4
+
+
+def test_the_number_of_workers_changes_no_byte(inputs: Path, dataset_folder: Path, tmp_path: Path, run_prepare) -> None:
+    folder = run_prepare(
+        tmp_path / "out",
+        input=[inputs / "a.json.gz", inputs / "b.json.gz"],
+        validation_input=inputs / "c.json.gz",
+        shards=3,
+        workers=2,
+    )
+    assert same_files(folder, dataset_folder)
+
+
+def test_files_named_validation_are_the_validation_split(
+    inputs: Path, texts: dict, tmp_path: Path, run_prepare
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "c4-train.00000-of-00001.json.gz").write_bytes((inputs / "a.json.gz").read_bytes())
+    (text / "c4-validation.00000-of-00001.json.gz").write_bytes((inputs / "c.json.gz").read_bytes())
+    dataset = open_dataset(run_prepare(tmp_path / "out", source="c4", input=text / "c4-*.json.gz"))
+    assert documents(dataset, "validation") == texts["c"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path, run_prepare) -> None:
+    with pytest.raises(SystemExit, match=r"matches no file"):
+        run_prepare(tmp_path / "out", input=tmp_path / "*.json.gz")
+
+
+@pytest.mark.shared
+def test_real_c4_comes_back(tmp_path: Path, run_prepare) -> None:
+    source = Path(__file__).parents[3] / "shared" / "data" / "c4"
+    if not source.exists():
+        pytest.skip("needs ../shared")
+    folder = run_prepare(
+        tmp_path / "out", source="c4", input=source / "c4-*.json.gz", vocab_size=1000, record_length=2048
+    )
+    for split in ("train", "validation"):
+        lines = [gzip.decompress(path.read_bytes()) for path in sorted(source.glob(f"c4-{split}.*"))]
+        expected = [json.loads(line)["text"] for line in b"".join(lines).splitlines()]
+        assert documents(open_dataset(folder), split) == expected
