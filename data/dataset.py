@@ -1,0 +1,199 @@
+"""Opening a prepared dataset: the manifest is checked against the shards before anything is trained on them."""
+
+import bisect
+import functools
+import itertools
+import os
+import resource
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard
+from data.tokenizer import Tokenizer
+
+# Random access: no read-ahead inside a shard, and no threads but our own.
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+# A network mount answers many requests at once much faster than one after the other.
+_THREADS = 32
+_SPARE_FILES = 256
+_VERIFIED_BYTES = 256 << 20
+
+
+class Dataset:
+    """A prepared dataset in a local (or mounted) folder; made by `open_dataset`. Safe to read from several threads."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self._splits = {
+            name: _SplitReader(path, split.shards, manifest.record_length, manifest.record_dtype)
+            for name, split in manifest.splits.items()
+        }
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(self.path / TOKENIZER_FILE)
+
+    def read_records(self, split: str, records: Sequence[int]) -> np.ndarray:
+        """Token ids `[len(records), record_length]`, in the manifest's `record_dtype`.
+
+        Raises DataError for an unknown split and for a record that cannot be read or has another length.
+        """
+        return self._splits[self.check_split(split)].read(records)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for split in self.manifest.splits.values() for shard in split.shards]
+
+    def verify(self, shard: Shard, progress: Callable[[int], object] = lambda count: None) -> None:
+        """Reads all of a shard, telling `progress` the bytes of each read; raises DataError for a wrong checksum."""
+        path = self.path / shard.file
+        crc32 = 0
+        with path.open("rb") as stream:
+            while content := stream.read(8 << 20):
+                crc32 = zlib.crc32(content, crc32)
+                progress(len(content))
+        if crc32 != shard.crc32:
+            raise DataError(
+                f"shard {path} does not have the checksum that the manifest says: it is damaged; "
+                "prepare again or copy it anew"
+            )
+
+    def check_split(self, split: str) -> str:
+        """`split` itself, or a DataError that names those there are."""
+        if split not in self.manifest.splits:
+            raise DataError(f"{self.path} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
+        return split
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Opens the dataset in the folder `path`, after checking the manifest against what is there.
+
+    Checked: every shard's existence, size in bytes, number of records and the length of its last record; the vocabulary
+    against the record type; the tokenizer's hash; and the checksums, if the shards have no more than 256 MiB together.
+    For larger ones that means reading for long: `python -m data.inspect --verify` does it, and a damaged record is an
+    error when it is read.
+
+    Raises DataError.
+    """
+    path = Path(path)
+    try:
+        text = (path / MANIFEST_FILE).read_text()
+    except OSError as error:
+        hint = (
+            "mount a bucket first, see data/README.md"
+            if "://" in str(path)
+            else "make one with `python -m data.prepare`"
+        )
+        raise DataError(f"no dataset in {path} ({MANIFEST_FILE}: {error.strerror}); {hint}") from None
+    try:
+        manifest = Manifest.from_json(text)
+    except DataError as error:
+        raise DataError(f"{path / MANIFEST_FILE}: {error}") from None
+    dataset = Dataset(path, manifest)
+    tokenizer = dataset.tokenizer()
+    if tokenizer.identity != manifest.tokenizer or tokenizer.vocab_size != manifest.vocab_size:
+        raise DataError(f"{path / TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} describes; prepare again")
+    _allow_open_files(len(dataset.shards))
+    checks = [check for reader in dataset._splits.values() for check in reader.checks()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda check: check(), checks))
+    if sum(shard.bytes for shard in dataset.shards) <= _VERIFIED_BYTES:
+        for shard in dataset.shards:
+            dataset.verify(shard)
+    return dataset
+
+
+def _allow_open_files(shards: int) -> None:
+    """A shuffled order touches every shard all the time, so each stays open; many systems allow 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise DataError(
+            f"{shards} shards need {needed} open files, but the limit is {hard}; raise it with `ulimit -Hn`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class _SplitReader:
+    """Random access to the records of one split, one reader per shard, opened when first needed."""
+
+    def __init__(self, path: Path, shards: Sequence[Shard], record_length: int, record_dtype: str):
+        self.shards = shards
+        self._path = path
+        self._record_length = record_length
+        self._dtype = np.dtype(record_dtype)
+        self._ends = list(itertools.accumulate(shard.records for shard in shards))
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="records")
+
+    def checks(self) -> list[Callable[[], None]]:
+        """One check for each shard, to be run in any order."""
+        return [functools.partial(self._check, index) for index in range(len(self.shards))]
+
+    def _check(self, index: int) -> None:
+        """Raises DataError unless the shard is what the manifest says, as far as its ends tell."""
+        shard = self.shards[index]
+        path = self._path / shard.file
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be read: {error.strerror}; prepare again or copy it anew") from None
+        if size != shard.bytes:
+            raise DataError(
+                f"shard {path} has {size:,} bytes, but the manifest says {shard.bytes:,}: it is "
+                f"{'truncated' if size < shard.bytes else 'another file'}; prepare again or copy it anew"
+            )
+        self._read_shard(index, [shard.records - 1])
+
+    def read(self, records: Sequence[int]) -> np.ndarray:
+        rows_by_shard: dict[int, list[int]] = {}
+        for row, record in enumerate(records):
+            rows_by_shard.setdefault(bisect.bisect_right(self._ends, record), []).append(row)
+        tokens_RL = np.empty((len(records), self._record_length), self._dtype)
+
+        def read_shard(item: tuple[int, list[int]]) -> None:
+            index, rows = item
+            first = self._ends[index] - self.shards[index].records
+            tokens_RL[rows] = self._read_shard(index, [int(records[row]) - first for row in rows])
+
+        for _ in self._pool.map(read_shard, rows_by_shard.items()):
+            pass
+        return tokens_RL
+
+    def _read_shard(self, index: int, positions: list[int]) -> np.ndarray:
+        path = self._path / self.shards[index].file
+        try:
+            records = self._reader(index).read(positions)
+        except (RuntimeError, IndexError) as error:
+            raise DataError(f"shard {path} cannot be read: {error}; prepare again or copy it anew") from None
+        for position, record in zip(positions, records, strict=True):
+            if len(record) != self._record_length * self._dtype.itemsize:
+                raise DataError(
+                    f"shard {path}, record {position} has {len(record)} bytes, but {self._record_length} tokens of "
+                    f"{self._dtype} take {self._record_length * self._dtype.itemsize}; prepare again or copy it anew"
+                )
+        return np.frombuffer(b"".join(records), self._dtype).reshape(len(records), self._record_length)
+
+    def _reader(self, index: int) -> array_record_module.ArrayRecordReader:
+        with self._lock:
+            if index in self._readers:
+                return self._readers[index]
+        shard = self.shards[index]
+        reader = array_record_module.ArrayRecordReader(str(self._path / shard.file), options=_READER_OPTIONS)
+        # A missing or foreign file is no error to ArrayRecord, only one of zero records.
+        if not reader.ok() or reader.num_records() != shard.records:
+            raise DataError(
+                f"shard {self._path / shard.file} holds {reader.num_records():,} readable records, but the manifest "
+                f"says {shard.records:,}; prepare again or copy it anew"
+            )
+        with self._lock:
+            return self._readers.setdefault(index, reader)
