@@ -13,12 +13,17 @@ interrupt = Interrupt()
 if __name__ == "__main__":
     interrupt.install()  # before anything imports JAX
 
+import logging  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
-from absl import app, flags, logging  # noqa: E402
+import jax  # noqa: E402
+from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
+from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 
 from data import DataError  # noqa: E402
 from trainer.config import check_config  # noqa: E402
@@ -33,10 +38,17 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. conf
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; values are given as --config.key=value")
-    logging.set_verbosity(logging.INFO)
+    logger = logging.getLogger("trainer")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logger.setLevel(logging.INFO)  # of this program alone: Orbax and JAX say a great deal
     try:
         check_config(CONFIG.value)
-        code = train(CONFIG.value, WORKDIR.value, interrupt)
+        # A restart compiles nothing anew. JAX_COMPILATION_CACHE_DIR shares the cache between runs.
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", f"{WORKDIR.value}/compilation_cache")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        with logging_redirect_tqdm():
+            code = train(CONFIG.value, WORKDIR.value, interrupt)
     except (ConfigError, ResumeError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_MISTAKE
@@ -46,6 +58,28 @@ def main(argv: Sequence[str]) -> None:
     os._exit(code)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flags; a mistake in them is one line that says what to do, and exit code 2."""
+    for argument in argv:
+        path = argument.removeprefix("--config=").partition(":")[0]
+        if path != argument and not os.path.isfile(path):
+            _exit_with(f"--config: there is no file {path}")
+    try:
+        return flags.FLAGS(argv)
+    except AttributeError as error:  # an unknown --config.key; ml_collections adds the nearest one
+        names = re.findall(r"\w+", str(error).replace("\\n", " "))
+        nearest = f"; did you mean {names[4]}?" if names[1:4] == ["Did", "you", "mean"] else ""
+        _exit_with(f"--config has no key {names[0]}{nearest}")
+    except flags.Error as error:  # of a config file's own errors only the last line says what was wrong
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        _exit_with(lines[-1].removeprefix("ValueError: "))
+
+
+def _exit_with(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_MISTAKE)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

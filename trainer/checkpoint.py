@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 from etils import epath
+from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from selective_attention import Transformer
 from trainer.errors import ResumeError
-from trainer.state import TrainState
+from trainer.state import TrainState, init_state, make_optimizer, model_config, model_graph
 
 # Fields that a resumed run may change: none of them touches the mathematics or the order of the data.
 FREE_FIELDS = ("data.path", "mesh", "checkpoint", "eval", "log_every_steps")
@@ -58,9 +60,7 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return None
-        metadata = self._checkpointer.metadata(step).custom_metadata
-        if not isinstance(metadata, dict) or "config" not in metadata:
-            raise ResumeError(f"checkpoint {step} was not written by this trainer; use another --workdir")
+        metadata = _custom_metadata(self._checkpointer, step)
         self._check_identity(step, metadata)
         return Restored(self._checkpointer.load(step, abstract_state), int(metadata["last_eval_step"]))
 
@@ -100,11 +100,37 @@ class Checkpoints:
             )
 
 
+def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:
+    """The model of a workdir's newest checkpoint, on this process's first device: (model, the run's config, step).
+
+    Raises:
+      ResumeError: there is no checkpoint, or not one of this trainer.
+    """
+    with ocp.training.Checkpointer(epath.Path(workdir) / "checkpoints") as checkpointer:
+        if checkpointer.latest is None:
+            raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
+        step = checkpointer.latest.step
+        config = ConfigDict(_custom_metadata(checkpointer, step)["config"])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        state = jax.eval_shape(lambda: init_state(config, make_optimizer(config)))
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+        params = checkpointer.load(step, state).params
+    return nnx.merge(model_graph(model_config(config)), params), config, step
+
+
+def _custom_metadata(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
+    metadata = checkpointer.metadata(step).custom_metadata
+    if not isinstance(metadata, dict) or "config" not in metadata:
+        raise ResumeError(f"checkpoint {step} was not written by this trainer; use another --workdir")
+    return metadata
+
+
 def abstract_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """ShapeDtypeStructs with concrete shardings, from a state traced by `jax.eval_shape` under the mesh."""
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+        spec = jax.P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(concrete, state)
 

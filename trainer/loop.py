@@ -1,12 +1,12 @@
 """The training loop: one function that reads from top to bottom."""
 
 import json
+import logging
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from etils import epath
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -26,6 +26,7 @@ from trainer.step import Batch, make_eval_step, make_train_step
 
 EXIT_FINISHED = 0
 RESULT_FILE = "result.json"
+logger = logging.getLogger("trainer")
 
 
 def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) -> int:
@@ -41,7 +42,6 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
     """
     interrupt = interrupt or Interrupt()
     is_main = jax.process_index() == 0
-    check_workdir(workdir)
     dataset = open_dataset(config.data.path)
     check_dataset(config, dataset)
     mesh = make_mesh(config.mesh)
@@ -50,11 +50,12 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
         dataset, context_length=config.context_length, batch_size=config.batch_size, seed=config.seed
     )
     eval_batches = EvalBatches(dataset, context_length=config.context_length, batch_size=config.batch_size)
+    check_workdir(workdir)
     checkpoints = Checkpoints(workdir, config, dataset.manifest.fingerprint)
     if is_main:
         counts = model_config(config).parameter_counts()
-        logging.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
-        logging.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+        logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
+        logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
 
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
@@ -65,8 +66,12 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
         else:
             state, last_eval_step = restored.state, restored.last_eval_step
         first_step = int(state.step)
+        if first_step == config.steps and epath.Path(workdir, RESULT_FILE).exists():
+            logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
+            checkpoints.close()
+            return EXIT_FINISHED
         if is_main:
-            logging.info("starting at step %d of %d", first_step, config.steps)
+            logger.info("starting at step %d of %d", first_step, config.steps)
 
         sharding = batch_sharding(mesh)
         pad_id = dataset.manifest.tokenizer.pad_id
@@ -92,7 +97,7 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
             checkpoints.close()
             writer.close()
             if is_main:
-                logging.info("interrupted and saved at step %d; run the same command to continue", step)
+                logger.info("interrupted and saved at step %d; run the same command to continue", step)
             return EXIT_PREEMPTED
 
         def eval_is_due(step: int) -> bool:
@@ -133,7 +138,7 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
         if is_main:
             result = {"steps": config.steps, "loss": final.loss, "perplexity": final.perplexity, "tokens": final.tokens}
             epath.Path(workdir, RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
-            logging.info("finished: validation perplexity %.3f over %d tokens", final.perplexity, final.tokens)
+            logger.info("finished: validation perplexity %.3f over %d tokens", final.perplexity, final.tokens)
     return EXIT_FINISHED
 
 
@@ -176,8 +181,8 @@ class StepLog:
             self._bar.update()
             self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if self._bar.disable and self._is_main and step % self._every_steps == 0:
-                seconds = values.get("step_seconds", float("nan"))
-                logging.info("step %d loss %.4f, %.2f s a step", step, values["loss"], seconds)
+                pace = f", {values['step_seconds']:.2f} s a step" if "step_seconds" in values else ""
+                logger.info("step %d loss %.4f%s", step, values["loss"], pace)
 
 
 def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
@@ -188,7 +193,7 @@ def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState,
     start = time.monotonic()
     step = jax.jit(make_train_step(config, make_optimizer(config), pad_id), donate_argnums=0)
     compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), stop).compile()
-    logging.info("compiled the train step in %.1f s", time.monotonic() - start)
+    logger.info("compiled the train step in %.1f s", time.monotonic() - start)
     return compiled
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from trainer.errors import ConfigError
 
+_EMULATION_HINT = "; CPUs can emulate 8: XLA_FLAGS=--xla_force_host_platform_device_count=8"
 AXES = ("data", "fsdp", "context", "tensor")
 
 
@@ -27,9 +28,10 @@ def mesh_shape(sizes: ConfigDict, num_devices: int) -> tuple[int, ...]:
         fixed = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = num_devices // fixed
     if math.prod(shape) != num_devices:
+        hint = "" if jax.default_backend() != "cpu" else _EMULATION_HINT
         raise ConfigError(
             f"mesh {asked} does not fit the {num_devices} devices; change --config.mesh.* so that the product is "
-            f"{num_devices}"
+            f"{num_devices}{hint}"
         )
     return tuple(shape)
 

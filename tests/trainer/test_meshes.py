@@ -1,14 +1,14 @@
-"""Every supported mesh computes what one device computes. XLA can get this wrong without a word: see trainer/mesh.py."""
+"""Every supported mesh computes what one device computes: see trainer/mesh.py for why that is no formality."""
 
 import math
 
 import jax
 import numpy as np
 import pytest
-from configs import base
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from configs import base
 from trainer.batches import batch_sharding
 from trainer.mesh import AXES, make_mesh
 from trainer.state import init_state, make_optimizer
