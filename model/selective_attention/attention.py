@@ -10,7 +10,7 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax import Array
 
-from . import reference
+from . import blockwise, reference
 from .selection import Selection, selection_mask
 
 __all__ = ["Selection", "selection_mask", "selective_attention"]
@@ -43,7 +43,8 @@ def selective_attention(
         selecting nothing, their outputs zero.
       selection: the paper's rule, an ablation, or `Selection.OFF` for standard attention.
       memory_tau: if given, also return the memory statistic of section 3's auxiliary loss.
-      implementation: "reference" (N x N arrays; the definition), or None for the best one of the platform.
+      implementation: "xla" (in blocks, memory linear in N), "reference" (the definition, arrays of N x N), or None for
+        the best one of the platform.
 
     Returns:
       out [B, N, H, D] in q's dtype; with `memory_tau` the pair (out, forgotten), forgotten float32 [B, N]:
@@ -83,9 +84,11 @@ def implementation_module(name: str | None) -> ModuleType:
     Raises:
       ValueError: an unknown name.
     """
-    if name in (None, "reference"):
+    if name == "reference":
         return reference
-    raise ValueError(f"implementation={name!r} is unknown; choose 'reference' or None")
+    if name in (None, "xla"):
+        return blockwise
+    raise ValueError(f"implementation={name!r} is unknown; choose 'reference', 'xla' or None")
 
 
 def check_arguments(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .selection import Selection, select, visible
+from .selection import Keys, Queries, Selection, select, visible
 
 # Finite, so that a row with nothing to see stays free of NaN; exp(BIG_NEGATIVE - max) is exactly 0.
 BIG_NEGATIVE = -1e30
@@ -47,13 +47,13 @@ def attend(
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    position_N, kv_position_M = offset + jnp.arange(length), jnp.arange(k.shape[1])
+    queries, keys = Queries.at(offset, length, q_segment_ids), Keys.of(k.shape[1], kv_segment_ids, evict_at)
     if selection is Selection.OFF:
         f_BNM = jnp.zeros((batch, length, k.shape[1]), dtype)
     else:
-        s_BNM = select(q_sel, k_sel, offset, q_segment_ids, kv_segment_ids, scale, selection)
+        s_BNM = select(q_sel, k_sel, queries, keys, scale, selection)
         f_BNM = f_start[:, None, :] + jnp.cumsum(s_BNM, axis=1) - s_BNM  # exclusive: query i does not act on itself
-    visible_BNM = visible(position_N, kv_position_M, q_segment_ids, kv_segment_ids, evict_at)
+    visible_BNM = visible(queries, keys)
 
     q_BNKGD = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     logits_BKGNM = scale * jnp.einsum("bnkgd,bmkd->bkgnm", q_BNKGD, k, preferred_element_type=dtype)
@@ -77,4 +77,5 @@ def column_sums(
     selection: Selection,
 ) -> Array:
     """What a block of queries adds to F for all later queries: the sum of S over its queries, float32 [B, M]."""
-    return select(q_sel, k_sel, offset, q_segment_ids, kv_segment_ids, scale, selection).sum(axis=1)
+    queries, keys = Queries.at(offset, q_sel.shape[1], q_segment_ids), Keys.of(k_sel.shape[1], kv_segment_ids)
+    return select(q_sel, k_sel, queries, keys, scale, selection).sum(axis=1)

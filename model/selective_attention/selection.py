@@ -6,6 +6,7 @@ Shape letters: B batch, N queries, M keys, D head width.
 """
 
 import enum
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,75 +49,65 @@ def selection_mask(
     length = q.shape[1]
     if selection is Selection.OFF:
         return jnp.zeros((q.shape[0], length, length), jnp.promote_types(q.dtype, jnp.float32))
-    s_BNM = select(q, k, 0, segment_ids, segment_ids, scale, selection)
+    queries, keys = Queries.at(0, length, segment_ids), Keys.of(length, segment_ids)
+    s_BNM = select(q, k, queries, keys, scale, selection)
     f_BNM = jnp.cumsum(s_BNM, axis=1) - s_BNM  # over queries (axis 1), exclusive: query i does not act on itself
     return jnp.where(jnp.tri(length, dtype=bool), f_BNM, 0)
 
 
-def select(
-    q: Array,
-    k: Array,
-    offset: Array | int,
-    q_segment_ids: Array | None,
-    kv_segment_ids: Array | None,
-    scale: float,
-    selection: Selection,
-) -> Array:
-    """S of section 3, [B, N, M] float32: how much the query at `offset + n` masks each key for later queries."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    logits_BNM = scale * jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=dtype)
-    position_N, kv_position_M = offset + jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-    first_BM = first_of_segment(kv_segment_ids, k.shape[1])
-    allowed_BNM = selectable(position_N, kv_position_M, q_segment_ids, kv_segment_ids, first_BM, selection)
-    return jnp.where(allowed_BNM, rectify(logits_BNM, selection), 0)
+class Queries(NamedTuple):
+    """What decides, apart from the logits, what a block of queries sees and selects."""
+
+    position: Array  # int32 [N]
+    segment: Array | None  # int32 [B, N]
+
+    @classmethod
+    def at(cls, offset: Array | int, length: int, segment_ids: Array | None) -> "Queries":
+        return cls(offset + jnp.arange(length, dtype=jnp.int32), segment_ids)
 
 
-def rectify(logits: Array, selection: Selection) -> Array:
-    """How much a logit selects: never less than nothing, so that attention is only ever reduced (but for LEAKY)."""
-    return jax.nn.leaky_relu(logits, 0.01) if selection is Selection.LEAKY else jax.nn.relu(logits)
+class Keys(NamedTuple):
+    """The same of a block of keys."""
+
+    position: Array  # int32 [M]
+    first: Array  # bool [B or 1, M]: protected like <BOS>, i.e. the first token of every segment
+    segment: Array | None  # int32 [B, M]
+    evict_at: Array | None  # int32 [B, M]
+
+    @classmethod
+    def of(cls, length: int, segment_ids: Array | None, evict_at: Array | None = None) -> "Keys":
+        """Of the whole sequence."""
+        position_M = jnp.arange(length, dtype=jnp.int32)
+        first_BM = position_M[None] == 0
+        if segment_ids is not None:
+            first_BM |= segment_ids != jnp.roll(segment_ids, 1, axis=1)
+        return cls(position_M, first_BM, segment_ids, evict_at)
 
 
-def selectable(
-    q_position_N: Array,
-    kv_position_M: Array,
-    q_segment_BN: Array | None,
-    kv_segment_BM: Array | None,
-    first_BM: Array,
-    selection: Selection,
-) -> Array:
-    """Bool [B or 1, N, M]: the pairs (query, key) whose S may differ from zero. `first_BM` as by `first_of_segment`."""
-    query_N1, key_M = q_position_N[:, None], kv_position_M[None, :]
+def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, scale: float, selection: Selection) -> Array:
+    """S of section 3, [B, N, M] float32: how much each query masks each key for later queries."""
+    dtype = jnp.promote_types(q_BND.dtype, jnp.float32)
+    logits_BNM = scale * jnp.einsum("bnd,bmd->bnm", q_BND, k_BMD, preferred_element_type=dtype)
+    # Never negative, so that attention is only ever reduced (but for the ablation).
+    s_BNM = jax.nn.leaky_relu(logits_BNM, 0.01) if selection is Selection.LEAKY else jax.nn.relu(logits_BNM)
+    query_N1, key_M = queries.position[:, None], keys.position
     allowed_NM = query_N1 >= key_M if selection is Selection.UNPROTECTED_SELF else query_N1 > key_M
-    allowed_BNM = allowed_NM[None] & _same_segment(q_segment_BN, kv_segment_BM)
+    allowed_BNM = allowed_NM & _same_segment(queries, keys)
     if selection is not Selection.UNPROTECTED_BOS:
-        allowed_BNM &= ~first_BM[:, None, :]
-    return allowed_BNM
+        allowed_BNM &= ~keys.first[:, None, :]
+    return jnp.where(allowed_BNM, s_BNM, 0)
 
 
-def visible(
-    q_position_N: Array,
-    kv_position_M: Array,
-    q_segment_BN: Array | None,
-    kv_segment_BM: Array | None,
-    evict_at_BM: Array | None,
-) -> Array:
-    """Bool [B or 1, N, M]: the pairs (query, key) where attention looks at all; F comes on top."""
-    seen_BNM = (q_position_N[:, None] >= kv_position_M[None, :])[None] & _same_segment(q_segment_BN, kv_segment_BM)
-    if evict_at_BM is not None:
-        seen_BNM &= q_position_N[None, :, None] < evict_at_BM[:, None, :]
+def visible(queries: Queries, keys: Keys) -> Array:
+    """Bool [B or 1, N, M]: where attention looks at all; F comes on top."""
+    seen_BNM = (queries.position[:, None] >= keys.position) & _same_segment(queries, keys)
+    if keys.evict_at is not None:
+        seen_BNM &= queries.position[:, None] < keys.evict_at[:, None, :]
     return seen_BNM
 
 
-def first_of_segment(segment_BM: Array | None, length: int) -> Array:
-    """Bool [B, M] (B = 1 without segment ids): tokens protected like <BOS>, the first one of every segment."""
-    start_BM = jnp.arange(length)[None] == 0
-    if segment_BM is None:
-        return start_BM
-    return start_BM | (segment_BM != jnp.roll(segment_BM, 1, axis=1))
-
-
-def _same_segment(q_segment_BN: Array | None, kv_segment_BM: Array | None) -> Array | bool:
-    if q_segment_BN is None or kv_segment_BM is None:
-        return True
-    same_BNM = q_segment_BN[:, :, None] == kv_segment_BM[:, None, :]
-    return same_BNM & (kv_segment_BM >= 0)[:, None, :]
+def _same_segment(queries: Queries, keys: Keys) -> Array:
+    if queries.segment is None or keys.segment is None:
+        return jnp.ones((1, 1, 1), bool)
+    same_BNM = queries.segment[:, :, None] == keys.segment[:, None, :]
+    return same_BNM & (keys.segment >= 0)[:, None, :]
