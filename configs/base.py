@@ -64,4 +64,4 @@ def get_config() -> ConfigDict:
     c.eval.batches = 50  # validation batches of an evaluation on the way
 
     c.log_every_steps = 50  # steps between lines on the terminal; TensorBoard gets every step
-    return c
+    return c.lock()

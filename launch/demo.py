@@ -33,9 +33,7 @@ def main() -> None:
     workdir, report_page = options.workdir, options.report / "index.html"
     results = {variant: workdir / variant / "result.json" for variant in VARIANTS}
     if report_page.exists() and all(path.exists() for path in results.values()):
-        print(
-            f"The work is done: {report_page} and {workdir} are there. To do it again: rm -r {workdir} {options.report}"
-        )
+        print(f"The work is done: see {report_page}. To do it again: rm -r {workdir} {options.report}")
         return
     start = time.monotonic()
     dataset = prepare_dataset(workdir)

@@ -10,31 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from configs import demo
 from data import prepare
 
-WORDS = [
-    "the",
-    "mask",
-    "of",
-    "a",
-    "token",
-    "grows",
-    "with",
-    "every",
-    "later",
-    "query",
-    "that",
-    "finds",
-    "it",
-    "stale",
-    "so",
-    "old",
-    "words",
-    "fade",
-    "from",
-    "view",
-]
+SENTENCE = "the mask of a token grows with every later query that finds it stale so old words fade from view"
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +26,7 @@ def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, documents in (("train", 1500), ("validation", 60)):
         with gzip.open(folder / f"c4-{name}.json.gz", "wt") as stream:
             for _ in range(documents):
-                text = " ".join(generator.choices(WORDS, k=generator.randrange(5, 60)))
+                text = " ".join(generator.choices(SENTENCE.split(), k=generator.randrange(5, 60)))
                 stream.write(json.dumps({"text": text, "timestamp": "", "url": ""}) + "\n")
     options = {"source": "c4", "output": folder / "prepared", "vocab-size": 300, "record-length": 64, "workers": 1}
     arguments = [f"--{name}={value}" for name, value in options.items()]
@@ -53,7 +34,7 @@ def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "prepared"
 
 
-TINY = {
+TINY: dict[str, object] = {
     "context_length": 32,
     "batch_size": 16,
     "steps": 30,
@@ -64,6 +45,16 @@ TINY = {
     "eval.every_steps": 10,
     "log_every_steps": 1,
 }
+
+
+@pytest.fixture
+def tiny_config(dataset_path: Path) -> ConfigDict:
+    """configs/demo.py at the sizes of TINY."""
+    config = demo.get_config()
+    config.update_from_flattened_dict(TINY | {"data.path": str(dataset_path)})
+    return config
+
+
 Start = Callable[..., subprocess.Popen]
 
 

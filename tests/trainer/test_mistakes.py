@@ -1,0 +1,125 @@
+"""Each mistake is one clear error before any training step, and nothing is overwritten."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import DataError
+from trainer.config import check_config
+from trainer.errors import ConfigError, ResumeError
+from trainer.loop import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 12, "batch_size=12 cannot be divided.*multiple of 8"),
+        ("accumulation", 4, "accumulation=4 = 32 parts"),
+        ("context_length", 48, "context_length=48 does not divide.*64"),
+        ("model.vocab_size", 512, "300 token ids.*vocab_size=300"),
+        ("mesh.data", 3, "data=3.*does not fit the 8 devices"),
+        ("mesh.tensor", -1, "data=4, fsdp=2, context=1, tensor=-1"),
+        ("data.path", "nowhere", "no dataset in nowhere"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value, message):
+    if field == "mesh.tensor":
+        tiny_config.mesh.context = 1
+        value, message = 2, "does not fit the 8 devices"
+    tiny_config.update_from_flattened_dict({field: value})
+    with pytest.raises((ConfigError, DataError), match=f"(?s){message}"):
+        train(tiny_config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps must be positive"),
+        ("model.remat", "some", "remat must be one of none, dots, block"),
+        ("model.selection", "best", "'best' is not a valid Selection"),
+        ("model.num_kv_heads", 2, "num_kv_heads=2 must divide num_heads=1"),
+    ],
+)
+def test_impossible_value_is_refused(tiny_config, field, value, message):
+    tiny_config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=message):
+        check_config(tiny_config)
+
+
+def _damaged(dataset_path: Path, folder: Path, damage: str) -> Path:
+    copy = folder / "data"
+    shutil.copytree(dataset_path, copy)
+    shard = next(copy.glob("train-*.arrayrecord"))
+    manifest = copy / "manifest.json"
+    if damage == "missing shard":
+        shard.unlink()
+    elif damage == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    elif damage == "manifest of other records":
+        content = json.loads(manifest.read_text())
+        content["splits"]["train"]["shards"][0]["records"] += 1
+        manifest.write_text(json.dumps(content))
+    elif damage == "vocabulary over the record type":
+        content = json.loads(manifest.read_text())
+        content["vocab_size"] = 70_000
+        manifest.write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing shard", "truncated shard", "manifest of other records", "vocabulary over the record type"]
+)
+def test_damaged_dataset_is_refused(tiny_config, dataset_path, tmp_path, damage):
+    tiny_config.data.path = str(_damaged(dataset_path, tmp_path, damage))
+    with pytest.raises(DataError):
+        train(tiny_config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_that_cannot_be_made_is_refused(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResumeError, match="cannot be written to"):
+        train(tiny_config, str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/demo.py"], "--workdir"),
+        (["--config=configs/none.py", "--workdir=x"], "there is no file configs/none.py"),
+        (["--config=configs/c4.py:d13", "--workdir=x"], "'d13' is not a size; choose one of d8"),
+        (["--config=configs/demo.py", "--workdir=x", "--config.optimizer.pek_lr=1"], "did you mean peak_lr?"),
+        (["--config=configs/demo.py", "--workdir=x", "--config.steps=many"], "--config.steps=many"),
+        (["--config=configs/demo.py", "--workdir=x", "--wrokdir=y"], "wrokdir"),
+    ],
+)
+def test_mistake_in_the_command_is_one_line_and_exit_code_2(flags, message):
+    command = [sys.executable, "-m", "trainer", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, dataset_path, tmp_path):
+    tiny_config.steps = 2
+    workdir = str(tmp_path / "run")
+    assert train(tiny_config, workdir) == 0
+    tiny_config.optimizer.peak_lr = 0.1
+    with pytest.raises(ResumeError, match="optimizer.peak_lr: 0.005 -> 0.1"):
+        train(tiny_config, workdir)
+    tiny_config.optimizer.peak_lr = 0.005
+    other = tmp_path / "other"
+    shutil.copytree(dataset_path, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    tiny_config.data.path = str(other)
+    tiny_config.log_every_steps = 7  # free to change
+    assert train(tiny_config, workdir) == 0  # the same data elsewhere is the same data
+    assert manifest["fingerprint"]
