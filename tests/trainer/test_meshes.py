@@ -1,6 +1,8 @@
 """Every supported mesh computes what one device computes: see trainer/mesh.py for why that is no formality."""
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -62,70 +64,62 @@ def stop_array(mesh, flags=0):
     return jax.device_put(np.full(mesh.size, flags, np.int32), NamedSharding(mesh, jax.P(AXES)))
 
 
-def run(config: ConfigDict, mesh, steps: int):
-    """Losses of `steps` steps, and the first step's gradient (Adam's first moment is a tenth of it, unclipped)."""
+class Run(NamedTuple):
+    losses: list[float]
+    gradient: dict[str, np.ndarray]  # of the first step
+    share: dict[str, float]  # of each matrix's bytes on its fullest device
+
+
+@functools.cache
+def run(shape: tuple[int, ...], steps: int = STEPS, accumulation: int = 1) -> Run:
+    config = small_config(**{"optimizer.clip_norm": 0.0, "accumulation": accumulation})
+    mesh = on_mesh(config, shape)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         state = jax.jit(lambda: init_state(config, optimizer))()
         step = jax.jit(make_train_step(config, optimizer, pad_id=0))
-        losses, gradient = [], None
+        share = {
+            jax.tree_util.keystr(path): max(s.data.nbytes for s in x.addressable_shards) / x.nbytes
+            for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+            if "norm" not in jax.tree_util.keystr(path)
+        }
+        losses, gradient = [], {}
         for batch in batches(config, mesh, steps):
             state, metrics = step(state, batch, stop_array(mesh))
             losses.append(float(metrics["loss"]))
-            if gradient is None:
+            if not gradient:  # Adam's first moment is a tenth of it
                 (adam,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s)]
                 gradient = {
                     jax.tree_util.keystr(path): np.asarray(leaf, np.float64) / (1 - config.optimizer.b1)
                     for path, leaf in jax.tree_util.tree_leaves_with_path(adam.mu)
                 }
-    return losses, gradient
+    return Run(losses, gradient, share)
 
 
 def _is_adam(node) -> bool:
     return hasattr(node, "mu")
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    config = small_config(**{"optimizer.clip_norm": 0.0})
-    return run(config, on_mesh(config, (1, 1, 1, 1)), STEPS)
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_gradients_and_losses_equal_one_device(name, one_device):
-    config = small_config(**{"optimizer.clip_norm": 0.0})
-    losses, gradient = run(config, on_mesh(config, MESHES[name]), STEPS)
-    expected_losses, expected = one_device
+def assert_same_gradient(gradient: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert gradient.keys() == expected.keys()
     for parameter, value in expected.items():
         error = np.linalg.norm(gradient[parameter] - value) / np.linalg.norm(value)
         assert error < 5e-5, f"gradient of {parameter}: relative error {error:.1e}"
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_every_matrix_takes_its_share_of_each_device(name):
-    config = small_config()
-    mesh = on_mesh(config, MESHES[name])
-    with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
-    both = mesh.shape["fsdp"] * mesh.shape["tensor"]  # every matrix has one dimension on each of these axes
-    matrices = {
-        jax.tree_util.keystr(p): x
-        for p, x in jax.tree_util.tree_leaves_with_path(state.params)
-        if "norm" not in jax.tree_util.keystr(p)
-    }
-    assert len(matrices) == 8
-    for parameter, x in matrices.items():
-        for shard in x.addressable_shards:
-            assert shard.data.nbytes * both == x.nbytes, parameter
+def test_mesh_computes_what_one_device_does_and_shards_every_matrix(name):
+    shape = MESHES[name]
+    one_device, on_this_mesh = run((1, 1, 1, 1)), run(shape)
+    assert_same_gradient(on_this_mesh.gradient, one_device.gradient)
+    np.testing.assert_allclose(on_this_mesh.losses, one_device.losses, rtol=1e-4)
+    # Every matrix has one dimension on fsdp and one on tensor.
+    assert on_this_mesh.share == dict.fromkeys(on_this_mesh.share, 1 / (shape[1] * shape[3]))
+    assert len(on_this_mesh.share) == 8
 
 
-def test_accumulated_parts_give_the_gradient_of_the_whole_batch(one_device):
-    config = small_config(**{"optimizer.clip_norm": 0.0, "accumulation": 4})
-    _, gradient = run(config, on_mesh(config, (2, 2, 1, 1)), 1)
-    for parameter, value in one_device[1].items():
-        assert np.linalg.norm(gradient[parameter] - value) < 5e-5 * np.linalg.norm(value), parameter
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    assert_same_gradient(run((2, 2, 1, 1), steps=1, accumulation=4).gradient, run((1, 1, 1, 1)).gradient)
 
 
 def test_one_host_told_to_stop_stops_all():
