@@ -226,7 +226,9 @@ def build(output: Path) -> dict[str, int]:
     names.append("c4-validation.00000-of-00001.json.gz")
     lines: list[list[str]] = [[] for _ in names]
     sizes = {"train": 0, "validation": 0}
-    for number, (url, text) in enumerate(corpus_documents()):
+    # In the order of a hash, so that the start of a file is a fair sample of the whole.
+    documents = sorted(corpus_documents(), key=lambda document: hashlib.blake2b(document[1].encode()).digest())
+    for number, (url, text) in enumerate(documents):
         validation = in_validation(text, VALIDATION_FRACTION)
         sizes["validation" if validation else "train"] += len(text.encode())
         # Documentation has no crawl date.
