@@ -160,12 +160,13 @@ class _SplitReader:
             rows_by_shard.setdefault(bisect.bisect_right(self._ends, record), []).append(row)
         tokens_RL = np.empty((len(records), self._record_length), self._dtype)
 
-        def read_shard(item: tuple[int, list[int]]) -> None:
-            index, rows = item
-            first = self._ends[index] - self.shards[index].records
-            tokens_RL[rows] = self._read_shard(index, [int(records[row]) - first for row in rows])
+        def read_shards(items: list[tuple[int, list[int]]]) -> None:
+            for index, rows in items:
+                first = self._ends[index] - self.shards[index].records
+                tokens_RL[rows] = self._read_shard(index, [int(records[row]) - first for row in rows])
 
-        for _ in self._pool.map(read_shard, rows_by_shard.items()):
+        items = list(rows_by_shard.items())
+        for _ in self._pool.map(read_shards, [items[thread::_THREADS] for thread in range(min(_THREADS, len(items)))]):
             pass
         return tokens_RL
 

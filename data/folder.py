@@ -1,5 +1,6 @@
 """A folder, on the local disk or any fsspec filesystem (`gs://...`), where a file appears only when it is complete."""
 
+import fcntl
 import os
 import tempfile
 import uuid
@@ -7,39 +8,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from data.manifest import DataError
+from data.sources import filesystem
 
 
 class Folder:
-    """`url` is a local path or an fsspec URL; names are relative to it. Picklable by its `url`."""
+    """`url` is a local path or an fsspec URL; names are relative to it. Equal, and pickled, by its `url`."""
 
     def __init__(self, url: str):
-        self.url = url
-        self._fs, self._root = fsspec.core.url_to_fs(url)
-        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self._fs, self._root = filesystem(url)
+        self._root = self._root.rstrip("/")
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self.url = self._root if self._is_local else url.rstrip("/")
 
     def __reduce__(self) -> tuple:
         return Folder, (self.url,)
 
-    def path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url}/{name}")
 
     def exists(self, name: str) -> bool:
-        return self._fs.exists(self.path(name))
-
-    def size(self, name: str) -> int:
-        """In bytes."""
-        return self._fs.size(self.path(name))
+        return self._fs.exists(self._path(name))
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of a file in [start, end)."""
-        return self._fs.cat_file(self.path(name), start, end)
-
-    def remove(self, name: str) -> None:
-        """Removes a file, or a folder and what is in it; nothing happens if there is none."""
-        if self.exists(name):
-            self._fs.rm(self.path(name), recursive=True)
+        return self._fs.cat_file(self._path(name), start, end)
 
     def write(self, name: str, content: bytes) -> None:
         with self.writing(name) as path:
@@ -51,13 +52,13 @@ class Folder:
 
         The path is unique, so that a writer that was taken for dead does no harm.
         """
-        target = Path(self.path(name))
-        if not self.is_local:
+        if not self._is_local:
             with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch) / target.name
+                path = Path(scratch) / "file"
                 yield path
-                self._fs.put_file(str(path), self.path(name))
+                self._fs.put_file(str(path), self._path(name))
             return
+        target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
         try:
@@ -68,6 +69,35 @@ class Folder:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+    def remove(self) -> None:
+        """Removes the folder and what is in it, if there is one."""
+        if self._fs.exists(self._root):
+            self._fs.rm(self._root, recursive=True)
+
+    def remove_partial(self) -> None:
+        """Removes what killed writers left in a local folder; elsewhere they leave nothing in it."""
+        if self._is_local:
+            for partial in Path(self._root).glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Raises DataError while another process holds the lock of a local folder; elsewhere there is none to hold."""
+        if not self._is_local:
+            yield
+            return
+        path = Path(self._path("lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another process is at work in {self.url}") from None
+            yield
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
 
 
 def _sync(path: Path) -> None:

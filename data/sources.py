@@ -6,9 +6,10 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 
@@ -18,16 +19,19 @@ SOURCES = {
     "c4": "JSON lines with a `text` field, as allenai/c4 has them",
     "jsonl": "JSON lines with a `text` field",
     "wikitext": "WikiText: a document is an article, from one `= Heading =` to the next",
-    "lm1b": "one sentence a line, each a document: lm1b's sentences are shuffled, so none goes on in the next",
+    "lm1b": "one sentence a line, each a document: lm1b is shuffled, so no sentence goes on in the next",
     "text": "each file is one document",
 }
 MAX_DOCUMENT_BYTES = 32 << 20
+_TOO_LONG = f"over {MAX_DOCUMENT_BYTES >> 20} MiB"
 _HEADING = re.compile(r"\s*= (?!= ).*[^= ] =\s*")
+# A filesystem's extra, by the protocol of its URLs.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hub"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """`line` is the number of its first line in the file, from 1."""
+    """`line` is the number of its first line (parquet: row) in the file, from 1."""
 
     line: int
     text: str
@@ -41,106 +45,160 @@ class BadDocument:
     reason: str
 
 
+Rows = Iterator[Document | BadDocument]
+
+
 def in_validation(text: str, fraction: float) -> bool:
     """The split of a document by a hash of its text, so that equal texts are always on the same side."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < fraction * 2**64
 
 
-def read_documents(url: str, source: str) -> Iterator[Document | BadDocument]:
-    """The documents of one file: a local path or an fsspec URL; gzip, zstandard or plain by its name.
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a path or URL, and the path in it. Raises DataError, with what to install, if there is none."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        extra = _EXTRAS.get(url.split("://")[0])
+        hint = f"; install the extra: pip install '.[{extra}]'" if extra else ""
+        raise DataError(f"cannot open {url}: {error}{hint}") from None
 
-    Raises DataError, with file and line, for a file that cannot be read to its end.
+
+def read_documents(url: str, source: str, progress: Callable[[int], object] = lambda offset: None) -> Rows:
+    """The documents of one file: a local path or an fsspec URL; gzip, zstandard, parquet or plain by its name.
+
+    `progress` is told, before each document, how many bytes of the file were read. Raises DataError, with file and
+    line, for a file that cannot be read to its end.
     """
     line = 0
+    opened, path = filesystem(url)
     try:
-        with fsspec.open(url, "rb") as raw, _decompressed(url, raw) as stream:
-            for document in _READERS[source](stream):
+        with opened.open(path, "rb") as raw, _decompressed(url, raw) as stream:
+            for document in _READERS[source](stream, url.endswith(".parquet")):
                 line = document.line
+                progress(raw.tell())
                 yield document
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{url}: reading stopped after line {line}: {error or type(error).__name__}") from error
+        raise DataError(f"{url}:{line + 1}: reading stopped here: {error or type(error).__name__}") from error
 
 
-def _decompressed(url: str, raw: BinaryIO) -> BinaryIO:
+@contextmanager
+def _decompressed(url: str, raw: BinaryIO) -> Iterator[BinaryIO]:
     if url.endswith((".gz", ".gzip")):
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), 1 << 20))
-    return raw
+        with gzip.GzipFile(fileobj=raw) as stream:
+            yield cast(BinaryIO, io.BufferedReader(cast(Any, stream), 1 << 20))
+    elif url.endswith((".zst", ".zstd")):
+        with _extra("zstandard", "zstd").ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+            try:
+                yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+            except _extra("zstandard", "zstd").ZstdError as error:
+                raise OSError(error) from None
+    else:
+        yield raw
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(number, line without its end); None instead of a line over the limit, which is passed over in small pieces."""
+def _extra(module: str, extra: str) -> Any:
+    try:
+        return __import__(module, fromlist=["*"])
+    except ImportError:
+        raise DataError(f"{module.split('.')[0]} is not installed: pip install '.[{extra}]'") from None
+
+
+def _lines(stream: BinaryIO) -> Rows:
+    """Each line without its end. One over the limit is bad, and passed over in small pieces."""
     number = 0
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
-        if len(line) <= MAX_DOCUMENT_BYTES:
-            yield number, line.removesuffix(b"\n")
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(1 << 20)
-        yield number, None
-
-
-_TOO_LONG = f"over {MAX_DOCUMENT_BYTES >> 20} MiB"
-
-
-def _json_lines(stream: BinaryIO) -> Iterator[Document | BadDocument]:
-    for number, line in _lines(stream):
-        if line is None:
-            yield BadDocument(number, _TOO_LONG)
-        elif line.strip():
-            yield _json_document(number, line)
-
-
-def _json_document(number: int, line: bytes) -> Document | BadDocument:
-    try:
-        content = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return BadDocument(number, "invalid UTF-8")
-    except (ValueError, RecursionError):
-        return BadDocument(number, "not JSON")
-    text = content.get("text") if isinstance(content, dict) else None
-    if not isinstance(text, str):
-        return BadDocument(number, "no `text`")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return BadDocument(number, "half of a surrogate pair")
-    return Document(number, text)
-
-
-def _decoded_lines(stream: BinaryIO) -> Iterator[Document | BadDocument]:
-    for number, line in _lines(stream):
-        if line is None:
+        if len(line) > MAX_DOCUMENT_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(1 << 20)
             yield BadDocument(number, _TOO_LONG)
             continue
         try:
-            yield Document(number, line.decode())
+            yield Document(number, line.removesuffix(b"\n").decode())
         except UnicodeDecodeError:
             yield BadDocument(number, "invalid UTF-8")
 
 
-def _articles(lines: Iterable[Document | BadDocument]) -> Iterator[Document | BadDocument]:
-    """WikiText: a heading of the first level stands alone between blank lines."""
+def _parquet_rows(stream: BinaryIO) -> Rows:
+    """The `text` column, a batch of rows at a time; pyarrow itself holds one row group of it."""
+    parquet = _extra("pyarrow.parquet", "parquet")
+    try:
+        table = parquet.ParquetFile(stream)
+        if "text" not in table.schema_arrow.names:
+            raise OSError(f"no column `text`, only {', '.join(table.schema_arrow.names)}")
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                if not isinstance(text, str):
+                    yield BadDocument(number, "no `text`")
+                elif len(text) > MAX_DOCUMENT_BYTES:
+                    yield BadDocument(number, _TOO_LONG)
+                else:
+                    yield Document(number, text)
+    except _extra("pyarrow", "parquet").ArrowException as error:
+        raise OSError(error) from None
+
+
+def _json_lines(stream: BinaryIO, parquet: bool) -> Rows:
+    if parquet:
+        yield from _parquet_rows(stream)
+        return
+    for row in _lines(stream):
+        if isinstance(row, BadDocument):
+            yield row
+        elif row.text.strip():
+            yield _json_document(row.line, row.text)
+
+
+def _json_document(line: int, content: str) -> Document | BadDocument:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return BadDocument(line, "not JSON")
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        return BadDocument(line, "no `text`")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return BadDocument(line, "half of a surrogate pair")
+    return Document(line, text)
+
+
+def _sentences(stream: BinaryIO, parquet: bool) -> Rows:
+    for row in _parquet_rows(stream) if parquet else _lines(stream):
+        if isinstance(row, BadDocument) or row.text:
+            yield row
+
+
+def _articles(stream: BinaryIO, parquet: bool) -> Rows:
+    """WikiText: a heading of the first level stands after a blank line. An article keeps all of its lines."""
     article: list[str] = []
     start, size, after_blank = 1, 0, True
-    for line in lines:
-        if isinstance(line, BadDocument):
-            yield line
+    for row in _parquet_rows(stream) if parquet else _lines(stream):
+        if isinstance(row, BadDocument):
+            yield row
             continue
-        if after_blank and _HEADING.fullmatch(line.text) and any(text.strip() for text in article):
-            yield Document(start, "\n".join(article) + "\n")
-            article, start, size = [], line.line, 0
-        article.append(line.text)
-        size += len(line.text)
-        after_blank = not line.text.strip()
-        if size > MAX_DOCUMENT_BYTES:
-            yield BadDocument(start, _TOO_LONG)
-            article, start, size = [], line.line + 1, 0
+        line = row.text.removesuffix("\n")  # Rows of parquet have it, lines do not.
+        if after_blank and _HEADING.fullmatch(line) and any(text.strip() for text in article):
+            yield _article(start, article, size)
+            article, start, size = [], row.line, 0
+        size += len(line) + 1
+        if size <= MAX_DOCUMENT_BYTES:
+            article.append(line)
+        after_blank = not line.strip()
     if article:
-        yield Document(start, "\n".join(article) + "\n")
+        yield _article(start, article, size)
 
 
-def _whole_file(stream: BinaryIO) -> Iterator[Document | BadDocument]:
+def _article(start: int, lines: Iterable[str], size: int) -> Document | BadDocument:
+    return BadDocument(start, _TOO_LONG) if size > MAX_DOCUMENT_BYTES else Document(start, "\n".join(lines) + "\n")
+
+
+def _whole_file(stream: BinaryIO, parquet: bool) -> Rows:
+    if parquet:
+        raise DataError("parquet files hold rows, not one document: use --source jsonl")
     content = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         yield BadDocument(1, f"{_TOO_LONG}: split the file, or use --source lm1b if each line is a document")
@@ -151,10 +209,4 @@ def _whole_file(stream: BinaryIO) -> Iterator[Document | BadDocument]:
         yield BadDocument(1, "invalid UTF-8")
 
 
-_READERS = {
-    "c4": _json_lines,
-    "jsonl": _json_lines,
-    "wikitext": lambda stream: _articles(_decoded_lines(stream)),
-    "lm1b": _decoded_lines,
-    "text": _whole_file,
-}
+_READERS = {"c4": _json_lines, "jsonl": _json_lines, "wikitext": _articles, "lm1b": _sentences, "text": _whole_file}

@@ -61,9 +61,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS or EOS."""
-        if len(text) <= MAX_CHUNK:
-            return self._processor.encode(text)
-        return [token for chunk in _chunks(text) for token in self._processor.encode(chunk)]
+        return [token for ids in self.encode_chunks(text) for token in ids]
+
+    def encode_chunks(self, text: str) -> Iterator[list[int]]:
+        """What `encode` gives, a part of a long text at a time."""
+        return (self._processor.encode(chunk) for chunk in _chunks(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; pad, BOS and EOS have none."""
