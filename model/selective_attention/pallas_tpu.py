@@ -1,0 +1,237 @@
+"""Selective attention as fused TPU kernels: `implementation="pallas"`.
+
+Nothing of size N x M reaches HBM in either direction. The forward pass keeps, besides its output, one log-sum per query
+and head and F at the start of every block of queries ([B, N / block, M]); the backward pass recomputes the tiles.
+The kernels are in `pallas_tpu_forward.py` and `pallas_tpu_backward.py`; here are the `custom_vjp` around them, the
+layouts that they read, and the block sizes. On other platforms than TPU the same kernels run interpreted, slowly.
+
+Shape letters: B batch, N queries, M keys, H query heads, K key/value heads, D head width, S selecting width,
+T tiles of L = 128 lanes.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .blockwise import column_sums
+from .pallas_tpu_backward import backward
+from .pallas_tpu_forward import forward
+from .pallas_tpu_tile import LANES, LOG2_E, Plan
+from .selection import Keys, Selection
+
+__all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
+
+# Logits (in base 2) of at most this size need no running maximum: sums of exp2 stay inside float32.
+LOGIT_BOUND = 60.0
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_sel: Array,
+    k_sel: Array,
+    f_start: Array,
+    *,
+    offset: Array | int,
+    evict_at: Array | None,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    scale: float,
+    selection: Selection,
+    tau: float | None,
+) -> tuple[Array, Array | None]:
+    """Selective attention of a block of queries; arguments and results as in `reference.attend`.
+
+    Raises:
+      ValueError: heads wider than 128.
+    """
+    for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q_sel)):
+        if array.shape[-1] > LANES:
+            raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
+    plan = _plan(q, k, v, q_sel, q_segment_ids is not None, evict_at is not None, scale, selection, tau)
+    integers = {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}
+    if q_segment_ids is not None and kv_segment_ids is not None:
+        integers |= _segment_rows(plan, q_segment_ids, kv_segment_ids)
+    if evict_at is not None:
+        integers["evict_at"] = _pad(evict_at, plan.block_k, 1)[:, None]
+    out, forgotten = _attend(plan, integers, q, k, v, q_sel, k_sel, f_start.astype(jnp.float32))
+    return out, None if tau is None else forgotten
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
+    return _attend_forward(plan, integers, q, k, v, q_sel, k_sel, f_start)[0]
+
+
+def _attend_forward(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
+    num_queries = q.shape[1]
+    factor = plan.scale * LOG2_E
+    q_scaled = (q.astype(jnp.float32) * factor).astype(q.dtype)
+    operands = {
+        "q": _columns(_heads(q_scaled, plan.num_heads, plan.head_dim, plan.block_q)),
+        "k": _rows(_heads(k, plan.num_kv_heads, plan.head_dim, plan.block_k)),
+        "v": _columns(_heads(v, plan.num_kv_heads, plan.value_dim, plan.block_k)),
+    }
+    if plan.selection is not Selection.OFF:
+        operands |= {
+            "q_sel": _rows(_heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q))[:, 0],
+            "k_sel": _rows(_heads(k_sel[:, :, None], 1, plan.select_dim, plan.block_k))[:, 0],
+            "f_start": _pad(f_start, plan.block_k, 1)[:, None],
+        }
+    operands |= {name: rows for name, rows in integers.items() if name != "offset"}
+    scalars = (integers["offset"], _bounded(plan, q_scaled, k))
+    made = _on_platform(functools.partial(forward, plan), operands, scalars)
+    out = _from_columns(made["out"], plan.num_heads, plan.value_dim)[:, :num_queries, : q.shape[2], : v.shape[3]]
+    forgotten = jnp.zeros(q.shape[:2], jnp.float32)
+    if plan.tau is not None and plan.selection is not Selection.OFF:
+        forgotten = made["forgotten"][:, 0, 0, :num_queries]
+    residuals = (integers, q_scaled, k, v, q_sel, k_sel, out, made["log_sum"], made.get("f_blocks"))
+    return (out, forgotten), residuals
+
+
+def _attend_backward(plan: Plan, residuals, cotangents):
+    integers, q_scaled, k, v, q_sel, k_sel, out, log_sum, f_blocks = residuals
+    d_out, d_forgotten = cotangents
+    num_queries, num_keys = q_scaled.shape[1], k.shape[1]
+    delta_BNH = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta_BNH = _pad(_pad(delta_BNH, plan.block_q, 1), plan.num_heads, 2)
+    k_heads = _heads(k, plan.num_kv_heads, plan.head_dim, plan.block_k)
+    operands = {
+        "q": _columns(_heads(q_scaled, plan.num_heads, plan.head_dim, plan.block_q)),
+        "k": _rows(k_heads),
+        "k_columns": _columns(k_heads),
+        "v_rows": _rows(_heads(v, plan.num_kv_heads, plan.value_dim, plan.block_k)),
+        "d_out": _columns(_heads(d_out, plan.num_heads, plan.value_dim, plan.block_q)),
+        "log_sum": log_sum,
+        "delta": delta_BNH.swapaxes(1, 2).reshape(log_sum.shape),
+    }
+    if plan.selection is not Selection.OFF:
+        q_sel_heads = _heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q)
+        k_sel_heads = _heads(k_sel[:, :, None], 1, plan.select_dim, plan.block_k)
+        operands |= {
+            "q_sel": _rows(q_sel_heads)[:, 0],
+            "q_sel_columns": _columns(q_sel_heads),
+            "k_sel": _rows(k_sel_heads)[:, 0],
+            "k_sel_columns": _columns(k_sel_heads),
+            "f_blocks": f_blocks,
+        }
+        if plan.tau is not None:
+            operands["d_forgotten"] = _pad(d_forgotten, plan.block_q, 1)[:, None]
+    operands |= {name: rows for name, rows in integers.items() if name != "offset"}
+    made = _on_platform(functools.partial(backward, plan), operands, integers["offset"])
+
+    def heads(name, like, length, factor=1.0):
+        x = _from_columns(made[name], -1, like[1])[:, :length, : like[0].shape[2], : like[0].shape[3]]
+        return (x.astype(jnp.float32) * factor).astype(like[0].dtype)
+
+    dq = heads("dq", (q_scaled, plan.head_dim), num_queries, plan.scale)
+    dk = heads("dk", (k, plan.head_dim), num_keys)
+    dv = heads("dv", (v, plan.value_dim), num_keys)
+    if plan.selection is Selection.OFF:
+        selecting = (jnp.zeros_like(q_sel), jnp.zeros_like(k_sel), jnp.zeros(k.shape[:2], jnp.float32))
+    else:
+        dq_sel, dk_sel = (
+            (_from_columns(made[name].sum(1), 1, plan.select_dim)[:, : x.shape[1], 0, : x.shape[2]] * plan.scale)
+            for name, x in (("dq_sel", q_sel), ("dk_sel", k_sel))
+        )
+        df_start = made["df_start"].sum(1)[:, 0, :num_keys]
+        selecting = (dq_sel.astype(q_sel.dtype), dk_sel.astype(k_sel.dtype), df_start)
+    return None, dq, dk, dv, *selecting
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: Selection, tau: float | None) -> Plan:
+    """Pads heads to whole lane tiles and lengths to whole blocks, and chooses the blocks."""
+    head_dim, value_dim, select_dim = (64 if x.shape[-1] <= 64 else 128 for x in (q, v, q_sel))
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    block = 256 if q.dtype == jnp.bfloat16 else 128
+    return Plan(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        select_dim=select_dim,
+        head_groups=1,
+        block_q=min(block, _round_up(q.shape[1], LANES)),
+        block_k=min(block, _round_up(k.shape[1], LANES)),
+        scale=scale,
+        selection=selection,
+        tau=tau if selection is not Selection.OFF else None,
+        segments=segments,
+        evict=evict,
+    )
+
+
+def _bounded(plan: Plan, q_scaled: Array, k: Array) -> Array:
+    """Int32 [B]: whether Cauchy-Schwarz bounds all logits of a sequence, so that no running maximum is needed.
+
+    F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That holds
+    for neither a leaky rule (which raises logits) nor evicted keys (one's own may be gone).
+    """
+    if plan.selection is Selection.LEAKY or plan.evict:
+        return jnp.zeros(k.shape[0], jnp.int32)
+    q_norm, k_norm = (jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1), (1, 2))) for x in (q_scaled, k))
+    return (q_norm * k_norm <= LOGIT_BOUND).astype(jnp.int32)
+
+
+def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
+    """Segment ids as rows [B, 1, N or M] of which plain equality decides: padding and protected keys equal no query."""
+    q_segment = _pad(jnp.where(q_segment_ids < 0, -2, q_segment_ids), plan.block_q, 1, -2)
+    visible = jnp.where(kv_segment_ids < 0, -1, kv_segment_ids)
+    selectable = visible
+    if plan.selection is not Selection.UNPROTECTED_BOS:
+        selectable = jnp.where(Keys.of(kv_segment_ids.shape[1], kv_segment_ids).first, -1, visible)
+    kv_visible, kv_select = (_pad(x, plan.block_k, 1, -1) for x in (visible, selectable))
+    return {"q_segment": q_segment[:, None], "kv_visible": kv_visible[:, None], "kv_select": kv_select[:, None]}
+
+
+def _heads(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:
+    """Pads [B, N, H, D] to whole blocks of positions, `num_heads` heads and `width` lanes."""
+    length = _round_up(x_BNHD.shape[1], block)
+    target = (x_BNHD.shape[0], length, num_heads, width)
+    return jnp.pad(x_BNHD, [(0, new - old) for new, old in zip(target, x_BNHD.shape, strict=True)])
+
+
+def _columns(x_BNHD: Array) -> Array:
+    """[B, N, H, D] to columns [B, N / 128, H * D, 128]: positions along lanes."""
+    batch, length, heads, width = x_BNHD.shape
+    return x_BNHD.reshape(batch, length // LANES, LANES, heads * width).swapaxes(2, 3)
+
+
+def _from_columns(x_BTDL: Array, num_heads: int, width: int) -> Array:
+    """The inverse of `_columns`."""
+    batch, blocks = x_BTDL.shape[:2]
+    return x_BTDL.swapaxes(2, 3).reshape(batch, blocks * LANES, num_heads, width)
+
+
+def _rows(x_BMKD: Array) -> Array:
+    """[B, M, K, D] to rows [B, T, M, 128]: heads along lanes, in tiles of 128."""
+    batch, length, heads, width = x_BMKD.shape
+    x = _pad(x_BMKD.reshape(batch, length, heads * width), LANES, 2)
+    return x.reshape(batch, length, -1, LANES).swapaxes(1, 2)
+
+
+def _pad(x: Array, multiple: int, axis: int, value: Any = 0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, _round_up(x.shape[axis], multiple) - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _on_platform(kernel, operands, scalars):
+    """Compiled on TPU, interpreted elsewhere: decided by the platform that is lowered for, not by where this runs."""
+    return jax.lax.platform_dependent(
+        operands,
+        scalars,
+        tpu=functools.partial(kernel, interpret=False),
+        default=functools.partial(kernel, interpret=True),
+    )

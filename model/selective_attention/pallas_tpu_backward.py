@@ -1,0 +1,278 @@
+"""The backward TPU kernel: one pass over blocks of keys (outer) and of queries in reverse (inner), for all gradients.
+
+Grid: (batch, head group, key block j, reversed query block r). Every tile's logits are recomputed once and give the
+gradients of q, k, v and of the selecting head together. What lives in VMEM across grid steps:
+
+- the gradients of q and q_sel for all queries: output blocks that stay until the last block of keys has added its part;
+- the gradients of k, v and k_sel of key block j, over the query blocks;
+- `later` [Bk, 128]: for each key of block j (the same in every lane) the sum, over all later queries and over heads, of
+  the logits' gradients. F enters the logits with a minus sign, so `-later` is the gradient of S (section 3, reversed).
+
+The tile itself, its units and why they are interleaved: `pallas_tpu_tile.py`.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .pallas_tpu_tile import (
+    LANES,
+    LOG2_E,
+    Plan,
+    Tile,
+    dot,
+    fill_lanes,
+    head_rows,
+    lane_tile,
+    lanes,
+    software_pipeline,
+    sum_after,
+)
+from .selection import Selection
+
+DELAYS = (0, 4, 6)  # units between a unit's stages
+MASK_LEADS = (9, 6, 2)  # units between the stages of a square's F and its first use
+SELECTION_LAGS = (3, 6)  # units between the stages of the selecting head's gradient
+
+
+def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: bool) -> dict[str, Array]:
+    """Runs the kernel. Gradients come back in the layout of what they belong to, without the logits' factors:
+    dq and dq_sel, dk_sel lack `scale`, dk has it (q carries `scale * log2(e)`).
+    """
+    batch, columns = operands["q"].shape[:2]
+    num_keys = operands["k"].shape[2]
+    num_queries = columns * LANES
+    nq, nk = num_queries // plan.block_q, num_keys // plan.block_k
+    c, key_columns = plan.columns, plan.block_k // LANES
+    heads, kv_heads = plan.group_heads, plan.group_kv_heads
+
+    def query_block(j, r, offset):
+        # Nothing is fetched for a tile that is skipped.
+        return jnp.maximum(nq - 1 - r, jnp.minimum(plan.first_block_q(j, offset[0]), nq - 1))
+
+    def query_columns(rows):
+        return pl.BlockSpec((1, c, rows, LANES), lambda b, g, j, r, s: (b, query_block(j, r, s), g, 0))
+
+    def key_tiles(rows):
+        return pl.BlockSpec((1, pl.cdiv(rows, LANES), plan.block_k, LANES), lambda b, g, j, r, _: (b, g, j, 0))
+
+    def key_columns_of(rows):
+        return pl.BlockSpec((1, key_columns, rows, LANES), lambda b, g, j, r, _: (b, j, g, 0))
+
+    per_head_row = pl.BlockSpec((1, 1, heads, plan.block_q), lambda b, g, j, r, s: (b, g, 0, query_block(j, r, s)))
+    per_query_row = pl.BlockSpec((1, 1, plan.block_q), lambda b, g, j, r, s: (b, 0, query_block(j, r, s)))
+    per_key_row = pl.BlockSpec((1, 1, plan.block_k), lambda b, g, j, r, _: (b, 0, j))
+    specs = {
+        "q": query_columns(heads * plan.head_dim),
+        "k": key_tiles(kv_heads * plan.head_dim),
+        "k_columns": key_columns_of(kv_heads * plan.head_dim),
+        "v_rows": key_tiles(kv_heads * plan.value_dim),
+        "d_out": query_columns(heads * plan.value_dim),
+        "log_sum": per_head_row,
+        "delta": per_head_row,
+        "q_sel": pl.BlockSpec((1, plan.block_q, LANES), lambda b, g, j, r, s: (b, query_block(j, r, s), 0)),
+        "q_sel_columns": pl.BlockSpec(
+            (1, c, plan.select_dim, LANES), lambda b, g, j, r, s: (b, query_block(j, r, s), 0, 0)
+        ),
+        "k_sel": pl.BlockSpec((1, plan.block_k, LANES), lambda b, g, j, r, _: (b, j, 0)),
+        "k_sel_columns": pl.BlockSpec((1, key_columns, plan.select_dim, LANES), lambda b, g, j, r, _: (b, j, 0, 0)),
+        "f_blocks": pl.BlockSpec((1, 1, 1, 1, plan.block_k), lambda b, g, j, r, s: (b, g, query_block(j, r, s), 0, j)),
+        "d_forgotten": per_query_row,
+        "q_segment": per_query_row,
+        "kv_visible": per_key_row,
+        "kv_select": per_key_row,
+        "evict_at": per_key_row,
+    }
+    shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
+        "dq": ((columns, plan.num_heads * plan.head_dim, LANES), jnp.float32),
+        "dk": ((num_keys // LANES, plan.num_kv_heads * plan.head_dim, LANES), operands["k"].dtype),
+        "dv": ((num_keys // LANES, plan.num_kv_heads * plan.value_dim, LANES), operands["k"].dtype),
+    }
+    out_specs = {
+        "dq": pl.BlockSpec((1, columns, heads * plan.head_dim, LANES), lambda b, g, j, r, _: (b, 0, g, 0)),
+        "dk": key_columns_of(kv_heads * plan.head_dim),
+        "dv": key_columns_of(kv_heads * plan.value_dim),
+    }
+    scratch = {
+        "f": pltpu.VMEM((c, plan.block_k, LANES), jnp.float32),
+        "dk_sum": pltpu.VMEM((key_columns, kv_heads * plan.head_dim, LANES), jnp.float32),
+        "dv_sum": pltpu.VMEM((key_columns, kv_heads * plan.value_dim, LANES), jnp.float32),
+    }
+    if plan.selection is not Selection.OFF:
+        groups, width = plan.head_groups, plan.select_dim
+        shapes["dq_sel"] = ((groups, columns, width, LANES), jnp.float32)
+        shapes["dk_sel"] = ((groups, num_keys // LANES, width, LANES), jnp.float32)
+        shapes["df_start"] = ((groups, 1, num_keys), jnp.float32)
+        out_specs["dq_sel"] = pl.BlockSpec((1, 1, columns, width, LANES), lambda b, g, j, r, _: (b, g, 0, 0, 0))
+        out_specs["dk_sel"] = pl.BlockSpec((1, 1, key_columns, width, LANES), lambda b, g, j, r, _: (b, g, j, 0, 0))
+        out_specs["df_start"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j))
+        scratch["slope"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
+        scratch["d_logits"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
+        scratch["later"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
+    results = pl.pallas_call(
+        functools.partial(_kernel, plan, nq, tuple(operands) + tuple(shapes) + tuple(scratch)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, plan.head_groups, nk, nq),
+            in_specs=[specs[name] for name in operands],
+            out_specs=[out_specs[name] for name in shapes],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in shapes.values()],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="selective_attention_backward",
+    )(offset, *operands.values())
+    return dict(zip(shapes, results, strict=True))
+
+
+def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> None:
+    ref = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+    j, r = pl.program_id(2), pl.program_id(3)
+    i = nq - 1 - r
+    offset = offset_ref[0]
+    selecting = plan.selection is not Selection.OFF
+
+    @pl.when(r == 0)
+    def _start_of_key_block():
+        ref.dk_sum[...] = jnp.zeros_like(ref.dk_sum)
+        ref.dv_sum[...] = jnp.zeros_like(ref.dv_sum)
+        if selecting:
+            ref.dk_sel[...] = jnp.zeros_like(ref.dk_sel)
+            ref.later[...] = jnp.zeros_like(ref.later)
+
+    @pl.when(j == 0)
+    def _first_part_of_query_block():
+        for c in range(plan.columns):
+            ref.dq[0, i * plan.columns + c] = jnp.zeros(ref.dq.shape[2:], jnp.float32)
+            if selecting:
+                ref.dq_sel[0, 0, i * plan.columns + c] = jnp.zeros(ref.dq_sel.shape[3:], jnp.float32)
+
+    first_query, first_key = offset + i * plan.block_q, j * plan.block_k
+    diagonal = (first_query == first_key) & (plan.block_q == plan.block_k)
+
+    @pl.when(diagonal)
+    def _diagonal_tile():
+        _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=True))
+
+    @pl.when((i >= plan.first_block_q(j, offset)) & ~diagonal)
+    def _tile():
+        _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=False))
+
+    @pl.when(r == nq - 1)
+    def _end_of_key_block():
+        ref.dk[0] = (ref.dk_sum[...] * (1 / LOG2_E)).astype(ref.dk.dtype)
+        ref.dv[0] = ref.dv_sum[...].astype(ref.dv.dtype)
+        if selecting:
+            ref.df_start[0, 0] = -ref.later[...]
+
+
+def _mask_chores(plan: Plan, ref, tile: Tile, square_starts: dict, first_use: int) -> list:
+    """Makes ref.f as the forward kernel does, and ref.slope, the derivative of S; chores for `software_pipeline`.
+
+    F is summed forward in time while the units go backward: all of a key's squares are due with its last one.
+    """
+    chores = []
+    if plan.selection is not Selection.OFF:
+        tile.start(ref.f_blocks[0, 0, 0])
+    for c, block in tile.squares():
+        made: dict[str, Array] = {"f": jnp.zeros((LANES, LANES), jnp.float32)}
+
+        def logits(c=c, block=block, made=made):
+            made["logits"] = tile.logits(c, block)
+
+        def mask(c=c, block=block, made=made):
+            made["f"], ref.slope[c, lanes(block)] = tile.mask(c, block, made.pop("logits"))
+
+        def store(c=c, block=block, made=made):
+            ref.f[c, lanes(block)] = tile.hide(c, block, made.pop("f"))
+
+        deadline = square_starts[max(c for c, b in tile.squares() if b == block), block] + first_use
+        if plan.selection is not Selection.OFF:
+            chores += [(deadline - MASK_LEADS[0], logits), (deadline - MASK_LEADS[1], mask)]
+        chores.append((deadline - MASK_LEADS[2], store))
+    return chores
+
+
+def _selection_chores(plan: Plan, ref, i, tile: Tile, square_starts: dict, last_use: int) -> list:
+    """Gradients of the selecting head, from the sum over heads of the logits' gradients; for `software_pipeline`."""
+    later = {block: ref.later[:, lanes(block)] for block in range(plan.block_k // LANES)}
+    chores = []
+    for c, block in square_starts:
+        made: dict[str, Array] = {}
+
+        def turn(c=c, block=block, made=made):
+            d_logits = ref.d_logits[c, lanes(block)]
+            if plan.tau is not None:
+                # The memory statistic reads F too, where it is below tau; a hidden pair's F is not.
+                row = ref.d_forgotten[0, :, lanes(c)] * (1 / plan.tau)
+                d_logits -= jnp.where(ref.f[c, lanes(block)] < plan.tau * LOG2_E, row, 0.0)
+            made["d_logits"] = d_logits.T
+
+        def sum_over_queries(c=c, block=block, made=made):
+            d_logits = made.pop("d_logits")
+            d_s = later[block] + sum_after(d_logits)
+            later[block] = d_s[:1] + d_logits[:1]
+            made["d_selecting"] = (-d_s * ref.slope[c, lanes(block)]).astype(ref.q_sel.dtype)
+
+        def multiply(c=c, block=block, made=made):
+            d_selecting = made.pop("d_selecting")
+            ref.dq_sel[0, 0, i * plan.columns + c] += dot(ref.k_sel_columns[0, block], d_selecting, (1, 1))
+            ref.dk_sel[0, 0, block] += dot(ref.q_sel_columns[0, c], d_selecting, (1, 0))
+
+        done = square_starts[c, block] + plan.group_heads + last_use
+        chores += [(done, turn), (done + SELECTION_LAGS[0], sum_over_queries), (done + SELECTION_LAGS[1], multiply)]
+
+    def keep_later():
+        ref.later[...] = jnp.concatenate([later[block] for block in sorted(later)], axis=1)
+
+    return [*chores, (chores[-1][0] + 1, keep_later)]
+
+
+def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
+    """Gradients of q, k, v and of the selecting head from one tile."""
+    squares = sorted(tile.squares(), key=lambda square: -square[0])
+    square_starts = {square: n * plan.group_heads for n, square in enumerate(squares)}
+    units = [(c, block, head) for c, block in squares for head in range(plan.group_heads)]
+
+    def scores(unit):
+        c, block, head = unit
+        kv_head = plan.kv_head(head)
+        q_LL = fill_lanes(ref.q[0, c, head_rows(head, plan.head_dim)], kv_head)
+        d_out_LL = fill_lanes(ref.d_out[0, c, head_rows(head, plan.value_dim)], kv_head)
+        logits = dot(ref.k[0, lane_tile(kv_head, plan.head_dim), lanes(block)], q_LL, (1, 0))
+        d_weights = dot(ref.v_rows[0, lane_tile(kv_head, plan.value_dim), lanes(block)], d_out_LL, (1, 0))
+        return logits, d_weights
+
+    def softmax(unit, scores):
+        c, block, head = unit
+        logits, d_weights = scores
+        at = (0, 0, slice(head, head + 1), lanes(c))
+        weights = jnp.exp2(logits - ref.f[c, lanes(block)] - ref.log_sum[at])
+        d_logits = weights * (d_weights - ref.delta[at])
+        if plan.selection is not Selection.OFF:
+            if head == 0:
+                ref.d_logits[c, lanes(block)] = d_logits
+            else:
+                ref.d_logits[c, lanes(block)] += d_logits
+        return weights.astype(ref.q.dtype), d_logits.astype(ref.q.dtype)
+
+    def accumulate(unit, weights_and_gradients):
+        c, block, head = unit
+        weights, d_logits = weights_and_gradients
+        kv_head = plan.kv_head(head)
+        rows, kv_rows = (head_rows(h, plan.head_dim) for h in (head, kv_head))
+        value_rows, kv_value_rows = (head_rows(h, plan.value_dim) for h in (head, kv_head))
+        ref.dv_sum[block, kv_value_rows] += dot(ref.d_out[0, c, value_rows], weights, (1, 1))
+        ref.dk_sum[block, kv_rows] += dot(ref.q[0, c, rows], d_logits, (1, 1))
+        ref.dq[0, i * plan.columns + c, rows] += dot(ref.k_columns[0, block, kv_rows], d_logits, (1, 0))
+
+    chores = _mask_chores(plan, ref, tile, square_starts, DELAYS[1])
+    if plan.selection is not Selection.OFF:
+        chores += _selection_chores(plan, ref, i, tile, square_starts, DELAYS[1])
+    software_pipeline(units, [scores, softmax, accumulate], DELAYS, chores)

@@ -1,0 +1,164 @@
+"""The TPU kernels, interpreted on CPU, against the reference implementation in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from selective_attention import pallas_tpu, reference
+from selective_attention.selection import Selection
+
+CASES = {
+    "one_block": {"length": 17},
+    "grouped_heads_and_padding": {"length": 300, "heads": 4, "kv_heads": 2, "tau": 1.0},
+    "odd_heads": {"length": 130, "heads": 3, "kv_heads": 3},
+    "one_kv_head_in_segments": {"length": 260, "heads": 3, "segments": True, "tau": 2.0},
+    "wide_heads_in_segments": {"length": 260, "width": 128, "segments": True},
+    "narrow_values_and_evictions": {"length": 260, "width": 16, "value_width": 8, "evict": True, "tau": 1.0},
+    "own_projections": {"length": 130, "select_width": 24, "selection": Selection.OWN_HEAD},
+    "unprotected_bos": {"length": 130, "selection": Selection.UNPROTECTED_BOS},
+    "unprotected_self": {"length": 130, "selection": Selection.UNPROTECTED_SELF},
+    "leaky": {"length": 260, "selection": Selection.LEAKY},
+    "off": {"length": 260, "selection": Selection.OFF, "tau": 1.0},
+    "logits_beyond_the_bound": {"length": 260, "factor": 8.0},
+}
+
+
+def make(
+    length,
+    *,
+    batch=2,
+    heads=2,
+    kv_heads=1,
+    width=64,
+    value_width=None,
+    select_width=None,
+    segments=False,
+    evict=False,
+    factor=1.0,
+    selection=Selection.PAPER,
+    tau=None,
+):
+    """Arrays and options of `attend`, in float64 or int32."""
+    rng = np.random.default_rng(length)
+    q = rng.normal(size=(batch, length, heads, width)) * factor
+    k = rng.normal(size=(batch, length, kv_heads, width))
+    v = rng.normal(size=(batch, length, kv_heads, value_width or width))
+    q_sel, k_sel = q[:, :, 0], k[:, :, 0]
+    if select_width:
+        q_sel, k_sel = (rng.normal(size=(batch, length, select_width)) for _ in range(2))
+    ids = None
+    if segments:
+        ids = np.sort(rng.integers(0, 3, size=(batch, length)), axis=1).astype(np.int32)
+        ids[:, -5:] = -1
+    options = {
+        "offset": 0,
+        "evict_at": rng.integers(length // 2, 2 * length, size=(batch, length)).astype(np.int32) if evict else None,
+        "q_segment_ids": ids,
+        "kv_segment_ids": ids,
+        "scale": width**-0.5,
+        "selection": selection,
+        "tau": tau,
+    }
+    return [q, k, v, q_sel, k_sel, rng.uniform(size=(batch, length)) / 2], options
+
+
+def value_and_gradients(module, arrays, options, dtype):
+    """[out, forgotten or nothing, dq, dk, dv, dq_sel, dk_sel, df_start] for random cotangents."""
+    arrays = [jnp.asarray(x, dtype) for x in arrays[:5]] + [
+        jnp.asarray(arrays[5], jnp.promote_types(dtype, jnp.float32))
+    ]
+
+    @jax.jit
+    def run(*arrays):
+        results, transpose = jax.vjp(lambda *a: module.attend(*a, **options), *arrays)
+        rng = np.random.default_rng(0)
+        return results, transpose(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), results))
+
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(run(*arrays))]
+
+
+def assert_same(actual, expected, relative):
+    """Largest error of each array against its largest entry."""
+    for n, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert np.abs(a - e).max() <= relative * max(np.abs(e).max(), 1e-30), f"result {n}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_in_float32(case):
+    arrays, options = make(**CASES[case])
+    actual = value_and_gradients(pallas_tpu, arrays, options, jnp.float32)
+    with jax.enable_x64():
+        expected = value_and_gradients(reference, arrays, options, jnp.float64)
+    assert_same(actual[:1], expected[:1], 5e-6)
+    assert_same(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["grouped_heads_and_padding", "one_kv_head_in_segments", "logits_beyond_the_bound"])
+def test_values_and_gradients_in_bfloat16(case):
+    arrays, options = make(**CASES[case])
+    arrays = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays[:5]] + arrays[5:]
+    actual = value_and_gradients(pallas_tpu, arrays, options, jnp.bfloat16)
+    with jax.enable_x64():
+        expected = value_and_gradients(reference, arrays, options, jnp.float64)
+    assert_same(actual, expected, 2e-2)
+
+
+def test_chunks_of_queries_with_their_carries_equal_the_whole():
+    arrays, options = make(384, heads=2, tau=1.0)
+    q, k, v, q_sel, k_sel, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
+    zeros = jnp.zeros(k.shape[:2])
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def whole(q, k, v, q_sel, k_sel):
+        out, forgotten = pallas_tpu.attend(q, k, v, q_sel, k_sel, zeros, **options)
+        return jnp.sum(weight * out) + jnp.sum(jnp.sin(forgotten)), out
+
+    @jax.jit
+    def in_chunks(arguments, boundary):
+        def loss(q, k, v, q_sel, k_sel):
+            f_start, outs, forgottens = zeros, [], []
+            for rows, offset in ((slice(0, 256), 0), (slice(256, 384), boundary)):
+                chunk = {name: options[name] for name in ("q_segment_ids", "kv_segment_ids", "scale", "selection")}
+                chunk["offset"] = offset
+                out, forgotten = pallas_tpu.attend(
+                    q[:, rows], k, v, q_sel[:, rows], k_sel, f_start, evict_at=None, tau=1.0, **chunk
+                )
+                f_start = f_start + pallas_tpu.column_sums(q_sel[:, rows], k_sel, **chunk)
+                outs.append(out)
+                forgottens.append(forgotten)
+            out = jnp.concatenate(outs, 1)
+            return jnp.sum(weight * out) + jnp.sum(jnp.sin(jnp.concatenate(forgottens, 1))), out
+
+        return jax.value_and_grad(loss, argnums=range(5), has_aux=True)(*arguments)
+
+    arguments = (q, k, v, q_sel, k_sel)
+    (_, expected), expected_gradients = jax.jit(jax.value_and_grad(whole, argnums=range(5), has_aux=True))(*arguments)
+    (_, actual), gradients = in_chunks(arguments, jnp.int32(256))
+    assert_same([np.asarray(actual)], [np.asarray(expected)], 5e-6)
+    assert_same([np.asarray(x) for x in gradients], [np.asarray(x) for x in expected_gradients], 1e-5)
+
+
+def test_results_are_deterministic():
+    arrays, options = make(**CASES["grouped_heads_and_padding"])
+    first, second = (value_and_gradients(pallas_tpu, arrays, options, jnp.bfloat16) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_have_no_races_on_two_cores(capfd):
+    """TPU interpret mode: VMEM, DMAs and the order of the grid are simulated, and unwritten memory reads as NaN."""
+    arrays, options = make(260, batch=2, heads=2, tau=1.0)
+    with jax.enable_x64():
+        expected = value_and_gradients(reference, arrays, options, jnp.float64)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+        actual = value_and_gradients(pallas_tpu, arrays, options, jnp.float32)
+    assert_same(actual, expected, 1e-5)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_a_head_that_is_too_wide_is_refused():
+    arrays, options = make(16, width=160)
+    with pytest.raises(ValueError, match="up to 128"):
+        pallas_tpu.attend(*(jnp.asarray(x, jnp.float32) for x in arrays), **options)
