@@ -1,5 +1,6 @@
 """The training loop: one function that reads from top to bottom."""
 
+import functools
 import json
 import logging
 import time
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import EvalBatches, TrainBatches, open_dataset
-from trainer.batches import batch_sharding, prefetch
+from trainer.batches import batch_sharding, global_batch, prefetch
 from trainer.checkpoint import Checkpoints, abstract_state, check_workdir
 from trainer.config import check_batch, check_dataset
 from trainer.evaluate import Evaluation, evaluate
@@ -22,7 +23,7 @@ from trainer.interrupt import EXIT_PREEMPTED, Interrupt
 from trainer.mesh import AXES, make_mesh
 from trainer.metrics import MetricsWriter
 from trainer.state import TrainState, init_state, make_optimizer, model_config
-from trainer.step import Batch, make_eval_step, make_train_step
+from trainer.step import Batch, make_eval_step, make_selection_step, make_train_step
 
 EXIT_FINISHED = 0
 RESULT_FILE = "result.json"
@@ -77,6 +78,8 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
         pad_id = dataset.manifest.tokenizer.pad_id
         train_step = compile_train_step(config, pad_id, state_shape, mesh)
         eval_step = jax.jit(make_eval_step(config, pad_id))
+        selection_step = jax.jit(make_selection_step(config, pad_id))
+        first_eval_batch = functools.partial(global_batch, eval_batches, 0, sharding)
         stop_values = {flag: _stop_array(mesh, flag) for flag in (False, True)}
         writer = MetricsWriter(f"{workdir}/tensorboard", first_step + 1, enabled=is_main)
         interrupt.can_save()
@@ -89,6 +92,11 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
                 result = evaluate(eval_step, state.params, eval_batches, num_batches, sharding, stop, bar.update)
             if result is not None:
                 writer.write(step, {f"{description}/loss": result.loss, f"{description}/perplexity": result.perplexity})
+                if config.model.selective:
+                    statistics = jax.device_get(selection_step(state.params, first_eval_batch()))
+                    for name, value_L in statistics.items():
+                        layers = enumerate(value_L)
+                        writer.write(step, {f"{name}/layer_{layer:02d}": float(value) for layer, value in layers})
             return result
 
         def leave(step: int) -> int:

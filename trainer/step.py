@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from ml_collections import ConfigDict
 
-from selective_attention import lm_loss, memory_loss, reshard
+from selective_attention import lm_loss, memory_loss, reshard, selection_statistics
 from trainer.state import TrainState, learning_rate, model_config, model_graph
 
 
@@ -87,6 +87,19 @@ def make_eval_step(config: ConfigDict, pad_id: int) -> EvalStep:
         return {"nll": nll, "tokens": tokens, "stop": jnp.max(stop)}
 
     return eval_step
+
+
+def make_selection_step(config: ConfigDict, pad_id: int) -> Callable[[nnx.State, Batch], Metrics]:
+    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L]."""
+    graph = model_graph(model_config(config))
+
+    def selection_step(params: nnx.State, batch: Batch) -> Metrics:
+        def statistics(f_BNM: Array) -> Metrics:
+            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), config.memory_loss.tau)
+
+        return nnx.merge(graph, params).selection_masks(batch["inputs"], statistics)
+
+    return selection_step
 
 
 def _weights(batch: Batch, pad_id: int) -> Array:

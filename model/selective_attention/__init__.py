@@ -2,7 +2,7 @@
 
 from .attention import Selection, selection_mask, selective_attention
 from .config import TransformerConfig
-from .losses import lm_loss, memory_loss, memory_per_query
+from .losses import lm_loss, memory_loss, memory_per_query, selection_statistics
 from .parallel import sharded_selective_attention
 from .sharding import RULES, partition_spec, reshard
 from .transformer import Block, Transformer
@@ -19,6 +19,7 @@ __all__ = [
     "partition_spec",
     "reshard",
     "selection_mask",
+    "selection_statistics",
     "selective_attention",
     "sharded_selective_attention",
 ]

@@ -38,3 +38,28 @@ def memory_loss(forgotten_LBN: Array, weights_BN: Array) -> Array:
 def memory_per_query(forgotten_LBN: Array) -> Array:
     """M of section 3, [L, B, N]: how many tokens each query effectively still remembers, itself included."""
     return 1 + jnp.arange(forgotten_LBN.shape[-1], dtype=jnp.float32) - forgotten_LBN
+
+
+def selection_statistics(f_BNM: Array, weights_BN: Array, tau: float) -> dict[str, Array]:
+    """What one layer's mask does to its context: scalars, float32.
+
+    Args:
+      f_BNM: F, [B, N, N].
+      weights_BN: [B, N], 0 for padding, whose rows do not count.
+      tau: F from which a token counts as forgotten, nats.
+
+    Returns:
+      mean_f: F averaged over all pairs (query, earlier key or itself).
+      forgotten_fraction: of those pairs, the share with F > tau.
+      peak_memory: the largest M of section 3 over the queries of a sequence, averaged over sequences, tokens.
+    """
+    counted_BN = (weights_BN > 0).astype(f_BNM.dtype)
+    causal_NM = jnp.tril(jnp.ones(f_BNM.shape[-2:], f_BNM.dtype))
+    pairs = jnp.maximum(jnp.sum(counted_BN * jnp.sum(causal_NM, axis=-1)), 1)
+    forgotten_BN = jnp.sum(jnp.minimum(f_BNM, tau) / tau, axis=-1)
+    peak_B = jnp.max(memory_per_query(forgotten_BN) * counted_BN, axis=-1)
+    return {
+        "mean_f": jnp.sum(jnp.sum(f_BNM * causal_NM, axis=-1) * counted_BN) / pairs,
+        "forgotten_fraction": jnp.sum(jnp.sum((f_BNM > tau) * causal_NM, axis=-1) * counted_BN) / pairs,
+        "peak_memory": jnp.sum(peak_B) / jnp.maximum(jnp.sum(jnp.any(counted_BN > 0, axis=-1)), 1),
+    }

@@ -219,24 +219,32 @@ class Transformer(nnx.Module):
         dtype = jnp.promote_types(hidden_BNE.dtype, jnp.float32)
         return jnp.einsum("bne,ve->bnv", hidden_BNE, gathered_VE, preferred_element_type=dtype, out_sharding=spec)
 
-    def selection_masks(self, tokens_BN: Array) -> Array:
-        """F of every layer over whole sequences, [L, B, N, N] float32: for looking at, not for training. No mesh."""
-        position_N = jnp.arange(tokens_BN.shape[1])
-        c, x_BNE = self.config, self.embed(tokens_BN, position_N)
+    def selection_masks(self, tokens_BN: Array, reduce: Callable[[Array], Any] = lambda f_BNM: f_BNM) -> Any:
+        """`reduce(F)` of every layer, stacked along a leading L: by default F itself, [L, B, N, N] float32.
+
+        For looking at the mask, not for training: one layer's whole F is in memory at a time.
+        """
+        c = self.config
+        position_N = sequence_order(tokens_BN.shape[1])
+        back_N = np.argsort(position_N)
         graph, layers = nnx.split(self.blocks)
+
+        def whole(x_BND: Array) -> Array:
+            return reshard(permute(reshard(x_BND, "batch", "sequence", None), back_N, axis=1), "batch", None, None)
 
         def attend(q, k, v, q_sel, k_sel):
             out_BNHD = sharded_selective_attention(
                 q, k, v, q_sel=q_sel, k_sel=k_sel, selection=c.selection, implementation=c.attention
             )
-            q_sel = q[:, :, 0] if q_sel is None else q_sel
-            k_sel = k[:, :, 0] if k_sel is None else k_sel
-            return out_BNHD, selection_mask(q_sel, k_sel, scale=c.head_dim**-0.5, selection=c.selection)
+            q_sel = reshard(q, "batch", "sequence", None, None)[:, :, 0] if q_sel is None else q_sel
+            k_sel = reshard(k, "batch", "sequence", None, None)[:, :, 0] if k_sel is None else k_sel
+            f_BNM = selection_mask(whole(q_sel), whole(k_sel), scale=c.head_dim**-0.5, selection=c.selection)
+            return out_BNHD, reduce(f_BNM)
 
         def layer(x_BNE, layer_parameters):
             return nnx.merge(graph, layer_parameters)(x_BNE, position_N, attend)
 
-        return jax.lax.scan(layer, x_BNE, layers)[1]
+        return jax.lax.scan(layer, self.embed(permute(tokens_BN, position_N), position_N), layers)[1]
 
 
 def sequence_order(length: int) -> np.ndarray:

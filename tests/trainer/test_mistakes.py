@@ -105,7 +105,7 @@ def test_mistake_in_the_command_is_one_line_and_exit_code_2(flags, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, tmp_path):
+def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, dataset_path, tmp_path):
     tiny_config.steps = 2
     workdir = str(tmp_path / "run")
     assert train(tiny_config, workdir) == 0
@@ -116,8 +116,10 @@ def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config,
     tiny_config.log_every_steps = 7  # free to change
     assert train(tiny_config, workdir) == 0
     other = tmp_path / "other"
-    arguments = ["--source=text", "--input", str(ROOT / "LICENSE"), f"--output={other}", "--record-length=64"]
-    prepare.main([*arguments, "--vocab-size=300", "--validation-input", str(ROOT / "LICENSE"), "--workers=1"])
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.txt").write_text("to be, or not to be, that is the question. " * 200)
+    arguments = ["--source=text", "--input", str(tmp_path / "*.txt"), f"--output={other}", "--record-length=64"]
+    prepare.main([*arguments, f"--tokenizer={dataset_path}/tokenizer.model", "--workers=1"])
     tiny_config.data.path = str(other)
     with pytest.raises(ResumeError, match=r"was trained on dataset .* give the same dataset"):
         train(tiny_config, workdir)
