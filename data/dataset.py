@@ -6,7 +6,6 @@ import itertools
 import os
 import resource
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard, file_crc32
 from data.tokenizer import Tokenizer
 
 # Random access: no read-ahead inside a shard, and no threads but our own.
@@ -52,15 +51,9 @@ class Dataset:
 
     def verify(self, shard: Shard, progress: Callable[[int], object] = lambda count: None) -> None:
         """Reads all of a shard, telling `progress` the bytes of each read; raises DataError for a wrong checksum."""
-        path = self.path / shard.file
-        crc32 = 0
-        with path.open("rb") as stream:
-            while content := stream.read(8 << 20):
-                crc32 = zlib.crc32(content, crc32)
-                progress(len(content))
-        if crc32 != shard.crc32:
+        if file_crc32(self.path / shard.file, progress) != shard.crc32:
             raise DataError(
-                f"shard {path} does not have the checksum that the manifest says: it is damaged; "
+                f"shard {self.path / shard.file} does not have the checksum that the manifest says: it is damaged; "
                 "prepare again or copy it anew"
             )
 

@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -152,3 +155,13 @@ class Manifest:
 def record_dtype(vocab_size: int) -> str:
     """Little-endian uint16, or uint32 for a vocabulary above 65,536 ids."""
     return "<u2" if vocab_size <= MAX_UINT16_VOCAB else "<u4"
+
+
+def file_crc32(path: Path, progress: Callable[[int], object] = lambda count: None) -> int:
+    """The CRC-32 of a file; `progress` is told the bytes of each read."""
+    crc32 = 0
+    with path.open("rb") as stream:
+        while content := stream.read(8 << 20):
+            crc32 = zlib.crc32(content, crc32)
+            progress(len(content))
+    return crc32

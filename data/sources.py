@@ -173,21 +173,22 @@ def _sentences(stream: BinaryIO, parquet: bool) -> Rows:
 
 
 def _articles(stream: BinaryIO, parquet: bool) -> Rows:
-    """WikiText: a heading of the first level stands after a blank line. An article keeps all of its lines."""
+    """WikiText: a heading of the first level stands between blank lines. An article keeps all of its lines."""
     article: list[str] = []
-    start, size, after_blank = 1, 0, True
+    start, size = 1, 0
+    before, last = "", ""
     for row in _parquet_rows(stream) if parquet else _lines(stream):
         if isinstance(row, BadDocument):
             yield row
             continue
         line = row.text.removesuffix("\n")  # Rows of parquet have it, lines do not.
-        if after_blank and _HEADING.fullmatch(line) and any(text.strip() for text in article):
-            yield _article(start, article, size)
-            article, start, size = [], row.line, 0
+        if not before.strip() and _HEADING.fullmatch(last) and not line.strip() and any(map(str.strip, article[:-1])):
+            yield _article(start, article[:-1], size)
+            article, start, size = [last], row.line - 1, len(last) + 1
         size += len(line) + 1
         if size <= MAX_DOCUMENT_BYTES:
             article.append(line)
-        after_blank = not line.strip()
+        before, last = last, line
     if article:
         yield _article(start, article, size)
 

@@ -8,7 +8,6 @@ both give the same bytes whoever runs them.
 import dataclasses
 import itertools
 import json
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data.folder import Folder
-from data.manifest import TOKENIZER_FILE, DataError, Shard, record_dtype
+from data.manifest import TOKENIZER_FILE, DataError, Shard, file_crc32, record_dtype
 from data.sources import BadDocument, in_validation, read_documents
 from data.tokenizer import SPACE_SYMBOL, Tokenizer
 from data.workers import Position
@@ -162,34 +161,39 @@ def write_shard(task: ShardTask, position: Position) -> None:
     """
     tokenizer = _load_tokenizer(task.work)
     dtype = np.dtype(record_dtype(tokenizer.vocab_size))
-    record_bytes = task.record_length * dtype.itemsize
     pad = np.array([tokenizer.pad_id], dtype).tobytes()
     with task.output.writing(task.file) as path:
-        writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-        buffer = b""
-        for content in itertools.chain(_token_bytes(task, dtype.itemsize), [None]):
-            if content is None:
-                buffer += pad * (-len(buffer) % record_bytes // dtype.itemsize)
-            else:
-                buffer += content
-            whole = len(buffer) - len(buffer) % record_bytes
-            for start in range(0, whole, record_bytes):
-                writer.write(buffer[start : start + record_bytes])
-                position[1] += 1
-            buffer = buffer[whole:]
-        writer.close()
+        try:
+            _write_records(str(path), _records(task, dtype.itemsize, pad), position)
+        except RuntimeError as error:
+            raise DataError(f"cannot write {task.file}: {error}; is there room? Run the same command again") from None
         reader = array_record_module.ArrayRecordReader(str(path))
         if not reader.ok() or reader.num_records() != task.records:
-            raise DataError(
-                f"{path} holds {reader.num_records()} records after writing {task.records}; is the disk full?"
-            )
+            raise DataError(f"{task.file} came out with {reader.num_records()} records instead of {task.records}")
         reader.close()
-        crc32 = 0
-        with path.open("rb") as stream:
-            while content := stream.read(_BUFFER_BYTES):
-                crc32 = zlib.crc32(content, crc32)
-        shard = Shard(task.file, task.records, path.stat().st_size, crc32)
+        shard = Shard(task.file, task.records, path.stat().st_size, file_crc32(path))
     task.work.write(task.receipt_file, json.dumps(dataclasses.asdict(shard)).encode())
+
+
+def _write_records(path: str, records: Iterator[bytes], position: Position) -> None:
+    writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
+    for record in records:
+        writer.write(record)
+        position[1] += 1
+    writer.close()
+
+
+def _records(task: ShardTask, itemsize: int, pad: bytes) -> Iterator[bytes]:
+    size = task.record_length * itemsize
+    buffer = b""
+    for content in _token_bytes(task, itemsize):
+        buffer += content
+        whole = len(buffer) - len(buffer) % size
+        for start in range(0, whole, size):
+            yield buffer[start : start + size]
+        buffer = buffer[whole:]
+    if buffer:
+        yield buffer + pad * ((size - len(buffer)) // itemsize)
 
 
 def _token_bytes(task: ShardTask, itemsize: int) -> Iterator[bytes]:

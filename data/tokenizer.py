@@ -96,11 +96,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises DataError if `texts` hold too little for so many pieces, or `vocab_size` leaves none to learn.
     """
     buffer = io.BytesIO()
-    # Lines, because a piece shall not cross one; SentencePiece skips sentences that hold a tab.
-    lines = (line for text in texts for line in re.split(r"[\n\t\r\x00]", text) if line)
+    reading_errors: list[Exception] = []  # The trainer would turn them into its own.
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:  # Lines, because a piece shall not cross one; it skips sentences that hold a tab.
+                yield from filter(None, re.split(r"[\n\t\r\x00]", text))
+        except Exception as error:
+            reading_errors.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_writer=buffer,
             model_type="unigram",
             vocab_size=vocab_size,
@@ -118,6 +126,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if reading_errors:
+            raise reading_errors[0] from None
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise DataError(
             f"cannot train a tokenizer of {vocab_size} pieces on this sample ({reason}); "
