@@ -7,7 +7,6 @@ that nothing is lost. Run again after an interruption, it goes on where it was.
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -44,8 +43,8 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from launch import report
 
-    report.write_report({variant: workdir / variant for variant in VARIANTS}, dataset, options.report)
-    print_table(results)
+    reports = report.write_report({variant: workdir / variant for variant in VARIANTS}, dataset, options.report)
+    print(f"\n{report.terminal_table(reports)}\n")
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. The page: {report_page}")
     print(f"Watch the runs: {sys.executable} -m tensorboard.main --logdir {workdir}")
 
@@ -92,14 +91,6 @@ def _run(command: list[str], interrupt_at: Path | None = None) -> int:
     except KeyboardInterrupt:  # the trainer got it too, and saves
         process.wait()
         sys.exit(EXIT_PREEMPTED)
-
-
-def print_table(results: dict[str, Path]) -> None:
-    """Validation perplexity of each run on the terminal."""
-    print(f"\n{'model':<12}{'validation perplexity':>22}{'nats per token':>16}{'tokens':>10}")
-    for variant, path in results.items():
-        result = json.loads(path.read_text())
-        print(f"{variant:<12}{result['perplexity']:>22.3f}{result['loss']:>16.4f}{result['tokens']:>10,}")
 
 
 def _say(text: str) -> None:
