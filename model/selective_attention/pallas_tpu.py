@@ -19,7 +19,7 @@ from jax import Array
 from .blockwise import column_sums
 from .pallas_tpu_backward import backward
 from .pallas_tpu_forward import forward
-from .pallas_tpu_tile import LANES, LOG2_E, Plan
+from .pallas_tpu_tile import LANES, LOG2_E, Plan, shuffle, unshuffle
 from .selection import Keys, Selection
 
 __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
@@ -58,6 +58,10 @@ def attend(
         integers |= _segment_rows(plan, q_segment_ids, kv_segment_ids)
     if evict_at is not None:
         integers["evict_at"] = _pad(evict_at, plan.block_k, 1)[:, None]
+    if selection is not Selection.UNPROTECTED_BOS:
+        # A key of zeros is never selected, which is all that protects the first token of a segment.
+        first_BM = Keys.of(k.shape[1], kv_segment_ids).first
+        k_sel = jnp.where(first_BM[:, :, None], 0, k_sel)
     out, forgotten = _attend(plan, integers, q, k, v, q_sel, k_sel, f_start.astype(jnp.float32))
     return out, None if tau is None else forgotten
 
@@ -78,7 +82,7 @@ def _attend_forward(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
     }
     if plan.selection is not Selection.OFF:
         operands |= {
-            "q_sel": _rows(_heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q))[:, 0],
+            "q_sel": shuffle(_rows(_heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q))[:, 0], 1),
             "k_sel": _rows(_heads(k_sel[:, :, None], 1, plan.select_dim, plan.block_k))[:, 0],
             "f_start": _pad(f_start, plan.block_k, 1)[:, None],
         }
@@ -113,8 +117,8 @@ def _attend_backward(plan: Plan, residuals, cotangents):
         q_sel_heads = _heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q)
         k_sel_heads = _heads(k_sel[:, :, None], 1, plan.select_dim, plan.block_k)
         operands |= {
-            "q_sel": _rows(q_sel_heads)[:, 0],
-            "q_sel_columns": _columns(q_sel_heads),
+            "q_sel": shuffle(_rows(q_sel_heads)[:, 0], 1),
+            "q_sel_columns": shuffle(_columns(q_sel_heads), 3),
             "k_sel": _rows(k_sel_heads)[:, 0],
             "k_sel_columns": _columns(k_sel_heads),
             "f_blocks": f_blocks,
@@ -135,8 +139,8 @@ def _attend_backward(plan: Plan, residuals, cotangents):
         selecting = (jnp.zeros_like(q_sel), jnp.zeros_like(k_sel), jnp.zeros(k.shape[:2], jnp.float32))
     else:
         dq_sel, dk_sel = (
-            (_from_columns(made[name].sum(1), 1, plan.select_dim)[:, : x.shape[1], 0, : x.shape[2]] * plan.scale)
-            for name, x in (("dq_sel", q_sel), ("dk_sel", k_sel))
+            (_from_columns(columns.sum(1), 1, plan.select_dim)[:, : x.shape[1], 0, : x.shape[2]] * plan.scale)
+            for columns, x in ((unshuffle(made["dq_sel"], 4), q_sel), (made["dk_sel"], k_sel))
         )
         df_start = made["df_start"].sum(1)[:, 0, :num_keys]
         selecting = (dq_sel.astype(q_sel.dtype), dk_sel.astype(k_sel.dtype), df_start)
@@ -181,14 +185,10 @@ def _bounded(plan: Plan, q_scaled: Array, k: Array) -> Array:
 
 
 def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
-    """Segment ids as rows [B, 1, N or M] of which plain equality decides: padding and protected keys equal no query."""
+    """Segment ids as rows [B, 1, N or M] of which plain equality decides: padding equals nothing."""
     q_segment = _pad(jnp.where(q_segment_ids < 0, -2, q_segment_ids), plan.block_q, 1, -2)
-    visible = jnp.where(kv_segment_ids < 0, -1, kv_segment_ids)
-    selectable = visible
-    if plan.selection is not Selection.UNPROTECTED_BOS:
-        selectable = jnp.where(Keys.of(kv_segment_ids.shape[1], kv_segment_ids).first, -1, visible)
-    kv_visible, kv_select = (_pad(x, plan.block_k, 1, -1) for x in (visible, selectable))
-    return {"q_segment": q_segment[:, None], "kv_visible": kv_visible[:, None], "kv_select": kv_select[:, None]}
+    kv_segment = _pad(jnp.where(kv_segment_ids < 0, -1, kv_segment_ids), plan.block_k, 1, -1)
+    return {"q_segment": shuffle(q_segment, 1)[:, None], "kv_segment": kv_segment[:, None]}
 
 
 def _heads(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .pallas_tpu_tile import (
     LANES,
+    LEAKY_SLOPE,
     LOG2_E,
     Plan,
     Tile,
@@ -84,8 +85,7 @@ def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: b
         "f_blocks": pl.BlockSpec((1, 1, 1, 1, plan.block_k), lambda b, g, j, r, s: (b, g, query_block(j, r, s), 0, j)),
         "d_forgotten": per_query_row,
         "q_segment": per_query_row,
-        "kv_visible": per_key_row,
-        "kv_select": per_key_row,
+        "kv_segment": per_key_row,
         "evict_at": per_key_row,
     }
     shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
@@ -111,7 +111,7 @@ def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: b
         out_specs["dq_sel"] = pl.BlockSpec((1, 1, columns, width, LANES), lambda b, g, j, r, _: (b, g, 0, 0, 0))
         out_specs["dk_sel"] = pl.BlockSpec((1, 1, key_columns, width, LANES), lambda b, g, j, r, _: (b, g, j, 0, 0))
         out_specs["df_start"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j))
-        scratch["slope"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
+        scratch["s"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
         scratch["d_logits"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
         scratch["later"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
     results = pl.pallas_call(
@@ -173,7 +173,7 @@ def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> N
 
 
 def _mask_chores(plan: Plan, ref, tile: Tile, square_starts: dict, first_use: int) -> list:
-    """Makes ref.f as the forward kernel does, and ref.slope, the derivative of S; chores for `software_pipeline`.
+    """Makes ref.f as the forward kernel does, and ref.s, S itself; chores for `software_pipeline`.
 
     F is summed forward in time while the units go backward: all of a key's squares are due with its last one.
     """
@@ -183,18 +183,18 @@ def _mask_chores(plan: Plan, ref, tile: Tile, square_starts: dict, first_use: in
     for c, block in tile.squares():
         made: dict[str, Array] = {"f": jnp.zeros((LANES, LANES), jnp.float32)}
 
-        def logits(c=c, block=block, made=made):
-            made["logits"] = tile.logits(c, block)
+        def select(c=c, block=block, made=made):
+            ref.s[c, lanes(block)] = made["s"] = tile.select(c, block)
 
-        def mask(c=c, block=block, made=made):
-            made["f"], ref.slope[c, lanes(block)] = tile.mask(c, block, made.pop("logits"))
+        def mask(block=block, made=made):
+            made["f"] = tile.mask(block, made.pop("s"))
 
         def store(c=c, block=block, made=made):
             ref.f[c, lanes(block)] = tile.hide(c, block, made.pop("f"))
 
         deadline = square_starts[max(c for c, b in tile.squares() if b == block), block] + first_use
         if plan.selection is not Selection.OFF:
-            chores += [(deadline - MASK_LEADS[0], logits), (deadline - MASK_LEADS[1], mask)]
+            chores += [(deadline - MASK_LEADS[0], select), (deadline - MASK_LEADS[1], mask)]
         chores.append((deadline - MASK_LEADS[2], store))
     return chores
 
@@ -212,13 +212,17 @@ def _selection_chores(plan: Plan, ref, i, tile: Tile, square_starts: dict, last_
                 # The memory statistic reads F too, where it is below tau; a hidden pair's F is not.
                 row = ref.d_forgotten[0, :, lanes(c)] * (1 / plan.tau)
                 d_logits -= jnp.where(ref.f[c, lanes(block)] < plan.tau * LOG2_E, row, 0.0)
-            made["d_logits"] = d_logits.T
+            made["d_logits"] = tile.turn(d_logits)
 
         def sum_over_queries(c=c, block=block, made=made):
             d_logits = made.pop("d_logits")
-            d_s = later[block] + sum_after(d_logits)
-            later[block] = d_s[:1] + d_logits[:1]
-            made["d_selecting"] = (-d_s * ref.slope[c, lanes(block)]).astype(ref.q_sel.dtype)
+            after, total = sum_after(d_logits)
+            d_s = -(later[block] + after)
+            later[block] += total
+            # S is positive where it passes a gradient, and 0 where nothing may be selected.
+            s = ref.s[c, lanes(block)]
+            negative = jnp.where(s < 0, LEAKY_SLOPE * d_s, 0.0) if plan.selection is Selection.LEAKY else 0.0
+            made["d_selecting"] = jnp.where(s > 0, d_s, negative).astype(ref.q_sel.dtype)
 
         def multiply(c=c, block=block, made=made):
             d_selecting = made.pop("d_selecting")

@@ -66,8 +66,7 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
         "k_sel": pl.BlockSpec((1, plan.block_k, LANES), lambda b, g, i, j, s, _: (b, key_block(i, j, s), 0)),
         "f_start": pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, *_: (b, 0, jnp.where(i == 0, j, nk - 1))),
         "q_segment": per_query_row,
-        "kv_visible": per_key_row,
-        "kv_select": per_key_row,
+        "kv_segment": per_key_row,
         "evict_at": per_key_row,
     }
     out = {
@@ -178,11 +177,11 @@ def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_us
     for n, (c, block) in enumerate(tile.squares()):
         made: dict[str, Array] = {"f": jnp.zeros((LANES, LANES), jnp.float32)}
 
-        def logits(c=c, block=block, made=made):
-            made["logits"] = tile.logits(c, block)
+        def select(c=c, block=block, made=made):
+            made["s"] = tile.select(c, block)
 
-        def mask(c=c, block=block, made=made):
-            made["f"], _ = tile.mask(c, block, made.pop("logits"))
+        def mask(block=block, made=made):
+            made["f"] = tile.mask(block, made.pop("s"))
 
         def store(c=c, block=block, made=made):
             hidden_f = tile.hide(c, block, made.pop("f"))
@@ -194,7 +193,7 @@ def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_us
 
         deadline = n * units_per_square + first_use
         if plan.selection is not Selection.OFF:
-            chores += [(deadline - MASK_LEADS[0], logits), (deadline - MASK_LEADS[1], mask)]
+            chores += [(deadline - MASK_LEADS[0], select), (deadline - MASK_LEADS[1], mask)]
         chores.append((deadline - MASK_LEADS[2], store))
     if plan.selection is not Selection.OFF:
 

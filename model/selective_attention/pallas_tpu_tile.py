@@ -103,44 +103,60 @@ def row_to_column(row: Array) -> Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def sum_before(x_LL: Array) -> Array:
-    """For every row the sum of the rows before it: `sum_{t < s} x[t]`, in float32."""
-    return _exclusive_sum(x_LL, 1)
+def shuffle(x: Array, axis: int) -> Array:
+    """Positions in the order in which squares of S hold their queries, in every block of 128 along `axis`.
+
+    Row 8 r + s holds query 16 s + r: a sum over queries is then a sum over registers, and only once over sublanes.
+    """
+    shape = (*x.shape[:axis], -1, 8, 16, *x.shape[axis + 1 :])
+    return x.reshape(shape).swapaxes(axis + 1, axis + 2).reshape(x.shape)
 
 
-def sum_after(x_LL: Array) -> Array:
-    """For every row the sum of the rows after it."""
-    return _exclusive_sum(x_LL, -1)
+def unshuffle(x: Array, axis: int) -> Array:
+    """The inverse of `shuffle`."""
+    shape = (*x.shape[:axis], -1, 16, 8, *x.shape[axis + 1 :])
+    return x.reshape(shape).swapaxes(axis + 1, axis + 2).reshape(x.shape)
 
 
-def _exclusive_sum(x_LL: Array, direction: int) -> Array:
-    # In groups of 8 rows (one register): three steps of doubling distance inside the groups, then the groups' totals.
-    # Pairwise at first and then blocked, so that rounding errors do not grow with the number of queries.
-    grouped = x_LL.reshape(-1, 8, LANES)
-    sublane = jax.lax.broadcasted_iota(jnp.int32, grouped.shape, 1)
-    inclusive = grouped
+def sum_before(x_LL: Array) -> tuple[Array, Array]:
+    """For every row of shuffled queries the sum over earlier queries, and the sum over all [1, 128]. In float32."""
+    return _exclusive_sum(x_LL, range(16), lambda sublane, distance: sublane >= distance, 1)
+
+
+def sum_after(x_LL: Array) -> tuple[Array, Array]:
+    """The same over all later queries."""
+    return _exclusive_sum(x_LL, range(15, -1, -1), lambda sublane, distance: sublane < 8 - distance, -1)
+
+
+def _exclusive_sum(x_LL: Array, order: Sequence[int], inside: Callable[[Array, int], Array], direction: int):
+    # Blocked: 16 within a run of queries, the 8 runs pairwise. So rounding errors do not grow with their number.
+    within: dict[int, Array] = {}
+    run = jnp.zeros((8, LANES), jnp.float32)
+    for register in order:
+        within[register] = run
+        run += x_LL[8 * register : 8 * register + 8]
+    sublane = jax.lax.broadcasted_iota(jnp.int32, run.shape, 0)
+    inclusive = run
     for distance in (1, 2, 4):
-        inside = sublane >= distance if direction > 0 else sublane < 8 - distance
-        inclusive += jnp.where(inside, pltpu.roll(inclusive, (direction * distance) % 8, 1), 0.0)
-    last = slice(7, 8) if direction > 0 else slice(0, 1)
-    total = jnp.broadcast_to(inclusive[:, last], grouped.shape)
-    before: list[Array] = [jnp.zeros_like(total[0])]
-    for group in range(len(total) - 1):
-        before.append(before[-1] + total[group if direction > 0 else len(total) - 1 - group])
-    return (inclusive - grouped + jnp.stack(before[::direction])).reshape(x_LL.shape)
+        shifted = pltpu.roll(inclusive, (direction * distance) % 8, 0)
+        inclusive += jnp.where(inside(sublane, distance), shifted, 0.0)
+    others = inclusive - run
+    return jnp.concatenate([within[n] + others for n in range(16)], axis=0), jnp.sum(run, axis=0, keepdims=True)
 
 
 class Tile:
     """F of one tile, square by square: 128 queries against 128 keys.
 
-    A square of S is made with queries along sublanes, because sums over queries are cheap there, and turned at the end.
-    With `diagonal` the tile is known to begin with the same query and key, and squares above the diagonal are left out.
+    A square of S is made with (shuffled) queries along sublanes, because sums over queries are cheap there, and turned
+    at the end. With `diagonal` the tile is known to begin with the same query and key, and squares above the diagonal
+    are left out.
     """
 
     def __init__(self, plan: Plan, refs: Any, first_query: Array, first_key: Array, diagonal: bool):
         self.plan, self.refs, self.diagonal = plan, refs, diagonal
         self.first_query, self.first_key = first_query, first_key
-        self.sublane, self.lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+        row, self.key = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+        self.query = (row & 7) * 16 + (row >> 3)
         self.carry: dict[int, Array] = {}  # [1, 128] per block of 128 keys: F at the next query
 
     def squares(self) -> list[tuple[int, int]]:
@@ -152,42 +168,46 @@ class Tile:
         """Takes F at the tile's first query, [1, Bk]."""
         self.carry = {block: row[:, lanes(block)] for block in range(self.plan.block_k // LANES)}
 
-    def logits(self, c: int, block: int) -> Array:
-        """The selecting head's, without their factor."""
-        return dot(self.refs.q_sel[0, lanes(c)], self.refs.k_sel[0, lanes(block)], (1, 1))
-
-    def mask(self, c: int, block: int, logits: Array) -> tuple[Array, Array]:
-        """F and the derivative of S by its logit; [128 queries, 128 keys] each."""
-        selection = self.plan.selection
-        allowed = self._in_order(c, block, 0 if selection is Selection.UNPROTECTED_SELF else 1)
+    def select(self, c: int, block: int) -> Array:
+        """S in base 2, [128 shuffled queries, 128 keys]."""
+        logits = dot(self.refs.q_sel[0, lanes(c)], self.refs.k_sel[0, lanes(block)], (1, 1))
+        logits *= self.plan.scale * LOG2_E
+        leaky = self.plan.selection is Selection.LEAKY
+        s = jnp.where(logits > 0, logits, LEAKY_SLOPE * logits) if leaky else jnp.maximum(logits, 0.0)
+        allowed = self._in_order(c, block, 0 if self.plan.selection is Selection.UNPROTECTED_SELF else 1)
         if self.plan.segments:
-            allowed &= self._same_segment(c, block, self.refs.kv_select)
-        elif selection is not Selection.UNPROTECTED_BOS:
-            allowed &= self.lane + (self.first_key + block * LANES) > 0
-        slope = jnp.where(logits > 0, 1.0, LEAKY_SLOPE if selection is Selection.LEAKY else 0.0)
-        slope = jnp.where(allowed, slope, 0.0)
-        s = logits * slope * (self.plan.scale * LOG2_E)
-        f = self.carry[block] + sum_before(s)
-        self.carry[block] = f[-1:] + s[-1:]
-        return f, slope
+            allowed &= self._same_segment(c, block)
+        return s if allowed is True else jnp.where(allowed, s, 0.0)
+
+    def mask(self, block: int, s: Array) -> Array:
+        """F, [128 shuffled queries, 128 keys]; moves the keys' carry on."""
+        before, total = sum_before(s)
+        f = self.carry[block] + before
+        self.carry[block] += total
+        return f
 
     def hide(self, c: int, block: int, f: Array) -> Array:
         """F, or HIDDEN where attention does not look; turned to [128 keys, 128 queries]."""
         visible = self._in_order(c, block, 0)
         if self.plan.segments:
-            visible &= self._same_segment(c, block, self.refs.kv_visible)
+            visible &= self._same_segment(c, block)
         if self.plan.evict:
-            visible &= self.sublane + (self.first_query + c * LANES) < self.refs.evict_at[0, :, lanes(block)]
-        return (f if visible is True else jnp.where(visible, f, HIDDEN)).T
+            visible &= self.query + (self.first_query + c * LANES) < self.refs.evict_at[0, :, lanes(block)]
+        turned = (f if visible is True else jnp.where(visible, f, HIDDEN)).T
+        return jnp.take_along_axis(turned, (self.key & 15) * 8 + (self.key >> 4), axis=1)
+
+    def turn(self, x: Array) -> Array:
+        """[128 keys, 128 queries] to [128 shuffled queries, 128 keys]."""
+        return jnp.take_along_axis(x, (self.key & 7) * 16 + (self.key >> 3), axis=1).T
 
     def _in_order(self, c: int, block: int, distance: int) -> Array | bool:
         """Whether the query comes at least `distance` after the key."""
         if self.diagonal:
-            return True if block < c else self.sublane - self.lane >= distance
-        return self.sublane - self.lane + (self.first_query - self.first_key + (c - block) * LANES) >= distance
+            return True if block < c else self.query - self.key >= distance
+        return self.query - self.key + (self.first_query - self.first_key + (c - block) * LANES) >= distance
 
-    def _same_segment(self, c: int, block: int, keys: Any) -> Array:
-        return row_to_column(self.refs.q_segment[0, :, lanes(c)]) == keys[0, :, lanes(block)]
+    def _same_segment(self, c: int, block: int) -> Array:
+        return row_to_column(self.refs.q_segment[0, :, lanes(c)]) == self.refs.kv_segment[0, :, lanes(block)]
 
 
 def lanes(block: int) -> slice:
