@@ -53,7 +53,7 @@ def attend(
     else:
         s_BNM = select(q_sel, k_sel, queries, keys, scale, selection)
         f_BNM = f_start[:, None, :] + jnp.cumsum(s_BNM, axis=1) - s_BNM  # exclusive: query i does not act on itself
-    visible_BNM = visible(queries, keys)
+    visible_BNM = jnp.broadcast_to(visible(queries, keys), f_BNM.shape)
 
     q_BNKGD = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     logits_BKGNM = scale * jnp.einsum("bnkgd,bmkd->bkgnm", q_BNKGD, k, preferred_element_type=dtype)

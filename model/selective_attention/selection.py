@@ -85,29 +85,29 @@ class Keys(NamedTuple):
 
 
 def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, scale: float, selection: Selection) -> Array:
-    """S of section 3, [B, N, M] float32: how much each query masks each key for later queries."""
+    """S of section 3, [B, N, M] float32: how much each query masks each key for later queries. B may be absent."""
     dtype = jnp.promote_types(q_BND.dtype, jnp.float32)
-    logits_BNM = scale * jnp.einsum("bnd,bmd->bnm", q_BND, k_BMD, preferred_element_type=dtype)
+    logits_BNM = scale * jnp.einsum("...nd,...md->...nm", q_BND, k_BMD, preferred_element_type=dtype)
     # Never negative, so that attention is only ever reduced (but for the ablation).
     s_BNM = jax.nn.leaky_relu(logits_BNM, 0.01) if selection is Selection.LEAKY else jax.nn.relu(logits_BNM)
     query_N1, key_M = queries.position[:, None], keys.position
     allowed_NM = query_N1 >= key_M if selection is Selection.UNPROTECTED_SELF else query_N1 > key_M
     allowed_BNM = allowed_NM & _same_segment(queries, keys)
     if selection is not Selection.UNPROTECTED_BOS:
-        allowed_BNM &= ~keys.first[:, None, :]
+        allowed_BNM &= ~keys.first[..., None, :]
     return jnp.where(allowed_BNM, s_BNM, 0)
 
 
 def visible(queries: Queries, keys: Keys) -> Array:
-    """Bool [B or 1, N, M]: where attention looks at all; F comes on top."""
+    """Bool [N, M], or [B, N, M] if it depends on the sequence: where attention looks at all; F comes on top."""
     seen_BNM = (queries.position[:, None] >= keys.position) & _same_segment(queries, keys)
     if keys.evict_at is not None:
-        seen_BNM &= queries.position[:, None] < keys.evict_at[:, None, :]
+        seen_BNM &= queries.position[:, None] < keys.evict_at[..., None, :]
     return seen_BNM
 
 
 def _same_segment(queries: Queries, keys: Keys) -> Array:
     if queries.segment is None or keys.segment is None:
-        return jnp.ones((1, 1, 1), bool)
-    same_BNM = queries.segment[:, :, None] == keys.segment[:, None, :]
-    return same_BNM & (keys.segment >= 0)[:, None, :]
+        return jnp.ones((1, 1), bool)
+    same_BNM = queries.segment[..., :, None] == keys.segment[..., None, :]
+    return same_BNM & (keys.segment >= 0)[..., None, :]

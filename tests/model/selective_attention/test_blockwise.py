@@ -72,40 +72,44 @@ def assert_close(actual, expected, tolerance, name=""):
     assert error <= tolerance * largest, f"{name}: an error of {error}, largest entry {largest}"
 
 
-@pytest.mark.parametrize("extra", [False, True], ids=["plain", "packed_pruned"])
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=["1_head", "6_over_2_heads"])
 @pytest.mark.parametrize("length", [1, 2, 17, 128, 513, 1024])
-def test_outputs_and_gradients_equal_float64(length, heads, extra):
-    arrays = make_arrays(length, length=length, heads=heads[0], kv_heads=heads[1], width=8)
-    assert_matches_float64(arrays, **(packed(2, length) if extra else {}))
+def test_outputs_and_gradients_equal_float64(length):
+    arrays = make_arrays(length, length=length, heads=2, width=8)
+    assert_matches_float64(arrays)
 
 
-@pytest.mark.parametrize("kv_heads", [12, 4, 1])
+@pytest.mark.parametrize("length", [1, 17, 513])
+def test_grouped_heads_packed_and_pruned_equal_float64(length):
+    arrays = make_arrays(length, length=length, heads=6, kv_heads=2, width=8)
+    assert_matches_float64(arrays, **packed(2, length))
+
+
+@pytest.mark.parametrize("kv_heads", [12, 1])
 def test_head_zero_of_twelve_selects_for_all(kv_heads):
-    arrays = make_arrays(3, separate=False, length=300, heads=12, kv_heads=kv_heads, width=8)
+    arrays = make_arrays(3, separate=False, length=150, heads=12, kv_heads=kv_heads, width=8)
     assert_matches_float64(arrays)
 
 
 @pytest.mark.parametrize("selection", Selection)
 def test_every_rule_equals_float64(selection):
-    arrays = make_arrays(4, length=200, heads=2, width=8)
-    outputs, gradients = value_and_gradients(arrays, "xla", selection=selection, **packed(2, 200))
+    arrays = make_arrays(4, length=140, heads=2, width=8)
+    outputs, gradients = value_and_gradients(arrays, "xla", selection=selection, **packed(2, 140))
     if selection is Selection.OFF:
         np.testing.assert_array_equal(outputs[1], 0)
         assert all(not np.any(gradients[name]) for name in ("q_sel", "k_sel"))
     else:
-        assert_matches_float64(arrays, selection=selection, **packed(2, 200))
+        assert_matches_float64(arrays, selection=selection, **packed(2, 140))
 
 
 def test_off_equals_standard_attention():
-    arrays = make_arrays(2, separate=False, length=200, heads=2, width=8)
+    arrays = make_arrays(2, separate=False, length=140, heads=2, width=8)
     out = selective_attention(**arrays, selection=Selection.OFF, implementation="xla")
     q, k, v = map(jnp.array, arrays.values())
     assert_close(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), 2e-6)
 
 
 def test_bfloat16_is_within_its_precision():
-    arrays = make_arrays(5, jnp.bfloat16, length=200, heads=4, kv_heads=2, width=16)
+    arrays = make_arrays(5, jnp.bfloat16, length=140, heads=4, kv_heads=2, width=16)
     assert_matches_float64(arrays, output_tolerance=2e-2, gradient_tolerance=2e-2)
 
 
@@ -114,38 +118,37 @@ def test_values_may_have_another_width():
     assert_matches_float64(arrays)
 
 
-@pytest.mark.parametrize("length", [1, 2, 150])
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_rows_that_see_nothing_are_zero_and_nothing_is_nan(length, scale):
+@pytest.mark.parametrize("length", [1, 140])
+def test_rows_that_see_nothing_are_zero_and_huge_logits_are_finite(length):
     arrays = make_arrays(7, length=length, heads=2, width=8)
-    nobody = np.zeros((2, length), np.int32)
-    outputs, gradients = value_and_gradients(arrays, "xla", scale=scale, evict_at=nobody)
-    assert all(not np.any(x) for x in (*outputs, *gradients.values()))
-    outputs, gradients = value_and_gradients(arrays, "xla", scale=scale)
+    evict_at = np.zeros((2, length), np.int32)  # the first sequence sees nothing
+    evict_at[1] = length
+    outputs, gradients = value_and_gradients(arrays, "xla", scale=1e4, evict_at=evict_at)
+    assert all(not np.any(x[0]) for x in (*outputs, *gradients.values()))
     assert all(np.isfinite(x).all() for x in (*outputs, *gradients.values()))
-    assert np.any(gradients["v"])
+    assert np.any(gradients["v"][1])
 
 
-@pytest.mark.parametrize(("offset", "length"), [(0, 90), (90, 90), (150, 150), (299, 1)])
-@pytest.mark.parametrize("selection", [Selection.PAPER, Selection.OFF])
+@pytest.mark.parametrize(
+    ("offset", "length", "selection"), [(0, 90, "paper"), (90, 90, "paper"), (299, 1, "paper"), (150, 150, "off")]
+)
 def test_a_block_of_queries_equals_the_same_rows_of_the_whole(offset, length, selection):
     """What context parallelism relies on; the offset is traced, and f_start has a gradient."""
     arrays = make_arrays(8, np.float64, length=300, heads=2, width=8)
-    extra = packed(2, 300)
+    extra, selection = packed(2, 300), Selection(selection)
     rows = slice(offset, offset + length)
-    segments = {"q_segment_ids": extra["segment_ids"][:, rows], "kv_segment_ids": extra["segment_ids"]}
+    before = slice(0, offset or 1)  # an empty block is not asked for: its carry is multiplied by zero
 
     def through(implementation):
-        @jax.jit
         def rows_from_carry(arrays, offset):
-            options = {"scale": 0.4, "selection": selection}
-            earlier = {"q_segment_ids": extra["segment_ids"][:, : rows.start], **segments} | {
-                "q_segment_ids": extra["segment_ids"][:, : max(rows.start, 1)]
-            }
-            before = arrays["q_sel"][:, : max(rows.start, 1)] * (rows.start > 0)
-            f_start = implementation.column_sums(before, arrays["k_sel"], offset=offset * 0, **earlier, **options)
-            if selection is Selection.OFF:
-                f_start = jnp.zeros_like(f_start)
+            options = {"scale": 0.4, "selection": selection, "kv_segment_ids": extra["segment_ids"]}
+            f_start = (rows.start > 0 and selection is not Selection.OFF) * implementation.column_sums(
+                arrays["q_sel"][:, before],
+                arrays["k_sel"],
+                offset=0 * offset,
+                q_segment_ids=extra["segment_ids"][:, before],
+                **options,
+            )
             return implementation.attend(
                 arrays["q"][:, rows],
                 arrays["k"],
@@ -155,16 +158,18 @@ def test_a_block_of_queries_equals_the_same_rows_of_the_whole(offset, length, se
                 f_start,
                 offset=offset,
                 evict_at=extra["evict_at"],
+                q_segment_ids=extra["segment_ids"][:, rows],
                 tau=0.7,
-                **segments,
                 **options,
             )
 
-        def loss(arrays):
-            out, forgotten = rows_from_carry(arrays, jnp.int32(offset))
-            return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out) + jnp.sum(forgotten**2)
+        def loss(arrays, offset):
+            outputs = rows_from_carry(arrays, offset)
+            out, forgotten = outputs
+            return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out) + jnp.sum(forgotten**2), outputs
 
-        return rows_from_carry(arrays, jnp.int32(offset)), jax.grad(loss)(arrays)
+        gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(arrays, jnp.int32(offset))
+        return outputs, gradients
 
     with jax.enable_x64():
         outputs, gradients = through(blockwise)
@@ -200,6 +205,7 @@ def test_vmap_equals_a_loop():
         return jax.grad(lambda a: jnp.sum(selective_attention(**a, implementation="xla") ** 2))(arrays)
 
     together = jax.jit(jax.vmap(gradients))(arrays)
+    gradients = jax.jit(gradients)
     for index, one in enumerate(stacked):
         for name, gradient in gradients(one).items():
             assert_close(together[name][index], gradient, 1e-6, name)
