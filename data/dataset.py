@@ -74,16 +74,15 @@ def open_dataset(path: str | Path) -> Dataset:
 
     Raises DataError.
     """
+    if "://" in str(path):
+        raise DataError(f"{path} is not a folder on this machine; mount the bucket, see data/README.md")
     path = Path(path)
     try:
         text = (path / MANIFEST_FILE).read_text()
     except OSError as error:
-        hint = (
-            "mount a bucket first, see data/README.md"
-            if "://" in str(path)
-            else "make one with `python -m data.prepare`"
-        )
-        raise DataError(f"no dataset in {path} ({MANIFEST_FILE}: {error.strerror}); {hint}") from None
+        raise DataError(
+            f"no dataset in {path} ({MANIFEST_FILE}: {error.strerror}); make one with `python -m data.prepare`"
+        ) from None
     try:
         manifest = Manifest.from_json(text)
     except DataError as error:

@@ -44,6 +44,11 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         open_dataset(tmp_path / "nowhere")
 
 
+def test_a_bucket_that_is_not_mounted() -> None:
+    with pytest.raises(DataError, match="gs://bucket/c4 is not a folder on this machine; mount the bucket"):
+        open_dataset("gs://bucket/c4")
+
+
 def test_a_manifest_that_is_not_json(copy: Path) -> None:
     (copy / "manifest.json").write_text("{")
     with pytest.raises(DataError, match=r"manifest.json: not a dataset manifest"):
