@@ -15,7 +15,7 @@ $(STAMP): constraints.txt $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11 or newer is needed, e.g. make PYTHON=python3.11"; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) -m venv failed; on Debian or Ubuntu install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt \
+	@$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt \
 	    --editable model/selective_attention --editable model/inference_budget --editable ".[$(EXTRAS)]" \
 	    || { echo "error: installing failed (see above); check the network to the package index, then run make setup again"; exit 1; }
 	@touch $@

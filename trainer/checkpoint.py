@@ -40,7 +40,7 @@ class Checkpoints:
         self._identity = {"config": json.loads(config.to_json()), "dataset_fingerprint": dataset_fingerprint}
         self._response: Any = None
         self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(workdir) / "checkpoints",
+            _folder(workdir),
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
@@ -106,7 +106,7 @@ def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:
     Raises:
       ResumeError: there is no checkpoint, or not one of this trainer.
     """
-    with ocp.training.Checkpointer(epath.Path(workdir) / "checkpoints") as checkpointer:
+    with ocp.training.Checkpointer(_folder(workdir)) as checkpointer:
         if checkpointer.latest is None:
             raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
         step = checkpointer.latest.step
@@ -116,6 +116,11 @@ def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
         params = checkpointer.load(step, state).params
     return nnx.merge(model_graph(model_config(config)), params), config, step
+
+
+def _folder(workdir: str) -> epath.Path:
+    """Where the checkpoints are; absolute, because Orbax fails on relative paths, and only once it saves."""
+    return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir)) / "checkpoints"
 
 
 def _custom_metadata(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:

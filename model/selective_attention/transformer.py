@@ -37,6 +37,12 @@ def _scale(shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
 
 
+# Elementwise parts are recomputed in the backward pass: they fuse with what reads them, and their float32 intermediates,
+# which XLA would otherwise write out for every layer, cost more memory traffic than the arithmetic takes.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
 def rms_norm(x: Array, scale: Array) -> Array:
     """RMSNorm over the last axis, computed in float32 (or x's dtype, if wider); returns x's dtype."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -52,6 +58,11 @@ def rotary(x_BNHD: Array, position_N: Array, base: float) -> Array:
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x1, x2 = jnp.split(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BNHD.dtype)
+
+
+@_recomputed
+def _swiglu(gate_BNF: Array, up_BNF: Array) -> Array:
+    return jax.nn.silu(gate_BNF) * up_BNF
 
 
 class Block(nnx.Module):
@@ -95,7 +106,7 @@ class Block(nnx.Module):
         h_BNE = rms_norm(x_BNE, self.mlp_norm[...])
         hidden = "batch", "sequence", "mlp"
         gate_BNF = contract("bne,ef->bnf", h_BNE, self.w_gate, *hidden)
-        h_BNF = jax.nn.silu(gate_BNF) * contract("bne,ef->bnf", h_BNE, self.w_up, *hidden)
+        h_BNF = _swiglu(gate_BNF, contract("bne,ef->bnf", h_BNE, self.w_up, *hidden))
         return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None), extra
 
     def project(self, h_BNE: Array, position_N: Array) -> tuple[Array, Array, Array, Array | None, Array | None]:

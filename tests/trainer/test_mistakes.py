@@ -105,9 +105,10 @@ def test_mistake_in_the_command_is_one_line_and_exit_code_2(flags, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, dataset_path, tmp_path):
+def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, dataset_path, tmp_path, monkeypatch):
     tiny_config.steps = 2
-    workdir = str(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    workdir = "run"
     assert train(tiny_config, workdir) == 0
     tiny_config.optimizer.peak_lr = 0.1
     with pytest.raises(ResumeError, match=r"optimizer\.peak_lr: 0\.005 -> 0\.1"):

@@ -26,7 +26,9 @@ def test_statistics_on_a_mesh_are_those_of_the_mask(tiny_config, shape):
     targets[5] = 0
     with jax.set_mesh(mesh):
         params = jax.jit(lambda: init_state(tiny_config, make_optimizer(tiny_config)).params)()
-        batch = {name: jax.device_put(x, batch_sharding(mesh)) for name, x in (("inputs", inputs), ("targets", targets))}
+        batch = {
+            name: jax.device_put(x, batch_sharding(mesh)) for name, x in (("inputs", inputs), ("targets", targets))
+        }
         statistics = jax.device_get(jax.jit(make_selection_step(tiny_config, pad_id=0))(params, batch))
     model = Transformer(model_config(tiny_config), rngs=nnx.Rngs(params=0))
     nnx.update(model, jax.device_get(params))
