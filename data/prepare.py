@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from data.workers import run_tasks
 WORK_FOLDER = ".prepare"
 PRESETS = {"8k": 8_192, "32k": 32_768}
 SPLITS = ("train", "validation")
+_REQUESTS = 32  # At once, since a bucket takes long for each.
 
 # Calls a stage with each task, somewhere, and yields the tasks as they end, while the progress bar follows.
 Runner = Callable[[Callable, list, tqdm], Iterator]
@@ -108,12 +110,15 @@ def _record_plan(work: Folder, plan: Plan) -> None:
 
 def _run_stage(run: Runner, stage: Callable, tasks: list[Any], work: Folder, desc: str, unit: str) -> list[bytes]:
     """Runs the tasks that have no receipt yet, and returns the receipts of all."""
-    missing = [task for task in tasks if not work.exists(task.receipt_file)]
+    receipts = [task.receipt_file for task in tasks]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        missing = [task for task, exists in zip(tasks, pool.map(work.exists, receipts), strict=True) if not exists]
     with tqdm(total=sum(task.size for task in tasks), desc=desc, unit=unit, unit_scale=True) as progress:
         progress.update(progress.total - sum(task.size for task in missing))
         for _ in run(stage, missing, progress):
             pass
-    return [work.read(task.receipt_file) for task in tasks]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(work.read, receipts))
 
 
 def _report_bad(plan: Plan, receipts: list[Receipt], max_bad_fraction: float) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import Dataset, open_dataset, prepare
@@ -72,6 +73,21 @@ def run_prepare() -> Prepare:
         return output
 
     return run
+
+
+@pytest.fixture(scope="session")
+def read_split() -> Callable[[Dataset, str], list[str]]:
+    """The texts of a split, decoded from its records."""
+
+    def read(dataset: Dataset, split: str) -> list[str]:
+        info = dataset.manifest.splits[split]
+        tokens = dataset.read_records(split, range(info.records)).reshape(-1)[: info.tokens]
+        ends = np.flatnonzero(tokens == dataset.manifest.tokenizer.eos_id)
+        assert ends[-1] == len(tokens) - 1
+        tokenizer = dataset.tokenizer()
+        return [tokenizer.decode(part) for part in np.split(tokens, ends[:-1] + 1)]
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import corpus
+from data import corpus, open_dataset
 
 DOCSTRING = """Return the sorted values of the input array.
 
@@ -96,6 +96,15 @@ def test_the_split_is_by_the_hash_of_the_text(built: Path) -> None:
         for document in read(built, pattern):
             digest = hashlib.blake2b(document["text"].encode(), digest_size=8).digest()
             assert (int.from_bytes(digest, "big") / 2**64 < corpus.VALIDATION_FRACTION) is expected
+
+
+def test_it_comes_back_from_the_records(built: Path, tmp_path: Path, run_prepare, read_split) -> None:
+    folder = run_prepare(
+        tmp_path / "out", source="c4", input=built / "c4-*.json.gz", vocab_size=1000, sample_documents=500, workers=2
+    )
+    for split in ("train", "validation"):
+        expected = [document["text"] for document in read(built, f"c4-{split}*")]
+        assert read_split(open_dataset(folder), split) == expected
 
 
 def test_too_little_documentation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

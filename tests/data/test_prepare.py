@@ -4,20 +4,9 @@ import gzip
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data import Dataset, open_dataset
-
-
-def documents(dataset: Dataset, split: str) -> list[str]:
-    """The texts of a split, decoded from its records."""
-    info = dataset.manifest.splits[split]
-    tokens = dataset.read_records(split, range(info.records)).reshape(-1)[: info.tokens]
-    ends = np.flatnonzero(tokens == dataset.manifest.tokenizer.eos_id)
-    assert ends[-1] == len(tokens) - 1
-    tokenizer = dataset.tokenizer()
-    return [tokenizer.decode(part[part != 3]) for part in np.split(tokens, ends[:-1] + 1)]
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -26,9 +15,9 @@ def same_files(a: Path, b: Path) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
-def test_every_document_comes_back_in_order(dataset: Dataset, texts: dict[str, list[str]]) -> None:
-    assert documents(dataset, "train") == texts["a"] + texts["b"]
-    assert documents(dataset, "validation") == texts["c"]
+def test_every_document_comes_back_in_order(dataset: Dataset, texts: dict[str, list[str]], read_split) -> None:
+    assert read_split(dataset, "train") == texts["a"] + texts["b"]
+    assert read_split(dataset, "validation") == texts["c"]
 
 
 def test_only_the_tail_of_a_split_is_padded(dataset: Dataset) -> None:
@@ -48,10 +37,12 @@ def test_the_manifest_counts_what_is_there(dataset: Dataset, texts: dict[str, li
     )
 
 
-def test_a_hash_split_never_parts_equal_documents(inputs: Path, texts: dict, tmp_path: Path, run_prepare) -> None:
+def test_a_hash_split_never_parts_equal_documents(
+    inputs: Path, texts: dict, tmp_path: Path, run_prepare, read_split
+) -> None:
     folder = run_prepare(tmp_path / "out", input=[inputs / "a.json.gz", inputs / "b.json.gz"], validation_fraction=0.3)
     dataset = open_dataset(folder)
-    train, validation = documents(dataset, "train"), documents(dataset, "validation")
+    train, validation = read_split(dataset, "train"), read_split(dataset, "validation")
     assert sorted(train + validation) == sorted(texts["a"] + texts["b"])
     assert not set(train) & set(validation)
     assert 0.2 < len(validation) / (len(train) + len(validation)) < 0.4
@@ -69,14 +60,14 @@ def test_the_number_of_workers_changes_no_byte(inputs: Path, dataset_folder: Pat
 
 
 def test_files_named_validation_are_the_validation_split(
-    inputs: Path, texts: dict, tmp_path: Path, run_prepare
+    inputs: Path, texts: dict, tmp_path: Path, run_prepare, read_split
 ) -> None:
     text = tmp_path / "text"
     text.mkdir()
     (text / "c4-train.00000-of-00001.json.gz").write_bytes((inputs / "a.json.gz").read_bytes())
     (text / "c4-validation.00000-of-00001.json.gz").write_bytes((inputs / "c.json.gz").read_bytes())
     dataset = open_dataset(run_prepare(tmp_path / "out", source="c4", input=text / "c4-*.json.gz"))
-    assert documents(dataset, "validation") == texts["c"]
+    assert read_split(dataset, "validation") == texts["c"]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path, run_prepare) -> None:
@@ -85,7 +76,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path, run_prepare)
 
 
 @pytest.mark.shared
-def test_real_c4_comes_back(tmp_path: Path, run_prepare) -> None:
+def test_real_c4_comes_back(tmp_path: Path, run_prepare, read_split) -> None:
     source = Path(__file__).parents[3] / "shared" / "data" / "c4"
     if not source.exists():
         pytest.skip("needs ../shared")
@@ -95,4 +86,4 @@ def test_real_c4_comes_back(tmp_path: Path, run_prepare) -> None:
     for split in ("train", "validation"):
         lines = [gzip.decompress(path.read_bytes()) for path in sorted(source.glob(f"c4-{split}.*"))]
         expected = [json.loads(line)["text"] for line in b"".join(lines).splitlines()]
-        assert documents(open_dataset(folder), split) == expected
+        assert read_split(open_dataset(folder), split) == expected

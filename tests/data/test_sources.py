@@ -129,6 +129,15 @@ def test_a_truncated_gzip_file_is_an_error_with_its_line(tmp_path: Path) -> None
         read(tmp_path / "a.json.gz")
 
 
+def test_a_filesystem_that_is_not_installed_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(url: str) -> None:
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", not_installed)
+    with pytest.raises(DataError, match=r"Please install gcsfs; install the extra: pip install '\.\[gcs\]'"):
+        next(read_documents("gs://bucket/a.jsonl", "jsonl"))
+
+
 def test_an_unknown_protocol_is_an_error() -> None:
     with pytest.raises(DataError, match="cannot open nothing://x"):
-        read_documents("nothing://x/a.jsonl", "jsonl").__next__()
+        next(read_documents("nothing://x/a.jsonl", "jsonl"))
