@@ -44,11 +44,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_config(CONFIG.value)
         # A restart compiles nothing anew. JAX_COMPILATION_CACHE_DIR shares the cache between runs.
-        if not jax.config.jax_compilation_cache_dir:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", f"{WORKDIR.value}/compilation_cache")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         with logging_redirect_tqdm():
-            code = train(CONFIG.value, WORKDIR.value, interrupt)
+            code = train(CONFIG.value, str(WORKDIR.value), interrupt)
     except (ConfigError, ResumeError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_MISTAKE

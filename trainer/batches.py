@@ -25,7 +25,9 @@ class Rows(Protocol):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The layout of a batch's [B, N] arrays: rows over `data` and `fsdp`, positions over `context`."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+        spec = partition_spec(("batch", "sequence"))
+    assert spec is not None  # a mesh is set
+    return NamedSharding(mesh, spec)
 
 
 def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
@@ -33,7 +35,8 @@ def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
     shape = (source.batch_size, source.context_length)
     blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def local(index: tuple[slice, ...], name: str) -> np.ndarray:
+    def local(index: tuple[slice, ...] | None, name: str) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[0].indices(shape[0])
         if (start, stop) not in blocks:
             blocks[start, stop] = source.rows(step, range(start, stop))

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +197,7 @@ class StepLog:
 def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
     """The train step compiled for exactly these shapes and shardings, its state donated."""
     shape, sharding = (config.batch_size, config.context_length), batch_sharding(mesh)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=_stop_sharding(mesh))
     start = time.monotonic()
     step = jax.jit(make_train_step(config, make_optimizer(config), pad_id), donate_argnums=0)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from .attention import Selection, selection_mask
 from .config import TransformerConfig
@@ -50,11 +51,11 @@ def rms_norm(x: Array, scale: Array) -> Array:
     return (normed * scale).astype(x.dtype)
 
 
-def rotary(x_BNHD: Array, position_N: Array, base: float) -> Array:
+def rotary(x_BNHD: Array, position_N: ArrayLike, base: float) -> Array:
     """Rotary position embedding, halves rotated as (x1, x2); `position_N` int32 [N] or [B, N]."""
     half = x_BNHD.shape[-1] // 2
     frequency_D = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_N.astype(jnp.float32)[..., None, None] * frequency_D  # [(B,) N, 1, D / 2]
+    angle = jnp.asarray(position_N, jnp.float32)[..., None, None] * frequency_D  # [(B,) N, 1, D / 2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x1, x2 = jnp.split(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BNHD.dtype)
@@ -98,7 +99,7 @@ class Block(nnx.Module):
         self.w_up = _parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
         self.w_down = _parameter(rngs, (layers, c.mlp_dim, c.d_model), (None, "mlp", "embed"), mlp_out)
 
-    def __call__(self, x_BNE: Array, position_N: Array, attend: Attend) -> tuple[Array, Any]:
+    def __call__(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
         """x [B, N, E], positions int32 [N] or [B, N], attention -> (x of the next layer, what `attend` adds)."""
         q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
         out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
@@ -109,7 +110,7 @@ class Block(nnx.Module):
         h_BNF = _swiglu(gate_BNF, contract("bne,ef->bnf", h_BNE, self.w_up, *hidden))
         return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None), extra
 
-    def project(self, h_BNE: Array, position_N: Array) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
         c = self.config
         q_BNHD = contract("bne,ehd->bnhd", h_BNE, self.w_query, "batch", "sequence", "heads", None)
@@ -182,9 +183,8 @@ class Transformer(nnx.Module):
         """
         c = self.config
         position_N = sequence_order(tokens_BN.shape[1])
-        tokens_BN, segment_ids, evict_at = (
-            None if x is None else permute(x, position_N) for x in (tokens_BN, segment_ids, evict_at)
-        )
+        tokens_BN = permute(tokens_BN, position_N)
+        segment_ids, evict_at = (None if x is None else permute(x, position_N) for x in (segment_ids, evict_at))
 
         def attend(layer_evict_at, q, k, v, q_sel, k_sel):
             result = sharded_selective_attention(
@@ -215,11 +215,11 @@ class Transformer(nnx.Module):
         hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)
         return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)
 
-    def embed(self, tokens_BN: Array, position_N: Array) -> Array:
+    def embed(self, tokens_BN: Array, position_N: ArrayLike) -> Array:
         """[B, N, E]: embedded tokens, with learned positions added if the model has them."""
         x_BNE = _lookup(self.embedding, tokens_BN)
         if self.config.positions == "learned":
-            x_BNE = x_BNE + reshard(self.position_embedding[...], None, None)[position_N]
+            x_BNE = x_BNE + reshard(self.position_embedding[...], None, None)[jnp.asarray(position_N)]
         return x_BNE.astype(self.config.dtype)
 
     def logits(self, hidden_BNE: Array) -> Array:

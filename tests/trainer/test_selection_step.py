@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from selective_attention import Transformer
 
+from selective_attention import Transformer
 from trainer.batches import batch_sharding
 from trainer.mesh import AXES, make_mesh
 from trainer.state import init_state, make_optimizer, model_config
