@@ -1,7 +1,6 @@
 """Opening a prepared dataset: the manifest is checked against the shards before anything is trained on them."""
 
 import bisect
-import functools
 import itertools
 import os
 import resource
@@ -45,9 +44,11 @@ class Dataset:
         """
         return self._splits[self.check_split(split)].read(records)
 
-    @property
-    def shards(self) -> list[Shard]:
-        return [shard for split in self.manifest.splits.values() for shard in split.shards]
+    def check_shards(self) -> None:
+        """Raises DataError unless each shard is what the manifest says, as far as its size and its last record tell."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for reader in self._splits.values():
+                list(pool.map(reader.check, range(len(reader.shards))))
 
     def verify(self, shard: Shard, progress: Callable[[int], object] = lambda count: None) -> None:
         """Reads all of a shard, telling `progress` the bytes of each read; raises DataError for a wrong checksum."""
@@ -91,12 +92,10 @@ def open_dataset(path: str | Path) -> Dataset:
     tokenizer = dataset.tokenizer()
     if tokenizer.identity != manifest.tokenizer or tokenizer.vocab_size != manifest.vocab_size:
         raise DataError(f"{path / TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} describes; prepare again")
-    _allow_open_files(len(dataset.shards))
-    checks = [check for reader in dataset._splits.values() for check in reader.checks()]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda check: check(), checks))
-    if sum(shard.bytes for shard in dataset.shards) <= _VERIFIED_BYTES:
-        for shard in dataset.shards:
+    _allow_open_files(len(manifest.shards))
+    dataset.check_shards()
+    if sum(shard.bytes for shard in manifest.shards) <= _VERIFIED_BYTES:
+        for shard in manifest.shards:
             dataset.verify(shard)
     return dataset
 
@@ -127,12 +126,7 @@ class _SplitReader:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="records")
 
-    def checks(self) -> list[Callable[[], None]]:
-        """One check for each shard, to be run in any order."""
-        return [functools.partial(self._check, index) for index in range(len(self.shards))]
-
-    def _check(self, index: int) -> None:
-        """Raises DataError unless the shard is what the manifest says, as far as its ends tell."""
+    def check(self, index: int) -> None:
         shard = self.shards[index]
         path = self._path / shard.file
         try:

@@ -38,6 +38,13 @@ class Folder:
     def exists(self, name: str) -> bool:
         return self._fs.exists(self._path(name))
 
+    def size(self, name: str) -> int | None:
+        """In bytes; None if there is no such file."""
+        try:
+            return self._fs.size(self._path(name))
+        except FileNotFoundError:
+            return None
+
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of a file in [start, end)."""
         return self._fs.cat_file(self._path(name), start, end)

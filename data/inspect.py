@@ -64,8 +64,10 @@ def windows(dataset: Dataset) -> list[tuple[str, str]]:
 
 def verify(dataset: Dataset) -> None:
     """Reads every byte; raises DataError for the first shard whose checksum is wrong."""
-    with tqdm(total=sum(shard.bytes for shard in dataset.shards), desc="verify", unit="B", unit_scale=True) as progress:
-        for shard in dataset.shards:
+    with tqdm(
+        total=sum(shard.bytes for shard in dataset.manifest.shards), desc="verify", unit="B", unit_scale=True
+    ) as progress:
+        for shard in dataset.manifest.shards:
             dataset.verify(shard, progress.update)
 
 
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n{where}: {text!r}")
         if options.verify:
             verify(dataset)
-            print(f"\nall {len(dataset.shards):,} shards have the right checksums")
+            print(f"\nall {len(dataset.manifest.shards):,} shards have the right checksums")
     except DataError as error:
         sys.exit(f"error: {error}")
 

@@ -69,6 +69,11 @@ class Manifest:
     splits: dict[str, Split]
 
     @property
+    def shards(self) -> list[Shard]:
+        """Those of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    @property
     def record_dtype(self) -> str:
         """The numpy dtype of a token in a record, little-endian."""
         return record_dtype(self.vocab_size)

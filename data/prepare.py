@@ -52,6 +52,9 @@ def prepare(
             raise DataError(
                 f"{output} holds a dataset of other options or inputs; choose another --output or remove it"
             )
+        for shard in manifest.shards:
+            if folder.size(shard.file) != shard.bytes:
+                raise DataError(f"{shard.file} in {output} is missing or not whole; remove {output} and prepare again")
     else:
         with work.lock():
             folder.remove_partial()
@@ -168,14 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", f"files, globs or fsspec URLs; {names}", nargs="+", required=True, metavar="PATTERN")
     add("--validation-input", "validation files of other names", nargs="+", default=[], metavar="PATTERN")
     add("--output", "folder for the dataset, local or an fsspec URL", required=True)
-    add("--vocab-size", "pieces to train, or 8k or 32k", type=_vocab_size, default="8k")
+    add("--vocab-size", "pieces to train, or 8k or 32k", type=vocabulary_size, default="8k")
     add("--tokenizer", "a SentencePiece model to use as it is, instead of training one", metavar="FILE")
-    add("--sample-documents", "documents that the tokenizer is trained on", type=_positive, default=100_000)
-    add("--record-length", "tokens in a record: the longest context", type=_positive, default=2_048)
-    add("--shards", f"number of training shards; by default one per {SHARD_BYTES >> 20} MiB", type=_positive)
-    add("--workers", "processes of the local runner", type=_positive, default=os.cpu_count())
-    add("--validation-fraction", "of the documents, by hash, if no input is validation", type=_fraction, default=0.01)
-    add("--max-bad-fraction", "of the documents that may be bad, and are skipped", type=_fraction, default=1e-4)
+    add("--sample-documents", "documents that the tokenizer is trained on", type=positive_integer, default=100_000)
+    add("--record-length", "tokens in a record: the longest context", type=positive_integer, default=2_048)
+    add("--shards", f"number of training shards; by default one per {SHARD_BYTES >> 20} MiB", type=positive_integer)
+    add("--workers", "processes of the local runner", type=positive_integer, default=os.cpu_count())
+    add("--validation-fraction", "of the documents, by hash, if no input is validation", type=fraction, default=0.01)
+    add("--max-bad-fraction", "of the documents that may be bad, and are skipped", type=fraction, default=1e-4)
     add(
         "--runner",
         "this machine, or Apache Beam with the arguments after --",
@@ -185,20 +188,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise ValueError
     return float(text)
 
 
-def _vocab_size(text: str) -> int:
-    return PRESETS.get(text.lower()) or _positive(text)
+def vocabulary_size(text: str) -> int:
+    return PRESETS.get(text.lower()) or positive_integer(text)
 
 
 def _runner(name: str, workers: int, beam_arguments: list[str]) -> Runner:

@@ -129,8 +129,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if reading_errors:
             raise reading_errors[0] from None
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot train a tokenizer of {vocab_size} pieces on this sample ({reason}); "
-            "give more text or a smaller --vocab-size"
-        ) from None
+        hint = "; give more text or a smaller --vocab-size" if "too high" in reason else ""
+        raise DataError(f"cannot train a tokenizer of {vocab_size} pieces on this sample: {reason}{hint}") from None
     return Tokenizer(buffer.getvalue())

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,16 @@ def test_a_finished_dataset_is_left_alone(dataset_folder: Path, inputs: Path, ru
     with pytest.raises(SystemExit, match="holds a dataset of other options or inputs"):
         run_prepare(dataset_folder, input=[inputs / "a.json.gz"], **options)
     assert {path: path.stat().st_mtime_ns for path in dataset_folder.iterdir()} == before
+
+
+def test_a_finished_dataset_that_lost_a_shard_is_an_error(
+    dataset_folder: Path, inputs: Path, run_prepare, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(dataset_folder, tmp_path / "copy")
+    (copy / "train-00002-of-00003.arrayrecord").unlink()
+    files = {"input": [inputs / "a.json.gz", inputs / "b.json.gz"], "validation_input": inputs / "c.json.gz"}
+    with pytest.raises(SystemExit, match=r"train-00002-of-00003\.arrayrecord in .* is missing or not whole"):
+        run_prepare(copy, **files, shards=3)
 
 
 def test_an_unfinished_one_is_not_continued_with_other_options(inputs: Path, run_prepare, tmp_path: Path) -> None:
