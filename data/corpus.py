@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -145,7 +146,9 @@ def source_documents(path: str, module: str) -> list[tuple[str, list[str]]]:
         source = Path(path).read_bytes()
         if b'"""' not in source and b"'''" not in source:
             return []
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # About invalid escapes in other people's strings.
+            tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError):
         return []  # Unreadable source documents nothing; the size check at the end guards the whole.
     if module == "pydoc_data.topics":

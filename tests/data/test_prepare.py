@@ -2,11 +2,16 @@
 
 import gzip
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tqdm import tqdm
 
 from data import Dataset, open_dataset
+from data.plan import Plan, find_inputs
+from data.prepare import prepare
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -68,6 +73,33 @@ def test_files_named_validation_are_the_validation_split(
     (text / "c4-validation.00000-of-00001.json.gz").write_bytes((inputs / "c.json.gz").read_bytes())
     dataset = open_dataset(run_prepare(tmp_path / "out", source="c4", input=text / "c4-*.json.gz"))
     assert read_split(dataset, "validation") == texts["c"]
+
+
+def test_a_vocabulary_over_16_bits_has_records_of_four_bytes(
+    inputs: Path, texts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_split
+) -> None:
+    monkeypatch.setattr("data.manifest.MAX_UINT16_VOCAB", 200)
+    plan = Plan(
+        source="jsonl",
+        inputs=find_inputs([str(inputs / "a.json.gz")], [str(inputs / "c.json.gz")]),
+        vocab_size=300,
+        tokenizer_sha256=None,
+        record_length=64,
+        shards=2,
+        validation_fraction=0,
+        sample_documents=100,
+    )
+
+    def run(stage: Callable, tasks: list, progress: tqdm) -> Iterator:  # Here, where the limit is another.
+        for task in tasks:
+            stage(task, [0, 0])
+            yield task
+
+    manifest = prepare(plan, str(tmp_path / "out"), run=run, max_bad_fraction=0)
+    dataset = open_dataset(tmp_path / "out")
+    assert manifest == dataset.manifest and manifest.record_dtype == "<u4"
+    assert dataset.read_records("train", [0]).dtype == np.uint32
+    assert read_split(dataset, "train") == texts["a"]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path, run_prepare) -> None:
