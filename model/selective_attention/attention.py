@@ -7,10 +7,11 @@ Shape letters: B batch, N positions, H query heads, K key/value heads (K divides
 
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import blockwise, reference
+from . import blockwise, pallas_tpu, reference
 from .selection import Selection, selection_mask
 
 __all__ = ["Selection", "selection_mask", "selective_attention"]
@@ -43,8 +44,8 @@ def selective_attention(
         selecting nothing, their outputs zero.
       selection: the paper's rule, an ablation, or `Selection.OFF` for standard attention.
       memory_tau: if given, also return the memory statistic of section 3's auxiliary loss.
-      implementation: "xla" (in blocks, memory linear in N), "reference" (the definition, arrays of N x N), or None for
-        the best one of the platform.
+      implementation: "pallas" (fused TPU kernels; head widths up to 128), "xla" (in blocks, memory linear in N),
+        "reference" (the definition, arrays of N x N), or None for "pallas" on TPU and "xla" elsewhere.
 
     Returns:
       out [B, N, H, D] in q's dtype; with `memory_tau` the pair (out, forgotten), forgotten float32 [B, N]:
@@ -84,11 +85,12 @@ def implementation_module(name: str | None) -> ModuleType:
     Raises:
       ValueError: an unknown name.
     """
-    if name == "reference":
-        return reference
-    if name in (None, "xla"):
-        return blockwise
-    raise ValueError(f"implementation={name!r} is unknown; choose 'reference', 'xla' or None")
+    if name is None:
+        name = "pallas" if jax.default_backend() == "tpu" else "xla"
+    modules = {"reference": reference, "xla": blockwise, "pallas": pallas_tpu}
+    if name not in modules:
+        raise ValueError(f"implementation={name!r} is unknown; choose 'reference', 'xla', 'pallas' or None")
+    return modules[name]
 
 
 def check_arguments(

@@ -13,6 +13,7 @@ The tile itself, its units and why they are interleaved: `pallas_tpu_tile.py`.
 
 import functools
 import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from .pallas_tpu_tile import (
 )
 from .selection import Selection
 
-DELAYS = (0, 4, 6)  # units between a unit's stages
+DELAYS = (0, 1, 2)  # units between a unit's stages
 MASK_LEADS = (9, 6, 2)  # units between the stages of a square's F and its first use
 SELECTION_LAGS = (3, 6)  # units between the stages of the selecting head's gradient
 
@@ -82,7 +83,7 @@ def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: b
         ),
         "k_sel": pl.BlockSpec((1, plan.block_k, LANES), lambda b, g, j, r, _: (b, j, 0)),
         "k_sel_columns": pl.BlockSpec((1, key_columns, plan.select_dim, LANES), lambda b, g, j, r, _: (b, j, 0, 0)),
-        "f_blocks": pl.BlockSpec((1, 1, 1, 1, plan.block_k), lambda b, g, j, r, s: (b, g, query_block(j, r, s), 0, j)),
+        "f_blocks": pl.BlockSpec((1, 1, c, 1, plan.block_k), lambda b, g, j, r, s: (b, g, query_block(j, r, s), 0, j)),
         "d_forgotten": per_query_row,
         "q_segment": per_query_row,
         "kv_segment": per_key_row,
@@ -172,37 +173,37 @@ def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> N
             ref.df_start[0, 0] = -ref.later[...]
 
 
-def _mask_chores(plan: Plan, ref, tile: Tile, square_starts: dict, first_use: int) -> list:
-    """Makes ref.f as the forward kernel does, and ref.s, S itself; chores for `software_pipeline`.
-
-    F is summed forward in time while the units go backward: all of a key's squares are due with its last one.
-    """
-    chores = []
-    if plan.selection is not Selection.OFF:
-        tile.start(ref.f_blocks[0, 0, 0])
-    for c, block in tile.squares():
+def _mask_chores(
+    plan: Plan, ref, tile: Tile, square_starts: dict[tuple[int, int], int], first_use: int
+) -> list[tuple[int, Callable]]:
+    """Makes ref.f as the forward kernel does, and ref.s, S itself; chores for `software_pipeline`."""
+    chores: list[tuple[int, Callable]] = []
+    for c, block in square_starts:
         made: dict[str, Array] = {"f": jnp.zeros((LANES, LANES), jnp.float32)}
 
         def select(c=c, block=block, made=made):
             ref.s[c, lanes(block)] = made["s"] = tile.select(c, block)
 
-        def mask(block=block, made=made):
+        def mask(c=c, block=block, made=made):
+            tile.carry[block] = ref.f_blocks[0, 0, c, :, lanes(block)]
             made["f"] = tile.mask(block, made.pop("s"))
 
         def store(c=c, block=block, made=made):
             ref.f[c, lanes(block)] = tile.hide(c, block, made.pop("f"))
 
-        deadline = square_starts[max(c for c, b in tile.squares() if b == block), block] + first_use
+        deadline = square_starts[c, block] + first_use
         if plan.selection is not Selection.OFF:
             chores += [(deadline - MASK_LEADS[0], select), (deadline - MASK_LEADS[1], mask)]
         chores.append((deadline - MASK_LEADS[2], store))
     return chores
 
 
-def _selection_chores(plan: Plan, ref, i, tile: Tile, square_starts: dict, last_use: int) -> list:
+def _selection_chores(
+    plan: Plan, ref, i, tile: Tile, square_starts: dict[tuple[int, int], int], last_use: int
+) -> list[tuple[int, Callable]]:
     """Gradients of the selecting head, from the sum over heads of the logits' gradients; for `software_pipeline`."""
     later = {block: ref.later[:, lanes(block)] for block in range(plan.block_k // LANES)}
-    chores = []
+    chores: list[tuple[int, Callable]] = []
     for c, block in square_starts:
         made: dict[str, Array] = {}
 
@@ -229,7 +230,7 @@ def _selection_chores(plan: Plan, ref, i, tile: Tile, square_starts: dict, last_
             ref.dq_sel[0, 0, i * plan.columns + c] += dot(ref.k_sel_columns[0, block], d_selecting, (1, 1))
             ref.dk_sel[0, 0, block] += dot(ref.q_sel_columns[0, c], d_selecting, (1, 0))
 
-        done = square_starts[c, block] + plan.group_heads + last_use
+        done = square_starts[c, block] + last_use
         chores += [(done, turn), (done + SELECTION_LAGS[0], sum_over_queries), (done + SELECTION_LAGS[1], multiply)]
 
     def keep_later():
@@ -260,10 +261,7 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
         weights = jnp.exp2(logits - ref.f[c, lanes(block)] - ref.log_sum[at])
         d_logits = weights * (d_weights - ref.delta[at])
         if plan.selection is not Selection.OFF:
-            if head == 0:
-                ref.d_logits[c, lanes(block)] = d_logits
-            else:
-                ref.d_logits[c, lanes(block)] += d_logits
+            ref.d_logits[c, lanes(block)] = d_logits if head == 0 else ref.d_logits[c, lanes(block)] + d_logits
         return weights.astype(ref.q.dtype), d_logits.astype(ref.q.dtype)
 
     def accumulate(unit, weights_and_gradients):
@@ -278,5 +276,5 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
 
     chores = _mask_chores(plan, ref, tile, square_starts, DELAYS[1])
     if plan.selection is not Selection.OFF:
-        chores += _selection_chores(plan, ref, i, tile, square_starts, DELAYS[1])
+        chores += _selection_chores(plan, ref, i, tile, square_starts, plan.group_heads + DELAYS[1])
     software_pipeline(units, [scores, softmax, accumulate], DELAYS, chores)

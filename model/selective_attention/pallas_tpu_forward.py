@@ -3,8 +3,8 @@
 Grid: (batch, head group, query block i, key block j). Batch and head group are independent, and are what the two cores
 of a chip share out; i and j run in order. Scratch, all in VMEM, lives across grid steps:
 
-- F's carry [key blocks, 1, Bk]: F of each key at the start of query block i, from all blocks before it. It is also an
-  output, [B, groups, query blocks, 1, M], because the backward pass runs through the query blocks in reverse.
+- F's carry [key blocks, 1, Bk]: F of each key at the start of query block i, from all blocks before it. F at every
+  128th query is also an output, [B, groups, N / 128, 1, M]: the backward pass runs through the queries in reverse.
 - per head the running maximum, the sum and the output of the softmax, over the key blocks j.
 
 Inputs that belong to keys are rows [B, T, M, 128] with heads side by side in T tiles of 128 lanes; what belongs to
@@ -13,7 +13,7 @@ queries is columns [B, N / 128, heads * D, 128]. `pallas_tpu.py` makes them.
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +81,8 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
     }
     if plan.selection is not Selection.OFF:
         out["f_blocks"] = (
-            pl.BlockSpec((1, 1, 1, 1, plan.block_k), lambda b, g, i, j, s, _: (b, g, i, 0, key_block(i, j, s))),
-            jax.ShapeDtypeStruct((batch, plan.head_groups, nq, 1, num_keys), jnp.float32),
+            pl.BlockSpec((1, 1, c, 1, plan.block_k), lambda b, g, i, j, s, _: (b, g, i, 0, key_block(i, j, s))),
+            jax.ShapeDtypeStruct((batch, plan.head_groups, columns, 1, num_keys), jnp.float32),
         )
     if plan.tau is not None:
         out["forgotten"] = (
@@ -164,23 +164,22 @@ def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref
                 ref.out[0, c, rows] = scaled.astype(ref.out.dtype)
 
 
-def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_use: int) -> list:
+def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_use: int) -> list[tuple[int, Callable]]:
     """Makes ref.f, what is subtracted from every head's logits, in time for each square's units and amid earlier ones.
 
     Returns chores for `software_pipeline`, whose units read ref.f `first_use` steps after they start.
     """
-    chores = []
+    chores: list[tuple[int, Callable]] = []
     if plan.selection is not Selection.OFF:
-        start = ref.carry[j]
-        ref.f_blocks[0, 0, 0] = start
-        tile.start(start)
+        tile.start(ref.carry[j])
     for n, (c, block) in enumerate(tile.squares()):
         made: dict[str, Array] = {"f": jnp.zeros((LANES, LANES), jnp.float32)}
 
         def select(c=c, block=block, made=made):
             made["s"] = tile.select(c, block)
 
-        def mask(block=block, made=made):
+        def mask(c=c, block=block, made=made):
+            ref.f_blocks[0, 0, c, :, lanes(block)] = tile.carry[block]
             made["f"] = tile.mask(block, made.pop("s"))
 
         def store(c=c, block=block, made=made):
