@@ -1,0 +1,98 @@
+"""Time and memory of selective and standard attention, side by side, on this machine.
+
+    python benchmarks/attention.py [--lengths 256,512,1024,2048,4096,8192] [--peer PYTHON]
+
+Prints a table: milliseconds (the fastest of some rounds; all rows of one length take turns) and the temporaries that
+the compiler reports, of one forward pass and of one with gradients of q, k, v.
+Rows: "reference" is the definition, with N x N arrays; "xla" works in blocks; each with selection and without it.
+`--peer` is a Python that has torch and x-transformers (see peers/x_transformers_attention.py) and adds its rows: its
+selective attention, and torch's fused standard attention. What needs N x N arrays is not timed above N = 4,096.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from selective_attention import Selection, selective_attention
+
+PEER = Path(__file__).parent / "peers" / "x_transformers_attention.py"
+ROWS = [
+    ("xla", Selection.PAPER),
+    ("xla", Selection.OFF),
+    ("reference", Selection.PAPER),
+    ("reference", Selection.OFF),
+]
+LONGEST_QUADRATIC = 4096  # above, what holds N x N arrays is not run: they do not fit a laptop
+
+
+def compiled_pair(implementation: str, selection: Selection, shape: tuple[int, ...]):
+    """(forward, forward + backward), compiled for q, k, v of this shape."""
+
+    def forward(q, k, v):
+        return selective_attention(q, k, v, selection=selection, implementation=implementation)
+
+    def loss(q, k, v):
+        return jnp.sum(forward(q, k, v) ** 2)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 3
+    return [jax.jit(f).lower(*arrays).compile() for f in (forward, jax.grad(loss, argnums=(0, 1, 2)))]
+
+
+def fastest(programs: dict, arrays: list[jax.Array], rounds: int) -> dict:
+    """Milliseconds of each program: the fastest of `rounds` turns, after one that does not count."""
+    best = dict.fromkeys(programs, float("inf"))
+    for n in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arrays))
+            if n:
+                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def peer_times(python: str, args: argparse.Namespace, length: int) -> dict[str, list[float]]:
+    options = {"length": length, "heads": args.heads, "head-dim": args.head_dim, "batch": args.batch}
+    command = [python, str(PEER), "--rounds", str(args.rounds)]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192", help="values of N, with commas")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
+    parser.add_argument("--peer", metavar="PYTHON", help="a Python with torch and x-transformers")
+    args = parser.parse_args()
+
+    print(f"{jax.default_backend()}, float32, batch {args.batch}, {args.heads} heads of width {args.head_dim}")
+    print("     N  attention                   forward   + backward     temporaries MiB (forward, + backward)")
+    for length in map(int, args.lengths.split(",")):
+        shape = (args.batch, length, args.heads, args.head_dim)
+        keys = jax.random.split(jax.random.key(0), 3)
+        arrays = [jax.random.normal(key, shape) for key in keys]
+        pairs = {row: compiled_pair(*row, shape) for row in ROWS}
+        timed = {row for row in ROWS if row[0] != "reference" or length <= LONGEST_QUADRATIC}
+        times = [fastest({row: pairs[row][n] for row in ROWS if row in timed}, arrays, args.rounds) for n in (0, 1)]
+        for row in ROWS:
+            name = f"{row[0]}, {'standard' if row[1] is Selection.OFF else 'selective'}"
+            cells = "".join(f"{time[row]:10.1f} ms" if row in timed else "         -   " for time in times)
+            memory = [program.memory_analysis().temp_size_in_bytes / 2**20 for program in pairs[row]]
+            print(f"{length:6d}  {name:22s}{cells}  {memory[0]:10.1f}{memory[1]:12.1f}", flush=True)
+        if args.peer and length <= LONGEST_QUADRATIC:
+            for name, milliseconds in peer_times(args.peer, args, length).items():
+                cells = "".join(f"{x:10.1f} ms" for x in milliseconds)
+                print(
+                    f"{length:6d}  {'x-transformers, ' + name if name == 'selective' else 'torch, ' + name:22s}{cells}"
+                )
+
+
+if __name__ == "__main__":
+    main()
