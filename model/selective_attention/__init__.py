@@ -3,7 +3,7 @@
 from .attention import Selection, selection_mask, selective_attention
 from .config import TransformerConfig
 from .losses import lm_loss, memory_loss, memory_per_query, selection_statistics
-from .parallel import sharded_selective_attention
+from .parallel import sharded_selective_attention, zigzag_positions
 from .sharding import RULES, partition_spec, reshard
 from .transformer import Block, Transformer
 
@@ -22,4 +22,5 @@ __all__ = [
     "selection_statistics",
     "selective_attention",
     "sharded_selective_attention",
+    "zigzag_positions",
 ]

@@ -87,7 +87,8 @@ def attend(
         first=_split(jnp.broadcast_to(first, k.shape[:2])),
         evict_at=_split(evict_at),
     )
-    out_BIKGRD, forgotten_BIR = _attend(_Rule(scale, selection, tau), jnp.asarray(offset, jnp.int32), blocks)
+    offset, blocks = _vary_alike((jnp.asarray(offset, jnp.int32), blocks))
+    out_BIKGRD, forgotten_BIR = _attend(_Rule(scale, selection, tau), offset, blocks)
     out = _join(jnp.einsum("bikgrd->birkgd", out_BIKGRD), length).reshape(batch, length, num_heads, v.shape[-1])
     return out, None if tau is None else _join(forgotten_BIR, length)
 
@@ -104,7 +105,8 @@ def column_sums(
 ) -> Array:
     """What a block of queries adds to F for all later queries; arguments and results as `reference.column_sums`."""
     dtype = jnp.promote_types(q_sel.dtype, jnp.float32)
-    k_sel, keys = k_sel.astype(dtype), Keys.of(k_sel.shape[1], kv_segment_ids)
+    keys = Keys.of(k_sel.shape[1], kv_segment_ids)
+    q_sel, q_segment_ids, k_sel, keys = _vary_alike((q_sel.astype(dtype), q_segment_ids, k_sel.astype(dtype), keys))
 
     @jax.checkpoint  # S is made again in the backward pass
     def add_block(sums_BM, block):
@@ -112,10 +114,9 @@ def column_sums(
         queries = Queries(offset + position_R, segment_BR)
         return sums_BM + select(q_sel_BRD, k_sel, queries, keys, scale, selection).sum(axis=1), None
 
-    q_sel_BIRD = _split(q_sel.astype(dtype))
-    position_IR = _positions(*q_sel_BIRD.shape[1:3])
-    by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q_sel_BIRD, _split(q_segment_ids)))
-    return jax.lax.scan(add_block, jnp.zeros(k_sel.shape[:2], dtype), (position_IR, *by_block))[0]
+    by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_split(q_sel), _split(q_segment_ids)))
+    positions_IR = _positions(by_block[0].shape[0], by_block[0].shape[2])
+    return jax.lax.scan(add_block, _zeros(k_sel.shape[:2], like=k_sel), (positions_IR, *by_block))[0]
 
 
 def _mask_tile(
@@ -182,9 +183,9 @@ def _attend_sequence(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array
                 f_JC.at[j].set(f_next_C),
             )
 
-        zeros_KGR = jnp.zeros(heads, dtype)
-        out_zeros = jnp.zeros((*heads, blocks.v.shape[-1]), dtype)
-        start = zeros_KGR + NOTHING_SEEN, zeros_KGR, out_zeros, jnp.zeros(rows, dtype), f_JC
+        zeros = functools.partial(_zeros, like=blocks.f_start)
+        out_zeros = zeros((*heads, blocks.v.shape[-1]))
+        start = zeros(heads) + NOTHING_SEEN, zeros(heads), out_zeros, zeros((rows,)), f_JC
         top_KGR, total_KGR, out_KGRD, forgotten_R, f_next_JC = jax.lax.fori_loop(
             0, _blocks_until(queries, blocks), key_block, start
         )
@@ -210,6 +211,7 @@ def _transpose_sequence(
     """Backward pass of one sequence: gradients of the first six fields of `_Blocks`."""
     dtype = f_IJC.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    zeros = functools.partial(_zeros, like=blocks.f_start)
     delta_IKGR = jnp.sum(d_out_IKGRD.astype(dtype) * out_IKGRD.astype(dtype), axis=-1)
 
     def query_block(carry, block):
@@ -239,15 +241,15 @@ def _transpose_sequence(
                 d_f_JC.at[j].set(d_f_C),
             )
 
-        start = jnp.zeros(q_KGRD.shape, dtype), jnp.zeros(q_sel_RD.shape, dtype), *carry
+        start = zeros(q_KGRD.shape), zeros(q_sel_RD.shape), *carry
         d_q_KGRD, d_q_sel_RD, *carry = jax.lax.fori_loop(0, _blocks_until(queries, blocks), key_block, start)
         return tuple(carry), ((rule.scale * d_q_KGRD).astype(q_KGRD.dtype), d_q_sel_RD)
 
-    zeros = tuple(jnp.zeros(x.shape, dtype) for x in (blocks.k, blocks.v, blocks.k_sel, blocks.f_start))
+    nothing = tuple(zeros(x.shape) for x in (blocks.k, blocks.v, blocks.k_sel, blocks.f_start))
     positions_IR = _positions(blocks.q.shape[0], blocks.q.shape[3])
     by_block = positions_IR, blocks.q, blocks.q_sel, blocks.q_segment, lse_IKGR, f_IJC
     by_block += delta_IKGR, d_out_IKGRD, d_forgotten_IR
-    (d_k, d_v, d_k_sel, d_f_start), (d_q, d_q_sel) = jax.lax.scan(query_block, zeros, by_block, reverse=True)
+    (d_k, d_v, d_k_sel, d_f_start), (d_q, d_q_sel) = jax.lax.scan(query_block, nothing, by_block, reverse=True)
     return d_q, (rule.scale * d_k).astype(blocks.k.dtype), d_v.astype(blocks.v.dtype), d_q_sel, d_k_sel, d_f_start
 
 
@@ -276,6 +278,21 @@ def _each_sequence(function: Callable, *arrays):
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda one: function(*one), arrays)
     return jax.vmap(function)(*arrays)
+
+
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros in the dtype of `like`, and varying over the same mesh axes, as the carry of a loop must."""
+    return jax.lax.pcast(jnp.zeros(shape, like.dtype), tuple(_varying(like)), to="varying")
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary_alike(arrays):
+    """All of them varying over every mesh axis that one varies over: inside a `shard_map` loops mix them."""
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), arrays)
 
 
 def _positions(num_blocks: int, rows: int) -> Array:

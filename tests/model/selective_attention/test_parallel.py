@@ -1,6 +1,8 @@
 """On eight emulated devices every mesh gives the loss and the gradients of one device."""
 
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,6 @@ from selective_attention.parallel import sharded_selective_attention, zigzag_pos
 
 AXES = ("data", "fsdp", "context", "tensor")
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
-NAMES = ["q", "k", "v", "q_sel", "k_sel"]
 
 
 def loss_and_gradients(attend, arrays, **options):
@@ -75,15 +76,17 @@ def test_auto_axes_equal_one_device(sizes, one_device):
     assert_same(on_mesh(sizes, example(), AxisType.Auto), one_device)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (1, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize(("sizes", "kv_heads"), [((2, 1, 1, 4), 4), ((2, 1, 1, 4), 2), ((1, 1, 2, 4), 1)], ids=str)
 def test_grouped_heads_equal_one_device(sizes, kv_heads):
     arrays = example(kv_heads=kv_heads)
     assert_same(on_mesh(sizes, arrays), loss_and_gradients(selective_attention, arrays))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
-@pytest.mark.parametrize("selection", ["paper", "own_head", "off"])
+@pytest.mark.parametrize(
+    ("sizes", "selection"),
+    [((2, 2, 1, 2), "own_head"), ((1, 2, 2, 2), "paper"), ((1, 1, 8, 1), "paper"), ((1, 2, 2, 2), "off")],
+    ids=str,
+)
 def test_segments_evictions_and_separate_projections_equal_one_device(sizes, selection):
     arrays = example(separate=True)
     rng = np.random.default_rng(2)
@@ -115,12 +118,33 @@ def test_inside_a_shard_map_it_is_the_local_function(one_device):
                 lambda arrays: sharded_selective_attention(**arrays, memory_tau=memory_tau),
                 in_specs=(P("data"),),
                 out_specs=P("data"),
-                check_vma=False,
             )
             return local(arrays)
 
         placed = {name: jax.device_put(array, P("data")) for name, array in arrays.items()}
         assert_same(loss_and_gradients(attend, placed), one_device)
+
+
+def test_compiled_program_exchanges_and_holds_nothing_of_size_n_by_n():
+    length, mesh = 2048, jax.make_mesh((1, 1, 4, 2), AXES)
+    with jax.set_mesh(mesh):
+
+        def shape(heads):
+            sharding = jax.sharding.NamedSharding(mesh, P(None, "context", "tensor"))
+            return jax.ShapeDtypeStruct((1, length, heads, 4), jnp.float32, sharding=sharding)
+
+        def loss(arrays):
+            return jnp.sum(sharded_selective_attention(**arrays) ** 2)
+
+        arrays = {"q": shape(4), "k": shape(2), "v": shape(2)}
+        text = jax.jit(jax.grad(loss)).lower(arrays).compile().as_text()
+    results = re.findall(r"= \(?\w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    sizes = [(math.prod(map(int, dimensions.split(","))), operation) for dimensions, operation in results]
+    assert max(sizes)[0] <= 128 * length  # a block of rows against all keys, for the column sums
+    gathered = [size for size, operation in sizes if operation.startswith("all-gather")]
+    chunks = 8
+    assert gathered
+    assert max(gathered) <= chunks * length  # one vector per chunk; keys and values are less here
 
 
 def test_zigzag_evens_the_causal_work():
