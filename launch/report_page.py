@@ -325,7 +325,7 @@ def _heat_map(mask_NN: np.ndarray, labels: Sequence[str], forgotten_at: Sequence
         "query: the token that attends</text>"
         + "".join(parts)
         + "<rect class=cursor width=0 height=0 />"
-        + "".join(f"<text class=readout x={size} y={y} text-anchor=end></text>" for y in (20, 40, 60))
+        + "".join(f"<text class=readout x=100 y={y}></text>" for y in (20, 40, 60))
         + "</svg>"
     )
 

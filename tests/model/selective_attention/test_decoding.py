@@ -33,7 +33,11 @@ def make_tokens(seed=0, batch=BATCH, length=LENGTH):
     return tokens_BN
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="options")
+# Compiling is most of the time here, and the programs are too small to be worth optimising.
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="options", compiler_options=UNOPTIMISED)
 def _jitted(function, graph, parameters, *arguments, options):
     return function(nnx.merge(graph, parameters), *arguments, **dict(options))
 
