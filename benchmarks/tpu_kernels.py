@@ -1,0 +1,233 @@
+"""What the TPU attention kernels cost, by the TPU compiler's own schedules; no TPU and no clock is involved.
+
+    python benchmarks/tpu_kernels.py [--generations v4,v5e] [--length 512] [--heads 12] [--width 64] [--json]
+
+A forward and backward pass is compiled for a named TPU with libtpu (`pip install "jax[tpu]"`), and the final VLIW
+programs are read: one bundle takes at least one cycle, so the bundles of the region that runs per tile are its cost.
+Programs: "selective" and "standard" are this project's kernels with and without selection; "splash" is JAX's splash
+attention, which has no selection, at its best block size for these shapes. Columns:
+
+- bundles per 1,024 logits of one head, of a whole tile and of one on the diagonal (of all its pairs, hidden or not);
+- other: bundles of a grid step outside of the tile, at most: pipeline, starts and ends of blocks;
+- the busiest slots of a whole tile, by the share of bundles; registers spilled in it;
+- VMEM of scratch and windows; HBM bytes of the operands and results of a call, each once;
+- ms: all tiles and steps of `--batch` sequences of `--length`, on one chip, at one cycle a bundle.
+
+The table comes out the same on every machine.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Topology name, its extra arguments, cores that share one device's work, clock in Hz.
+V4_ARGUMENTS = {
+    "chip_config_name": "megacore",
+    "chips_per_host_bounds": (2, 2, 1),
+    "num_slices": 1,
+    "wrap": (False,) * 3,
+}
+GENERATIONS = {
+    "v4": ("v4:2x2x1", V4_ARGUMENTS, 2, 1.05e9),
+    "v5p": ("v5p:2x2x1", V4_ARGUMENTS, 2, 1.75e9),
+    "v5e": ("v5e:2x2", {}, 1, 1.5e9),
+    "v6e": ("v6e:2x2", {}, 1, 1.75e9),
+}
+KERNELS = {  # the kernels of a program, as the compiler names them, and which of their large regions are tiles
+    "selective": {
+        "selective_attention_forward": ("diagonal", "tile"),
+        "selective_attention_backward": ("diagonal", "tile"),
+    },
+    "splash": {"splash_mha_fwd": ("tile",), "splash_mha_dkv": ("tile",), "splash_mha_dq": ("tile",)},
+}
+KERNELS["standard"] = KERNELS["selective"]
+SPLASH_BLOCK, OUR_BLOCK = 512, 256
+ITEM_BYTES = {"f32": 4, "s32": 4, "bf16": 2, "s8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A stretch of a kernel's program that runs as a whole."""
+
+    bundles: int
+    busy: dict[str, float]  # share of a slot's capacity that is used
+    spills: int
+
+
+def read_schedule(folder: Path, kernel: str) -> tuple[int, list[Region]]:
+    """Bundles of a kernel's whole program, and its innermost regions that use the MXU, in program order."""
+    program = next(p for p in sorted(folder.glob(f"*{kernel}*-final_bundles.txt")) if "analysis" not in p.name)
+    table = next(folder.glob(f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt")).read_text()
+    capacities, uses = re.split(r"== UTILIZATION:\s*", table)
+    slots, capacity = (line.replace(",", " ").split() for line in capacities.strip().splitlines()[-2:])
+    use = [[int(n) for n in line.split()] for line in uses.strip().splitlines()]
+    address, starts, spans = 0, {}, set()
+    for line in program.read_text().splitlines():
+        if found := re.match(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:", line):
+            address = int(found[1], 16)
+        for kind, name in re.findall(r"(Start|End) region (\d+)", line):
+            if kind == "Start":
+                starts[name] = address
+            elif name in starts:
+                spans.add((starts[name], address))
+    regions = []
+    for start, end in sorted(spans):
+        rows = [row for row in use[start : end + 1] if len(row) == len(slots)]
+        holds_another = any(s != (start, end) and start <= s[0] and s[1] <= end and s[1] - s[0] > 100 for s in spans)
+        total = dict(zip(slots, map(sum, zip(*rows, strict=True)), strict=True)) if rows else {}
+        if not holds_another and total.get("MXU"):
+            busy = {slot: total[slot] / len(rows) / int(n) for slot, n in zip(slots, capacity, strict=True)}
+            regions.append(Region(end - start + 1, busy, total["VSTORE:SPILL"]))
+    return address + 1, regions
+
+
+def vmem_bytes(folder: Path, kernel: str) -> int:
+    text = next(folder.glob(f"*{kernel}*-original.txt")).read_text()
+    return sum(int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text))
+
+
+def hbm_bytes(hlo: str, kernel: str) -> int:
+    """Operands and results of a kernel's call, each once."""
+    call = next(line for line in hlo.splitlines() if re.match(rf"\s*(ROOT )?%{kernel}", line))
+    results, operands = (
+        call.split(" custom-call(")[0],
+        call.split("operand_layout_constraints=")[1].split("frontend")[0],
+    )
+    shapes = re.findall(r"\b(f32|s32|bf16|s8)\[([\d,]*)\]", results + operands)
+    return sum(ITEM_BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in shapes)
+
+
+def attention(program: str, length: int, heads: int):
+    """The function of q, k, v [B, N, H, D] that is compiled."""
+    if program != "splash":
+        from selective_attention import Selection, selective_attention
+
+        selection = Selection.PAPER if program == "selective" else Selection.OFF
+        return lambda q, k, v: selective_attention(q, k, v, selection=selection, implementation="pallas")
+    import jax
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = {f"block_{name}": min(SPLASH_BLOCK, length) for name in names}
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+
+    def splash(q, k, v):
+        kernel = splash_attention_kernel.make_splash_mha_single_device(
+            mask, block_sizes=splash_attention_kernel.BlockSizes(**blocks)
+        )
+        return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)))
+
+    return splash
+
+
+def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> list[dict]:
+    """Compiles in this process, whose environment `measure` has set, and reads the schedules: one row per kernel."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    topology, extra, cores, clock = GENERATIONS[arguments.generation]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra).devices
+    shape = (arguments.batch, arguments.length, arguments.heads, arguments.width)
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+    function = attention(program, arguments.length, arguments.heads)
+
+    def loss(q, k, v):
+        return jnp.sum(function(q, k, v).astype(jnp.float32) ** 2)
+
+    hlo = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile().as_text()
+    block = min(SPLASH_BLOCK if program == "splash" else OUR_BLOCK, arguments.length)
+    heads_per_step = 1 if program == "splash" else arguments.heads
+    blocks = math.ceil(arguments.length / block)
+    rows = []
+    for kernel, kinds in KERNELS[program].items():
+        total, regions = read_schedule(folder, kernel)
+        tiles = dict(zip(kinds, regions, strict=False))
+        tile, diagonal = tiles["tile"], tiles.get("diagonal", tiles["tile"])
+        other = total - sum(region.bundles for region in regions)
+        cycles = blocks * (blocks - 1) // 2 * tile.bundles + blocks * diagonal.bundles + blocks**2 * other
+        cycles *= arguments.batch * arguments.heads / heads_per_step / cores
+        logits = block**2 * heads_per_step / 1024
+        rows.append(
+            {
+                "generation": arguments.generation,
+                "program": program,
+                "kernel": kernel,
+                "bundles": tile.bundles / logits,
+                "bundles_diagonal": diagonal.bundles / logits,
+                "bundles_other": other,
+                "busy": dict(sorted(tile.busy.items(), key=lambda item: -item[1])[:3]),
+                "spills": tile.spills,
+                "vmem": vmem_bytes(folder, kernel),
+                "hbm": hbm_bytes(hlo, kernel),
+                "milliseconds": 1e3 * cycles / clock,
+            }
+        )
+    return rows
+
+
+def measure(program: str, generation: str, arguments: argparse.Namespace) -> list[dict]:
+    """Compiles in a process of its own: libtpu reads its options once, when JAX first loads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "LIBTPU_INIT_ARGS": options,
+        }
+        flags = [f"--{name}={getattr(arguments, name)}" for name in ("length", "heads", "width", "batch")]
+        command = [sys.executable, __file__, f"--compile={program}:{generation}:{folder}", *flags]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"compiling {program} for {generation} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", default="v4", help=f"of {', '.join(GENERATIONS)}; comma-separated")
+    parser.add_argument("--programs", default="selective,standard,splash", help="comma-separated")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per chip")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile:
+        program, arguments.generation, folder = arguments.compile.split(":")
+        print(json.dumps(compile_here(program, arguments, Path(folder))))
+        return
+    generations, programs = arguments.generations.split(","), arguments.programs.split(",")
+    rows = [row for g in generations for program in programs for row in measure(program, g, arguments)]
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    shape = f"N={arguments.length}, {arguments.heads} heads of {arguments.width}"
+    print(f"{shape}, bfloat16, {arguments.batch} sequences per chip")
+    print("| TPU | program | kernel | bundles | diagonal | other | busiest slots | spills | VMEM MiB | HBM MB | ms |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        busy = ", ".join(f"{slot} {share:.0%}" for slot, share in row["busy"].items())
+        print(
+            f"| {row['generation']} | {row['program']} | {row['kernel'].split('_')[-1]} | {row['bundles']:.2f} "
+            f"| {row['bundles_diagonal']:.2f} | {row['bundles_other']} | {busy} | {row['spills']} "
+            f"| {row['vmem'] / 2**20:.1f} | {row['hbm'] / 1e6:.1f} | {row['milliseconds']:.2f} |"
+        )
+    for key in dict.fromkeys((row["generation"], row["program"]) for row in rows):
+        mine = [row for row in rows if (row["generation"], row["program"]) == key]
+        bundles, milliseconds = (sum(row[name] for row in mine) for name in ("bundles", "milliseconds"))
+        print(f"{' '.join(key)}: {bundles:.2f} bundles, {milliseconds:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
