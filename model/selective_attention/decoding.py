@@ -286,9 +286,8 @@ def attend_slots(
         return out, f_BM
 
     def select_row(q_sel_D: Array, k_sel_MD: Array, position: Array, slot_position_M: Array) -> Array:
-        keys = Keys(slot_position_M, slot_position_M[None] == 0, None, None)
-        queries = Queries(position[None], None)
-        return select(q_sel_D[None, None], k_sel_MD[None], queries, keys, scale, selection)[0, 0]
+        queries, keys = Queries(position[None], None), Keys(slot_position_M, slot_position_M == 0, None, None)
+        return select(q_sel_D[None], k_sel_MD, queries, keys, scale, selection)[0]
 
     s_BM = jax.vmap(select_row)(q_sel[:, 0], k_sel, position_B, slot_position_BM)
     return out, f_BM + jnp.where(held_BM, s_BM, 0)
