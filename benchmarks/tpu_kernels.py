@@ -104,6 +104,12 @@ def hbm_bytes(hlo: str, kernel: str) -> int:
     return sum(ITEM_BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in shapes)
 
 
+def largest_array(hlo: str) -> int:
+    """Elements of the largest array of the whole compiled program."""
+    shapes = re.findall(r"\b(?:f32|s32|bf16|s8|pred)\[([\d,]+)\]", hlo)
+    return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
+
+
 def attention(program: str, length: int, heads: int):
     """The function of q, k, v [B, N, H, D] that is compiled."""
     if program != "splash":
@@ -167,6 +173,7 @@ def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> l
                 "spills": tile.spills,
                 "vmem": vmem_bytes(folder, kernel),
                 "hbm": hbm_bytes(hlo, kernel),
+                "largest_array": largest_array(hlo),
                 "milliseconds": 1e3 * cycles / clock,
             }
         )

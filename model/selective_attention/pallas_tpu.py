@@ -26,6 +26,12 @@ __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small b
 
 # Logits (in base 2) of at most this size need no running maximum: sums of exp2 stay inside float32.
 LOGIT_BOUND = 60.0
+# The backward kernel's gradient of q, float32: of 2,048 queries and 12 heads of width 64. (A core's VMEM has 16 MiB.)
+QUERY_GRADIENT_BYTES = 2048 * 12 * 64 * 4
+# What belongs to queries, in and out of the backward kernel, and its axis of positions.
+QUERY_AXES = {"q": 1, "d_out": 1, "log_sum": 3, "delta": 3, "q_sel": 1, "q_sel_columns": 1, "f_blocks": 2}
+QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 1, "dq_sel": 2}
+GROUP_WIDTH = 1024  # of all heads that one grid step works on; more would neither fit VMEM nor the registers
 
 
 def attend(
@@ -126,7 +132,7 @@ def _attend_backward(plan: Plan, residuals, cotangents):
         if plan.tau is not None:
             operands["d_forgotten"] = _pad(d_forgotten, plan.block_q, 1)[:, None]
     operands |= {name: rows for name, rows in integers.items() if name != "offset"}
-    made = _on_platform(functools.partial(backward, plan), operands, integers["offset"])
+    made = _backward_in_chunks(plan, operands, integers["offset"], k.dtype)
 
     def heads(name, like, length, factor=1.0):
         x = _from_columns(made[name], -1, like[1])[:, :length, : like[0].shape[2], : like[0].shape[3]]
@@ -150,6 +156,56 @@ def _attend_backward(plan: Plan, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype) -> dict[str, Array]:
+    """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
+    batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
+    num_blocks = operands["q"].shape[1] * LANES // plan.block_q
+    largest = max(1, QUERY_GRADIENT_BYTES // (plan.group_heads * plan.head_dim * 4 * plan.block_q))
+    chunks = next(n for n in range(1, num_blocks + 1) if num_blocks % n == 0 and num_blocks // n <= largest)
+    later = jnp.zeros((batch, plan.head_groups, 1, num_keys), jnp.float32)
+    selecting = plan.selection is not Selection.OFF
+
+    def run(offset, later, operands, key_dtype):
+        operands = operands | ({"later": later} if selecting else {})
+        return _on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, offset)
+
+    if chunks == 1:
+        return run(offset, later, operands, dtype)
+    of_keys = {name: x for name, x in operands.items() if name not in QUERY_AXES}
+    of_queries = {name: _split(x, QUERY_AXES[name], chunks) for name, x in operands.items() if name in QUERY_AXES}
+
+    def step(carry, chunk):
+        sums, later = carry
+        start, of_queries = chunk
+        made = run(offset + start, later, of_keys | of_queries, jnp.float32)
+        if selecting:
+            later = -made["df_start"]
+        return ({name: x + made[name] for name, x in sums.items()}, later), {
+            n: made[n] for n in made if n in QUERY_AXES
+        }
+
+    widths = {"dk": plan.num_kv_heads * plan.head_dim, "dv": plan.num_kv_heads * plan.value_dim}
+    shapes = {name: (batch, num_keys // LANES, width, LANES) for name, width in widths.items()}
+    if selecting:
+        shapes["dk_sel"] = (batch, plan.head_groups, num_keys // LANES, plan.select_dim, LANES)
+    zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    starts = jnp.arange(chunks, dtype=jnp.int32) * (num_blocks // chunks * plan.block_q)
+    (sums, later), of_queries = jax.lax.scan(step, (zeros, later), (starts, of_queries), reverse=True)
+    joined = {name: _join(x, QUERY_AXES[name]) for name, x in of_queries.items()}
+    return joined | sums | {"df_start": -later}
+
+
+def _split(x: Array, axis: int, chunks: int) -> Array:
+    """Chunks of `axis` along a new first axis."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x: Array, axis: int) -> Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: Selection, tau: float | None) -> Plan:
     """Pads heads to whole lane tiles and lengths to whole blocks, and chooses the blocks."""
     head_dim, value_dim, select_dim = (64 if x.shape[-1] <= 64 else 128 for x in (q, v, q_sel))
@@ -161,7 +217,7 @@ def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: 
         head_dim=head_dim,
         value_dim=value_dim,
         select_dim=select_dim,
-        head_groups=1,
+        head_groups=_head_groups(num_heads, num_kv_heads, head_dim, value_dim, q.shape[0]),
         block_q=min(block, _round_up(q.shape[1], LANES)),
         block_k=min(block, _round_up(k.shape[1], LANES)),
         scale=scale,
@@ -170,6 +226,18 @@ def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: 
         segments=segments,
         evict=evict,
     )
+
+
+def _head_groups(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, batch: int) -> int:
+    """Into how many passes the heads are split: few enough heads to fit, and work for two cores from one sequence."""
+    fitting = [
+        n
+        for n in range(1, num_kv_heads + 1)
+        if num_kv_heads % n == 0 and (n == 1 or (num_kv_heads // n * min(head_dim, value_dim)) % LANES == 0)
+    ]
+    small = [n for n in fitting if num_heads // n * max(head_dim, value_dim) <= GROUP_WIDTH] or fitting[-1:]
+    even = [n for n in small if n % 2 == 0]
+    return even[0] if batch == 1 and even else small[0]
 
 
 def _bounded(plan: Plan, q_scaled: Array, k: Array) -> Array:

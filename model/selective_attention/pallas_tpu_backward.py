@@ -5,8 +5,9 @@ gradients of q, k, v and of the selecting head together. What lives in VMEM acro
 
 - the gradients of q and q_sel for all queries: output blocks that stay until the last block of keys has added its part;
 - the gradients of k, v and k_sel of key block j, over the query blocks;
-- `later` [Bk, 128]: for each key of block j (the same in every lane) the sum, over all later queries and over heads, of
-  the logits' gradients. F enters the logits with a minus sign, so `-later` is the gradient of S (section 3, reversed).
+- `later` [1, Bk]: for each key of block j the sum, over all later queries and over heads, of the logits' gradients.
+  F enters the logits with a minus sign, so `-later` is the gradient of S (section 3, reversed). It starts from the
+  queries after these ones (an input) and ends as the gradient of F before them.
 
 The tile itself, its units and why they are interleaved: `pallas_tpu_tile.py`.
 """
@@ -42,9 +43,12 @@ MASK_LEADS = (9, 6, 2)  # units between the stages of a square's F and its first
 SELECTION_LAGS = (3, 6)  # units between the stages of the selecting head's gradient
 
 
-def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: bool) -> dict[str, Array]:
-    """Runs the kernel. Gradients come back in the layout of what they belong to, without the logits' factors:
-    dq and dq_sel, dk_sel lack `scale`, dk has it (q carries `scale * log2(e)`).
+def backward(
+    plan: Plan, operands: dict[str, Array], offset: Array, *, key_dtype: jnp.dtype, interpret: bool
+) -> dict[str, Array]:
+    """Runs the kernel. Gradients come back in the layout of what they belong to, float32 but for dk, dv (`key_dtype`).
+
+    They lack the logits' `scale`, all but dk (q carries `scale * log2(e)`).
     """
     batch, columns = operands["q"].shape[:2]
     num_keys = operands["k"].shape[2]
@@ -84,6 +88,7 @@ def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: b
         "k_sel": pl.BlockSpec((1, plan.block_k, LANES), lambda b, g, j, r, _: (b, j, 0)),
         "k_sel_columns": pl.BlockSpec((1, key_columns, plan.select_dim, LANES), lambda b, g, j, r, _: (b, j, 0, 0)),
         "f_blocks": pl.BlockSpec((1, 1, c, 1, plan.block_k), lambda b, g, j, r, s: (b, g, query_block(j, r, s), 0, j)),
+        "later": pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j)),
         "d_forgotten": per_query_row,
         "q_segment": per_query_row,
         "kv_segment": per_key_row,
@@ -91,11 +96,12 @@ def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: b
     }
     shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
         "dq": ((columns, plan.num_heads * plan.head_dim, LANES), jnp.float32),
-        "dk": ((num_keys // LANES, plan.num_kv_heads * plan.head_dim, LANES), operands["k"].dtype),
-        "dv": ((num_keys // LANES, plan.num_kv_heads * plan.value_dim, LANES), operands["k"].dtype),
+        "dk": ((num_keys // LANES, plan.num_kv_heads * plan.head_dim, LANES), key_dtype),
+        "dv": ((num_keys // LANES, plan.num_kv_heads * plan.value_dim, LANES), key_dtype),
     }
+    once = {"pipeline_mode": pl.Buffered(1)}  # large, and written back only once per sequence
     out_specs = {
-        "dq": pl.BlockSpec((1, columns, heads * plan.head_dim, LANES), lambda b, g, j, r, _: (b, 0, g, 0)),
+        "dq": pl.BlockSpec((1, columns, heads * plan.head_dim, LANES), lambda b, g, j, r, _: (b, 0, g, 0), **once),
         "dk": key_columns_of(kv_heads * plan.head_dim),
         "dv": key_columns_of(kv_heads * plan.value_dim),
     }
@@ -109,12 +115,12 @@ def backward(plan: Plan, operands: dict[str, Array], offset: Array, interpret: b
         shapes["dq_sel"] = ((groups, columns, width, LANES), jnp.float32)
         shapes["dk_sel"] = ((groups, num_keys // LANES, width, LANES), jnp.float32)
         shapes["df_start"] = ((groups, 1, num_keys), jnp.float32)
-        out_specs["dq_sel"] = pl.BlockSpec((1, 1, columns, width, LANES), lambda b, g, j, r, _: (b, g, 0, 0, 0))
+        out_specs["dq_sel"] = pl.BlockSpec((1, 1, columns, width, LANES), lambda b, g, j, r, _: (b, g, 0, 0, 0), **once)
         out_specs["dk_sel"] = pl.BlockSpec((1, 1, key_columns, width, LANES), lambda b, g, j, r, _: (b, g, j, 0, 0))
         out_specs["df_start"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j))
         scratch["s"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
         scratch["d_logits"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
-        scratch["later"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
+        scratch["later_sum"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
     results = pl.pallas_call(
         functools.partial(_kernel, plan, nq, tuple(operands) + tuple(shapes) + tuple(scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -145,7 +151,7 @@ def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> N
         ref.dv_sum[...] = jnp.zeros_like(ref.dv_sum)
         if selecting:
             ref.dk_sel[...] = jnp.zeros_like(ref.dk_sel)
-            ref.later[...] = jnp.zeros_like(ref.later)
+            ref.later_sum[...] = ref.later[0, 0]
 
     @pl.when(j == 0)
     def _first_part_of_query_block():
@@ -170,7 +176,7 @@ def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> N
         ref.dk[0] = (ref.dk_sum[...] * (1 / LOG2_E)).astype(ref.dk.dtype)
         ref.dv[0] = ref.dv_sum[...].astype(ref.dv.dtype)
         if selecting:
-            ref.df_start[0, 0] = -ref.later[...]
+            ref.df_start[0, 0] = -ref.later_sum[...]
 
 
 def _mask_chores(
@@ -202,7 +208,7 @@ def _selection_chores(
     plan: Plan, ref, i, tile: Tile, square_starts: dict[tuple[int, int], int], last_use: int
 ) -> list[tuple[int, Callable]]:
     """Gradients of the selecting head, from the sum over heads of the logits' gradients; for `software_pipeline`."""
-    later = {block: ref.later[:, lanes(block)] for block in range(plan.block_k // LANES)}
+    later = {block: ref.later_sum[:, lanes(block)] for block in range(plan.block_k // LANES)}
     chores: list[tuple[int, Callable]] = []
     for c, block in square_starts:
         made: dict[str, Array] = {}
@@ -234,7 +240,7 @@ def _selection_chores(
         chores += [(done, turn), (done + SELECTION_LAGS[0], sum_over_queries), (done + SELECTION_LAGS[1], multiply)]
 
     def keep_later():
-        ref.later[...] = jnp.concatenate([later[block] for block in sorted(later)], axis=1)
+        ref.later_sum[...] = jnp.concatenate([later[block] for block in sorted(later)], axis=1)
 
     return [*chores, (chores[-1][0] + 1, keep_later)]
 
