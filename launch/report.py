@@ -7,6 +7,7 @@ Writes DIR/index.html, which needs nothing else: no network, no other file.
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,7 @@ def terminal_table(reports: Sequence[RunReport]) -> str:
 
 def read_scalar(workdir: str | Path, tag: str) -> Curve:
     """A scalar of a run's TensorBoard events. Where a restarted run wrote a step twice, the later value holds."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
     events = EventAccumulator(str(Path(workdir) / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     if tag not in events.Tags()["scalars"]:
