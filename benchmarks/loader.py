@@ -19,6 +19,7 @@ import numpy as np
 from data import Manifest, TrainBatches, open_dataset
 from data.folder import Folder
 from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Shard, Split
+from data.plan import SHARD_BYTES
 from data.stages import ShardTask, TokenRange, write_shard
 from data.tokenizer import train_tokenizer
 
@@ -81,27 +82,27 @@ def tokens_per_second(batches: TrainBatches, rows: range, seconds: float) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/loader.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shards", type=int, default=1_024)
-    parser.add_argument("--shard-bytes", type=int, default=512 << 20)
+    parser.add_argument("--shard-bytes", type=int, nargs="+", default=[512 << 20, SHARD_BYTES])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = synthetic_dataset(Path(scratch), options.shards, options.shard_bytes)
-        before, start = resident_mib(), time.perf_counter()
-        dataset = open_dataset(path)
-        seconds, mib = time.perf_counter() - start, resident_mib() - before
-        size = f"{options.shards:,} shards of {options.shard_bytes / 2**20:.0f} MiB"
-        print(f"opening {size}: {seconds:.1f} s, {mib:.0f} MiB of memory\n")
-        batches = TrainBatches(dataset, context_length=CONTEXT_LENGTH, batch_size=BATCH_SIZE, seed=0)
-        print(f"| rows of {CONTEXT_LENGTH} tokens, no worker processes | M tokens/s | M tokens/s per core |")
-        print("|---|---|---|")
-        for label, rows in (
-            (f"all {BATCH_SIZE} of the batch", range(BATCH_SIZE)),
-            (f"{BATCH_SIZE // HOSTS} of {BATCH_SIZE}, one of {HOSTS} hosts", range(BATCH_SIZE // HOSTS)),
-        ):
-            tokens_per_second(batches, rows, options.seconds / 5)
-            clock, core = tokens_per_second(batches, rows, options.seconds)
-            print(f"| {label} | {clock / 1e6:.1f} | {core / 1e6:.1f} |")
-        print(f"| needed by a host of a v4-256, d = 12 at 50% of peak | {NEEDED_PER_HOST / 1e6:.1f} | |")
+    columns = ("opened in", "memory", f"rows of {CONTEXT_LENGTH} tokens", "M tokens/s", "per core")
+    print(f"| {options.shards:,} shards of | {' | '.join(columns)} |")
+    print("|---|---|---|---|---|---|")
+    for shard_bytes in options.shard_bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = synthetic_dataset(Path(scratch), options.shards, shard_bytes)
+            before, start = resident_mib(), time.perf_counter()
+            dataset = open_dataset(path)
+            opened = f"{time.perf_counter() - start:.1f} s | {resident_mib() - before:.0f} MiB"
+            batches = TrainBatches(dataset, context_length=CONTEXT_LENGTH, batch_size=BATCH_SIZE, seed=0)
+            for rows in (BATCH_SIZE, BATCH_SIZE // HOSTS):
+                tokens_per_second(batches, range(rows), options.seconds / 5)
+                clock, core = tokens_per_second(batches, range(rows), options.seconds)
+                label = f"{shard_bytes / 2**20:.0f} MiB | {opened}"
+                print(f"| {label} | {rows} of {BATCH_SIZE} | {clock / 1e6:.1f} | {core / 1e6:.1f} |")
+    print(
+        f"\nA host of a v4-256 needs {NEEDED_PER_HOST / 1e6:.1f} M tokens/s at d = 12 and 50% of peak, {HOSTS} hosts."
+    )
 
 
 if __name__ == "__main__":

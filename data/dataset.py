@@ -149,26 +149,29 @@ class _SplitReader:
         def read_shards(items: list[tuple[int, list[int]]]) -> None:
             for index, rows in items:
                 first = self._ends[index] - self.shards[index].records
-                tokens_RL[rows] = self._read_shard(index, [int(records[row]) - first for row in rows])
+                found = self._read_shard(index, [int(records[row]) - first for row in rows])
+                for row, record in zip(rows, found, strict=True):
+                    tokens_RL[row] = np.frombuffer(record, self._dtype)
 
         items = list(rows_by_shard.items())
         for _ in self._pool.map(read_shards, [items[thread::_THREADS] for thread in range(min(_THREADS, len(items)))]):
             pass
         return tokens_RL
 
-    def _read_shard(self, index: int, positions: list[int]) -> np.ndarray:
-        path = self._path / self.shards[index].file
+    def _read_shard(self, index: int, positions: list[int]) -> list[bytes]:
         try:
             records = self._reader(index).read(positions)
         except (RuntimeError, IndexError) as error:
+            path = self._path / self.shards[index].file
             raise DataError(f"shard {path} cannot be read: {error}; prepare again or copy it anew") from None
+        size = self._record_length * self._dtype.itemsize
         for position, record in zip(positions, records, strict=True):
-            if len(record) != self._record_length * self._dtype.itemsize:
+            if len(record) != size:
                 raise DataError(
-                    f"shard {path}, record {position} has {len(record)} bytes, but {self._record_length} tokens of "
-                    f"{self._dtype} take {self._record_length * self._dtype.itemsize}; prepare again or copy it anew"
+                    f"shard {self._path / self.shards[index].file}, record {position} has {len(record)} bytes, but "
+                    f"{self._record_length} tokens of {self._dtype} take {size}; prepare again or copy it anew"
                 )
-        return np.frombuffer(b"".join(records), self._dtype).reshape(len(records), self._record_length)
+        return records
 
     def _reader(self, index: int) -> array_record_module.ArrayRecordReader:
         with self._lock:
