@@ -74,7 +74,8 @@ def attend(
     """Selective attention of a block of queries; arguments and results as `reference.attend`."""
     batch, length, num_heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    first = Keys.of(k.shape[1], kv_segment_ids).first
+    first = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])
+    q_segment, kv_segment, evict_at = jax.tree.map(_split, (q_segment_ids, kv_segment_ids, evict_at))
     blocks = _Blocks(
         q=jnp.einsum("birkgd->bikgrd", _split(q.reshape(batch, length, k.shape[2], -1, head_dim))),
         k=jnp.einsum("bjckd->bjkcd", _split(k)),
@@ -82,10 +83,10 @@ def attend(
         q_sel=_split(q_sel.astype(dtype)),
         k_sel=_split(k_sel.astype(dtype)),
         f_start=_split(f_start.astype(dtype)),
-        q_segment=_split(q_segment_ids),
-        kv_segment=_split(kv_segment_ids),
-        first=_split(jnp.broadcast_to(first, k.shape[:2])),
-        evict_at=_split(evict_at),
+        q_segment=q_segment,
+        kv_segment=kv_segment,
+        first=_split(first),
+        evict_at=evict_at,
     )
     offset, blocks = _vary_alike((jnp.asarray(offset, jnp.int32), blocks))
     out_BIKGRD, forgotten_BIR = _attend(_Rule(scale, selection, tau), offset, blocks)
@@ -114,7 +115,7 @@ def column_sums(
         queries = Queries(offset + position_R, segment_BR)
         return sums_BM + select(q_sel_BRD, k_sel, queries, keys, scale, selection).sum(axis=1), None
 
-    by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_split(q_sel), _split(q_segment_ids)))
+    by_block = jax.tree.map(lambda x: jnp.moveaxis(_split(x), 1, 0), (q_sel, q_segment_ids))
     positions_IR = _positions(by_block[0].shape[0], by_block[0].shape[2])
     return jax.lax.scan(add_block, _zeros(k_sel.shape[:2], like=k_sel), (positions_IR, *by_block))[0]
 
@@ -153,8 +154,7 @@ def _blocks_until(queries: Queries, blocks: _Blocks) -> Array:
 def _attend_sequence(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array, Array, Array]:
     """Forward pass of one sequence: out [I, K, G, R, D], forgotten [I, R], log-sum-exp [I, K, G, R], f [I, J, C]."""
     dtype = blocks.f_start.dtype
-    num_blocks, *heads, _ = blocks.q.shape
-    rows = heads[-1]
+    num_blocks, heads, rows = blocks.q.shape[0], blocks.q.shape[1:4], blocks.q.shape[3]
 
     def query_block(f_JC, block):
         position_R, q_KGRD, q_sel_RD, segment_R = block
@@ -246,9 +246,11 @@ def _transpose_sequence(
         return tuple(carry), ((rule.scale * d_q_KGRD).astype(q_KGRD.dtype), d_q_sel_RD)
 
     nothing = tuple(zeros(x.shape) for x in (blocks.k, blocks.v, blocks.k_sel, blocks.f_start))
-    positions_IR = _positions(blocks.q.shape[0], blocks.q.shape[3])
-    by_block = positions_IR, blocks.q, blocks.q_sel, blocks.q_segment, lse_IKGR, f_IJC
-    by_block += delta_IKGR, d_out_IKGRD, d_forgotten_IR
+    by_block = (
+        _positions(blocks.q.shape[0], blocks.q.shape[3]),
+        *(blocks.q, blocks.q_sel, blocks.q_segment),
+        *(lse_IKGR, f_IJC, delta_IKGR, d_out_IKGRD, d_forgotten_IR),
+    )
     (d_k, d_v, d_k_sel, d_f_start), (d_q, d_q_sel) = jax.lax.scan(query_block, nothing, by_block, reverse=True)
     return d_q, (rule.scale * d_k).astype(blocks.k.dtype), d_v.astype(blocks.v.dtype), d_q_sel, d_k_sel, d_f_start
 
@@ -267,7 +269,7 @@ def _attend_forward(rule: _Rule, offset: Array, blocks: _Blocks):
 def _attend_backward(rule: _Rule, residuals, cotangents):
     offset, *residuals = residuals
     gradients = _each_sequence(functools.partial(_transpose_sequence, rule, offset), *residuals, *cotangents)
-    return None, _Blocks(*gradients, q_segment=None, kv_segment=None, first=None, evict_at=None)
+    return None, _Blocks._make((*gradients, None, None, None, None))  # integers have no gradient
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -299,10 +301,8 @@ def _positions(num_blocks: int, rows: int) -> Array:
     return jnp.arange(num_blocks * rows, dtype=jnp.int32).reshape(num_blocks, rows)
 
 
-def _split(x: Array | None) -> Array | None:
+def _split(x: Array) -> Array:
     """[B, N, ...] to equal blocks [B, I, R, ...], filled up with zeros (a zero q_sel selects nothing)."""
-    if x is None:
-        return None
     length = x.shape[1]
     num_blocks = math.ceil(length / BLOCK)
     rows = math.ceil(length / num_blocks / GROUP) * GROUP

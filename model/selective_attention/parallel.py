@@ -98,14 +98,12 @@ def sharded_selective_attention(
     kv_heads = heads if k.shape[2] % mesh.shape.get(HEAD_AXIS, 1) == 0 else None
     q_spec, kv_spec = P(batch_axes, sequence, heads), P(batch_axes, sequence, kv_heads)
     row_spec = P(batch_axes, sequence)
-    arrays = {"q": q, "k": k, "v": v, "q_sel": q_sel, "k_sel": k_sel, "evict_at": evict_at, "segment_ids": segment_ids}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    specs = {name: {"q": q_spec, "k": kv_spec, "v": kv_spec}.get(name, row_spec) for name in arrays}
+    arrays = q, k, v, q_sel, k_sel, evict_at, segment_ids
+    specs = jax.tree.map(lambda _, spec: spec, arrays, (q_spec, kv_spec, kv_spec, *[row_spec] * 4))
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
-        arrays = {name: jax.reshard(array, specs[name]) for name, array in arrays.items()}
+        arrays = jax.tree.map(jax.reshard, arrays, specs)
     local = functools.partial(
         _attend_shard,
-        num_heads=q.shape[2],
         num_kv_heads=k.shape[2],
         tensor=mesh.shape.get(HEAD_AXIS, 1),
         context=mesh.shape.get(SEQUENCE_AXIS, 1),
@@ -116,24 +114,35 @@ def sharded_selective_attention(
     )
     out_specs = q_spec if memory_tau is None else (q_spec, row_spec)
     # Without check_vma, whose types custom derivatives, loops and kernels would all have to carry.
-    return jax.shard_map(local, in_specs=(specs,), out_specs=out_specs, check_vma=False)(arrays)
+    return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def _attend_shard(
-    arrays: dict[str, Array], *, num_heads, num_kv_heads, tensor, context, scale, selection, memory_tau, implementation
+    q: Array,
+    k: Array,
+    v: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
+    evict_at: Array | None,
+    segment_ids: Array | None,
+    *,
+    num_kv_heads: int,
+    tensor: int,
+    context: int,
+    scale: float,
+    selection: Selection,
+    memory_tau: float | None,
+    implementation: str | None,
 ) -> Array | tuple[Array, Array]:
-    """One device's part, inside shard_map."""
-    q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    q_sel, k_sel = arrays.get("q_sel"), arrays.get("k_sel")
+    """One device's part, inside shard_map. `num_kv_heads` is the model's; `tensor`, `context` are the axes' sizes."""
     if tensor > 1:
+        replicated = k.shape[2] == num_kv_heads
         if q_sel is None and selection is not Selection.OFF:
             q_sel = _from_first_shard(q[:, :, 0])
-            k_sel = _from_first_shard(k[:, :, 0]) if k.shape[2] < num_kv_heads else k[:, :, 0]
-        if k.shape[2] == num_kv_heads:  # replicated: a shard's query heads all read the same key/value head
+            k_sel = k[:, :, 0] if replicated else _from_first_shard(k[:, :, 0])
+        if replicated:  # a shard's query heads all read the same key/value head
             head = jax.lax.axis_index(HEAD_AXIS) * num_kv_heads // tensor
             k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
-    options = {"scale": scale, "selection": selection}
-    evict_at, segment_ids = arrays.get("evict_at"), arrays.get("segment_ids")
     if context == 1:
         return selective_attention(
             q,
@@ -141,40 +150,43 @@ def _attend_shard(
             v,
             q_sel=q_sel,
             k_sel=k_sel,
+            scale=scale,
             evict_at=evict_at,
             segment_ids=segment_ids,
+            selection=selection,
             memory_tau=memory_tau,
             implementation=implementation,
-            **options,
         )
-    if q_sel is None or k_sel is None:
-        q_sel, k_sel = q[:, :, 0], k[:, :, 0]
-    attend, column_sums = (getattr(implementation_module(implementation), n) for n in ("attend", "column_sums"))
-    k, v, k_sel, evict_at, kv_segment_ids = (
-        None if x is None else _gather_sequence(x) for x in (k, v, k_sel, evict_at, segment_ids)
+
+    q_sel = q[:, :, 0] if q_sel is None else q_sel
+    k_sel = k[:, :, 0] if k_sel is None else k_sel
+    keys = jax.tree.map(
+        _gather_sequence, {"k": k, "v": v, "k_sel": k_sel, "evict_at": evict_at, "segment": segment_ids}
     )
-    chunk = q.shape[1] // 2
+    module = implementation_module(implementation)
     index = jax.lax.axis_index(SEQUENCE_AXIS)
-    chunks = []
-    for half, number in enumerate((index, 2 * context - 1 - index)):
-        rows = slice(half * chunk, (half + 1) * chunk)
-        ids = None if segment_ids is None else segment_ids[:, rows]
-        chunks.append(
-            (number, rows, {"offset": number * chunk, "q_segment_ids": ids, "kv_segment_ids": kv_segment_ids})
-        )
+    chunks = []  # of queries
+    chunk = q.shape[1] // 2
+    for number, start in ((index, 0), (2 * context - 1 - index, chunk)):
+        rows = slice(start, start + chunk)
+        options = {"offset": number * chunk, "scale": scale, "selection": selection}
+        options["q_segment_ids"] = None if segment_ids is None else segment_ids[:, rows]
+        options["kv_segment_ids"] = keys["segment"]
+        chunks.append((number, q[:, rows], q_sel[:, rows], options))
+
     if selection is Selection.OFF:
-        f_starts = [jnp.zeros(k.shape[:2], jnp.promote_types(q.dtype, jnp.float32))] * 2
+        f_starts = [jnp.zeros(keys["k_sel"].shape[:2], jnp.promote_types(q.dtype, jnp.float32))] * 2
     else:
-        sums_SBN = jnp.stack([column_sums(q_sel[:, rows], k_sel, **extra, **options) for _, rows, extra in chunks])
-        f_starts = _sums_of_earlier_chunks(sums_SBN, [number for number, _, _ in chunks])
+        sums = [module.column_sums(q_sel, keys["k_sel"], **options) for _, _, q_sel, options in chunks]
+        f_starts = _sums_of_earlier_chunks(jnp.stack(sums), [number for number, *_ in chunks])
     parts = [
-        attend(q[:, rows], k, v, q_sel[:, rows], k_sel, f_start, evict_at=evict_at, tau=memory_tau, **extra, **options)
-        for (_, rows, extra), f_start in zip(chunks, f_starts, strict=True)
+        module.attend(
+            q, keys["k"], keys["v"], q_sel, keys["k_sel"], f, evict_at=keys["evict_at"], tau=memory_tau, **options
+        )
+        for (_, q, q_sel, options), f in zip(chunks, f_starts, strict=True)
     ]
-    out = jnp.concatenate([out for out, _ in parts], axis=1)
-    if memory_tau is None:
-        return out
-    return out, jnp.concatenate([forgotten for _, forgotten in parts], axis=1)
+    out, forgotten = jax.tree.map(lambda *halves: jnp.concatenate(halves, axis=1), *parts)
+    return out if memory_tau is None else (out, forgotten)
 
 
 def _from_first_shard(x: Array) -> Array:
