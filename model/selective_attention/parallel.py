@@ -99,7 +99,7 @@ def sharded_selective_attention(
     q_spec, kv_spec = P(batch_axes, sequence, heads), P(batch_axes, sequence, kv_heads)
     row_spec = P(batch_axes, sequence)
     arrays = q, k, v, q_sel, k_sel, evict_at, segment_ids
-    specs = jax.tree.map(lambda _, spec: spec, arrays, (q_spec, kv_spec, kv_spec, *[row_spec] * 4))
+    specs = q_spec, kv_spec, kv_spec, *(None if x is None else row_spec for x in arrays[3:])
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
         arrays = jax.tree.map(jax.reshard, arrays, specs)
     local = functools.partial(
