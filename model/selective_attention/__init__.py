@@ -2,6 +2,9 @@
 
 from .attention import Selection, selection_mask, selective_attention
 from .config import TransformerConfig
+from .decoding import Cache, LayerCache, decode_step, init_cache, prefill, sample
+from .encoder_decoder import EncoderDecoder
+from .interchange import export_safetensors, import_safetensors
 from .losses import lm_loss, memory_loss, memory_per_query, selection_statistics
 from .parallel import sharded_selective_attention, zigzag_positions
 from .sharding import RULES, partition_spec, reshard
@@ -10,14 +13,23 @@ from .transformer import Block, Transformer
 __all__ = [
     "RULES",
     "Block",
+    "Cache",
+    "EncoderDecoder",
+    "LayerCache",
     "Selection",
     "Transformer",
     "TransformerConfig",
+    "decode_step",
+    "export_safetensors",
+    "import_safetensors",
+    "init_cache",
     "lm_loss",
     "memory_loss",
     "memory_per_query",
     "partition_spec",
+    "prefill",
     "reshard",
+    "sample",
     "selection_mask",
     "selection_statistics",
     "selective_attention",

@@ -27,19 +27,19 @@ from .sharding import Axes, partition_spec, reshard
 Attend = Callable[[Array, Array, Array, Array | None, Array | None], tuple[Array, Any]]
 
 
-def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
+def make_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
     """Normal float32 parameter, made where it will live: under a mesh every device draws only its own shard."""
     spec = partition_spec(axes, shape)
     value = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec) * stddev
     return nnx.Param(value, axes=axes)
 
 
-def _scale(shape: tuple[int, ...]) -> nnx.Param:
+def make_scale(shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
 
 
-# Elementwise parts are recomputed in the backward pass: they fuse with what reads them, and their float32 intermediates,
-# which XLA would otherwise write out for every layer, cost more memory traffic than the arithmetic takes.
+# Elementwise parts are recomputed in the backward pass: they fuse with what reads them, and their float32
+# intermediates, which XLA would otherwise write out for every layer, cost more memory traffic than arithmetic.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -76,39 +76,47 @@ class Block(nnx.Module):
         attention_out = (c.num_heads * c.head_dim * 2 * layers) ** -0.5
         mlp_out = (c.mlp_dim * 2 * layers) ** -0.5
         self.config = config
-        self.attention_norm = _scale((layers, c.d_model))
-        self.w_query = _parameter(
+        self.attention_norm = make_scale((layers, c.d_model))
+        self.w_query = make_parameter(
             rngs, (layers, c.d_model, c.num_heads, c.head_dim), (None, "embed", "heads", None), into
         )
         kv_shape = (layers, c.d_model, c.num_kv_heads, c.head_dim)
-        self.w_key = _parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
-        self.w_value = _parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
+        self.w_key = make_parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
+        self.w_value = make_parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
         out_shape = (layers, c.num_heads, c.head_dim, c.d_model)
-        self.w_out = _parameter(rngs, out_shape, (None, "heads", None, "embed"), attention_out)
+        self.w_out = make_parameter(rngs, out_shape, (None, "heads", None, "embed"), attention_out)
         if c.qk_norm:
-            self.query_norm = _scale((layers, c.head_dim))
-            self.key_norm = _scale((layers, c.head_dim))
+            self.query_norm = make_scale((layers, c.head_dim))
+            self.key_norm = make_scale((layers, c.head_dim))
         if c.selection is Selection.OWN_HEAD:
-            self.w_query_sel = _parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
-            self.w_key_sel = _parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
+            self.w_query_sel = make_parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
+            self.w_key_sel = make_parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
             if c.qk_norm:
-                self.query_sel_norm = _scale((layers, c.head_dim))
-                self.key_sel_norm = _scale((layers, c.head_dim))
-        self.mlp_norm = _scale((layers, c.d_model))
-        self.w_gate = _parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
-        self.w_up = _parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
-        self.w_down = _parameter(rngs, (layers, c.mlp_dim, c.d_model), (None, "mlp", "embed"), mlp_out)
+                self.query_sel_norm = make_scale((layers, c.head_dim))
+                self.key_sel_norm = make_scale((layers, c.head_dim))
+        self.mlp_norm = make_scale((layers, c.d_model))
+        self.w_gate = make_parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
+        self.w_up = make_parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
+        self.w_down = make_parameter(rngs, (layers, c.mlp_dim, c.d_model), (None, "mlp", "embed"), mlp_out)
 
     def __call__(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
         """x [B, N, E], positions int32 [N] or [B, N], attention -> (x of the next layer, what `attend` adds)."""
+        x_BNE, extra = self.attention(x_BNE, position_N, attend)
+        return self.mlp(x_BNE), extra
+
+    def attention(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
+        """The first half of the layer: x + attention, and what `attend` adds."""
         q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
         out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
-        x_BNE = x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)
+        return x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None), extra
+
+    def mlp(self, x_BNE: Array) -> Array:
+        """The second half: x + SwiGLU."""
         h_BNE = rms_norm(x_BNE, self.mlp_norm[...])
         hidden = "batch", "sequence", "mlp"
         gate_BNF = contract("bne,ef->bnf", h_BNE, self.w_gate, *hidden)
         h_BNF = _swiglu(gate_BNF, contract("bne,ef->bnf", h_BNE, self.w_up, *hidden))
-        return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None), extra
+        return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None)
 
     def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
@@ -154,14 +162,14 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.embedding = _parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
+        self.embedding = make_parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
         if c.positions == "learned":
             shape = (c.max_length, c.d_model)
-            self.position_embedding = _parameter(rngs, shape, (None, "embed"), c.d_model**-0.5)
+            self.position_embedding = make_parameter(rngs, shape, (None, "embed"), c.d_model**-0.5)
         self.blocks = Block(config, rngs)
-        self.final_norm = _scale((c.d_model,))
+        self.final_norm = make_scale((c.d_model,))
         if not c.tied_embeddings:
-            self.output = _parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
+            self.output = make_parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
 
     def __call__(self, tokens_BN: Array, *, segment_ids: Array | None = None, evict_at: Array | None = None) -> Array:
         """Logits [B, N, V] float32 of the next token, from int32 tokens [B, N]; N at most `max_length`.
@@ -209,7 +217,7 @@ class Transformer(nnx.Module):
             return block(x_BNE, position_N, functools.partial(attend, layer_evict_at))
 
         x_BNE, forgotten_LBN = jax.lax.scan(
-            _rematerialised(layer, c.remat), self.embed(tokens_BN, position_N), (layers, evict_at)
+            rematerialised(layer, c.remat), self.embed(tokens_BN, position_N), (layers, evict_at)
         )
         back_N = np.argsort(position_N)
         hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)
@@ -281,7 +289,7 @@ def _lookup(table: nnx.Param, tokens_BN: Array) -> Array:
     return reshard(table[...], None, None).at[tokens_BN].get(out_sharding=spec)
 
 
-def _rematerialised(layer: Callable, remat: str) -> Callable:
+def rematerialised(layer: Callable, remat: str) -> Callable:
     if remat == "none":
         return layer
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

@@ -68,11 +68,7 @@ def start_trainer(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) 
         settings = {**TINY, "data.path": dataset_path, **{k.replace("__", "."): v for k, v in fields.items()}}
         config = [f"--config.{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "trainer", "--config=configs/demo.py", f"--workdir={workdir}", *config, *flags]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-        }
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         root = Path(__file__).parents[2]
         return subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
