@@ -1,10 +1,9 @@
-"""Host rows to global arrays: each host reads only the rows of its devices, ahead of time, in a thread."""
+"""Host rows to global arrays: each host reads only the rows of its devices, ahead of time, in threads."""
 
-import queue
-import threading
 from collections.abc import Iterator
 from typing import Protocol
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -49,38 +48,9 @@ def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
 
 
 def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2) -> Iterator[Batch]:
-    """The batches of `steps`, up to `depth` of them on the devices ahead of the consumer.
+    """The batches of `steps`, up to `depth` of them read and on the devices ahead of the consumer, by Grain's threads.
 
-    An error while reading is raised where the batch would have been yielded. The thread ends with the iterator.
+    An error while reading is raised where the batch would have been yielded.
     """
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: Batch | BaseException) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            for step in steps:
-                if not put(global_batch(source, step, sharding)):
-                    return
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=read, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join()
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(lambda step: global_batch(source, step, sharding))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=depth, prefetch_buffer_size=depth)))
