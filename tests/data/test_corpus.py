@@ -1,8 +1,10 @@
 """The embedded corpus."""
 
+import fcntl
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -61,8 +63,13 @@ def test_source_is_parsed_and_never_run(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    corpus.build(folder)
+    """Built once for all of pytest-xdist's workers, whose folders stand side by side."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "corpus"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            corpus.build(folder)
     return folder
 
 
