@@ -161,6 +161,8 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
     batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
     num_blocks = operands["q"].shape[1] * LANES // plan.block_q
     largest = max(1, QUERY_GRADIENT_BYTES // (plan.group_heads * plan.head_dim * 4 * plan.block_q))
+    if num_blocks > largest:
+        largest = max(1, largest * 3 // 4)  # in chunks the gradients of k and v are float32 too
     chunks = next(n for n in range(1, num_blocks + 1) if num_blocks % n == 0 and num_blocks // n <= largest)
     later = jnp.zeros((batch, plan.head_groups, 1, num_keys), jnp.float32)
     selecting = plan.selection is not Selection.OFF

@@ -39,8 +39,8 @@ from .pallas_tpu_tile import (
 from .selection import Selection
 
 DELAYS = (0, 1, 2)  # units between a unit's stages
-MASK_LEADS = (9, 6, 2)  # units between the stages of a square's F and its first use
-SELECTION_LAGS = (3, 6)  # units between the stages of the selecting head's gradient
+MASK_LEADS = (12, 7, 5)  # units from the stages of a square's F to its first use
+SELECTION_LAGS = (3, 6)  # units from a square's last head to the later stages of the selecting head's gradient
 
 
 def backward(

@@ -37,8 +37,8 @@ from .pallas_tpu_tile import (
 from .selection import Selection
 
 EMPTY = -1e29  # a running maximum below this has met hidden pairs only
-DELAYS = (0, 5, 8)  # units between a unit's stages
-MASK_LEADS = (9, 6, 2)  # units between the stages of a square's F and its first use
+DELAYS = (0, 3, 6)  # units between a unit's stages
+MASK_LEADS = (30, 24, 18)  # units from the stages of a square's F to its first use
 
 
 def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array], interpret: bool) -> dict[str, Array]:

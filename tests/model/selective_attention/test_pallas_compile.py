@@ -23,9 +23,9 @@ def measure(*flags):
 
 def test_v4_takes_fewer_bundles_with_selection_than_splash_attention_without():
     kernels = measure("--programs=selective", "--generations=v4", "--heads=12", "--width=64")
-    assert kernels["forward"]["bundles"] < 4.7
+    assert kernels["forward"]["bundles"] < 4.5
     assert kernels["backward"]["bundles"] < 9.6
-    assert sum(row["bundles"] for row in kernels.values()) < 18 < 22.5  # JAX's splash attention: 22.5
+    assert sum(row["bundles"] for row in kernels.values()) < 14  # splash attention: 22.5
     assert max(row["vmem"] for row in kernels.values()) < 16 * MIB
 
 
