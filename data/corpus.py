@@ -232,7 +232,7 @@ def build(output: Path) -> dict[str, int]:
     # In the order of a hash, so that the start of a file is a fair sample of the whole.
     documents = sorted(corpus_documents(), key=lambda document: hashlib.blake2b(document[1].encode()).digest())
     for number, (url, text) in enumerate(documents):
-        validation = in_validation(text, VALIDATION_FRACTION)
+        validation = in_validation(text, VALIDATION_FRACTION, purpose=b"")
         sizes["validation" if validation else "train"] += len(text.encode())
         # Documentation has no crawl date.
         line = json.dumps({"text": text, "timestamp": "", "url": url}, ensure_ascii=False)

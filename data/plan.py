@@ -1,7 +1,6 @@
 """What is to be prepared, decided before it is done: the inputs, the options, and the cut of tokens into shards."""
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from data.folder import Folder
 from data.manifest import DataError
-from data.sources import Document, filesystem, in_validation, read_documents
+from data.sources import BadDocument, filesystem, in_validation, read_documents
 from data.stages import FileTask, Receipt, ShardTask, SplitCount, TokenRange
 
 # About 1,000 shards for C4: enough to spread over hosts and retries, few enough to keep open.
@@ -41,7 +40,7 @@ class Plan:
     record_length: int
     shards: int | None
     validation_fraction: float
-    sample_documents: int
+    sample_bytes: int
 
     def as_json(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -53,16 +52,22 @@ class Plan:
         ]
 
     def sample_texts(self) -> Iterator[str]:
-        """What the tokenizer learns from: as many training documents from the start of each file, in order."""
+        """What the tokenizer learns from: as many bytes from the start of each training file, in order."""
         inputs = [file for file in self.inputs if file.split != "validation"]
-        per_file = -(-self.sample_documents // len(inputs))
-        with tqdm(total=self.sample_documents, desc="sample", unit="document") as progress:
+        with tqdm(total=self.sample_bytes, desc="sample", unit="B", unit_scale=True) as progress:
             for file in inputs:
-                fraction = 0.0 if file.split else self.validation_fraction
-                texts = (item.text for item in read_documents(file.url, self.source) if isinstance(item, Document))
-                for text in itertools.islice((text for text in texts if not in_validation(text, fraction)), per_file):
-                    progress.update()
-                    yield text
+                room = -(-self.sample_bytes // len(inputs))
+                for document in read_documents(file.url, self.source):
+                    if isinstance(document, BadDocument):
+                        continue
+                    if file.split is None and in_validation(document.text, self.validation_fraction):
+                        continue
+                    text = document.text.encode()[:room]
+                    room -= len(text)
+                    progress.update(len(text))
+                    yield text.decode(errors="ignore")  # The last character may be cut.
+                    if not room:
+                        break
 
 
 def find_inputs(patterns: list[str], validation_patterns: list[str]) -> tuple[Input, ...]:

@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", "folder for the dataset, local or an fsspec URL", required=True)
     add("--vocab-size", "pieces to train, or 8k or 32k", type=vocabulary_size, default="8k")
     add("--tokenizer", "a SentencePiece model to use as it is, instead of training one", metavar="FILE")
-    add("--sample-documents", "documents that the tokenizer is trained on", type=positive_integer, default=100_000)
+    add("--sample-bytes", "of text that the tokenizer is trained on", type=positive_integer, default=32_000_000)
     add("--record-length", "tokens in a record: the longest context", type=positive_integer, default=2_048)
     add("--shards", f"number of training shards; by default one per {SHARD_BYTES >> 20} MiB", type=positive_integer)
     add("--workers", "processes of the local runner", type=positive_integer, default=os.cpu_count())
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
             record_length=options.record_length,
             shards=options.shards,
             validation_fraction=options.validation_fraction,
-            sample_documents=options.sample_documents,
+            sample_bytes=options.sample_bytes,
         )
         run = _runner(options.runner, options.workers, beam_arguments)
         manifest = prepare(

@@ -48,9 +48,13 @@ class BadDocument:
 Rows = Iterator[Document | BadDocument]
 
 
-def in_validation(text: str, fraction: float) -> bool:
-    """The split of a document by a hash of its text, so that equal texts are always on the same side."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < fraction * 2**64
+def in_validation(text: str, fraction: float, purpose: bytes = b"prepare") -> bool:
+    """The split of a document by a hash of its text, so that equal texts are always on the same side.
+
+    Another `purpose` gives another split: what one has put aside must not be all that the next would take.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -48,6 +48,6 @@ def test_a_failed_pipeline_is_an_error_that_names_the_file(inputs: Path, tmp_pat
     broken.write_bytes((inputs / "a.json.gz").read_bytes()[:-100])
     (tmp_path / "b.json.gz").write_bytes((inputs / "b.json.gz").read_bytes())
     (tmp_path / "c.json.gz").write_bytes((inputs / "c.json.gz").read_bytes())
-    sample = ["--sample-documents", "40"]
+    sample = ["--sample-bytes", "8000"]
     with pytest.raises(SystemExit, match=r"a\.json\.gz:\d+: reading stopped here"):
         main([*sample, *arguments(tmp_path, str(tmp_path / "out"), ["--runner=FnApiRunner"])])

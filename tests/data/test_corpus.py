@@ -107,7 +107,7 @@ def test_the_split_is_by_the_hash_of_the_text(built: Path) -> None:
 
 def test_it_comes_back_from_the_records(built: Path, tmp_path: Path, run_prepare, read_split) -> None:
     folder = run_prepare(
-        tmp_path / "out", source="c4", input=built / "c4-*.json.gz", vocab_size=1000, sample_documents=500, workers=2
+        tmp_path / "out", source="c4", input=built / "c4-*.json.gz", vocab_size=1000, sample_bytes=300_000, workers=2
     )
     for split in ("train", "validation"):
         expected = [document["text"] for document in read(built, f"c4-{split}*")]

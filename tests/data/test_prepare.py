@@ -87,7 +87,7 @@ def test_a_vocabulary_over_16_bits_has_records_of_four_bytes(
         record_length=64,
         shards=2,
         validation_fraction=0,
-        sample_documents=100,
+        sample_bytes=20_000,
     )
 
     def run(stage: Callable, tasks: list, progress: tqdm) -> Iterator:  # Here, where the limit is another.
