@@ -1,5 +1,6 @@
 """Host rows to global arrays: each host reads only the rows of its devices, ahead of time, in threads."""
 
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -47,10 +48,16 @@ def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
     )
 
 
-def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2) -> Iterator[Batch]:
+def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2) -> Iterator[tuple[Batch, float]]:
     """The batches of `steps`, up to `depth` of them read and on the devices ahead of the consumer, by Grain's threads.
 
-    An error while reading is raised where the batch would have been yielded.
+    With each batch comes how long it took to load, seconds. An error while reading is raised where the batch would have
+    been yielded.
     """
-    batches = grain.MapDataset.range(steps.start, steps.stop).map(lambda step: global_batch(source, step, sharding))
+
+    def load(step: int) -> tuple[Batch, float]:
+        start = time.monotonic()
+        return global_batch(source, step, sharding), time.monotonic() - start
+
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=depth, prefetch_buffer_size=depth)))

@@ -42,7 +42,7 @@ def evaluate(
     """
     nll, tokens = 0.0, 0
     pending = None
-    for batch in prefetch(source, range(num_batches), sharding):
+    for batch, _ in prefetch(source, range(num_batches), sharding):
         dispatched = eval_step(params, batch, stop())
         if pending is not None:
             values = jax.device_get(pending)

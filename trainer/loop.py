@@ -131,9 +131,12 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
                     checkpoints.save(step, state, last_eval_step)
                 if step == config.steps:
                     break
-                state, metrics = train_step(state, next(batches), stop())
+                start = time.monotonic()
+                batch, loading_seconds = next(batches)
+                host_metrics = {"loading_seconds": loading_seconds, "wait_seconds": time.monotonic() - start}
+                state, metrics = train_step(state, batch, stop())
                 # Reads what step - 1 computed, now that the devices have this step to work on.
-                log.add(step + 1, metrics, bar)
+                log.add(step + 1, metrics, host_metrics, bar)
                 if log.stop_seen:
                     log.drain()
                     return leave(step + 1)
@@ -157,15 +160,15 @@ class StepLog:
     def __init__(self, writer: MetricsWriter, every_steps: int, is_main: bool) -> None:
         self.stop_seen = False
         self._writer, self._every_steps, self._is_main = writer, every_steps, is_main
-        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._pending: tuple[int, dict[str, Array], dict[str, float]] | None = None
         self._bar: tqdm | None = None
         self._last_time: float | None = None
 
-    def add(self, step: int, metrics: dict[str, Array], bar: tqdm) -> None:
-        """Takes the metrics of a step just dispatched and writes those of the one before."""
+    def add(self, step: int, metrics: dict[str, Array], data_seconds: dict[str, float], bar: tqdm) -> None:
+        """Takes the metrics of a step just dispatched, and how its data came; writes those of the step before."""
         self._bar = bar
         self._write()
-        self._pending = step, metrics
+        self._pending = step, metrics, data_seconds
 
     def drain(self) -> None:
         """Waits for the last step dispatched and writes its metrics; the pause that follows is not counted as step
@@ -177,7 +180,7 @@ class StepLog:
     def _write(self) -> None:
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, data_seconds), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.stop_seen = self.stop_seen or bool(values.pop("stop"))
         now = time.monotonic()
@@ -186,6 +189,7 @@ class StepLog:
             values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
         self._last_time = now
         self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        self._writer.write(step, {f"data/{name}": value for name, value in data_seconds.items()})
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)

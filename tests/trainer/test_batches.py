@@ -28,8 +28,9 @@ def test_global_batch_is_the_rows_of_its_step(source, tiny_config, shape):
 
 def test_prefetch_yields_the_batches_in_order(source, tiny_config):
     sharding = batch_sharding(make_mesh(tiny_config.mesh))
-    for step, batch in zip(range(5, 9), prefetch(source, range(5, 9), sharding), strict=True):
+    for step, (batch, seconds) in zip(range(5, 9), prefetch(source, range(5, 9), sharding), strict=True):
         np.testing.assert_array_equal(np.asarray(batch["targets"]), source.rows(step, range(16))["targets"])
+        assert seconds > 0
 
 
 def test_error_while_reading_reaches_the_consumer(source, tiny_config):
