@@ -187,7 +187,9 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
         }
 
     widths = {"dk": plan.num_kv_heads * plan.head_dim, "dv": plan.num_kv_heads * plan.value_dim}
-    shapes = {name: (batch, num_keys // LANES, width, LANES) for name, width in widths.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (batch, num_keys // LANES, width, LANES) for name, width in widths.items()
+    }
     if selecting:
         shapes["dk_sel"] = (batch, plan.head_groups, num_keys // LANES, plan.select_dim, LANES)
     zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
