@@ -58,7 +58,8 @@ def prepare_dataset(workdir: Path) -> Path:
     _say("Tokens: SentencePiece and ArrayRecord")
     vocab_size = demo.get_config().model.vocab_size
     inputs = ["--source=c4", "--input", f"{text}/c4-*.json.gz"]
-    prepare.main([*inputs, f"--output={dataset}", f"--vocab-size={vocab_size}"])
+    # A tokenizer trained on a fifth of the text is as good, and much sooner done.
+    prepare.main([*inputs, f"--output={dataset}", f"--vocab-size={vocab_size}", "--sample-bytes=2000000"])
     return dataset
 
 

@@ -17,6 +17,7 @@ import logging  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -30,7 +31,7 @@ from trainer.config import check_config  # noqa: E402
 from trainer.errors import ConfigError, ResumeError  # noqa: E402
 from trainer.loop import train  # noqa: E402
 
-EXIT_MISTAKE = 2
+EXIT_FAILED, EXIT_MISTAKE = 1, 2
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's checkpoints, TensorBoard events and result.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/c4.py:d12", lock_config=True)
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str]) -> None:
     except (ConfigError, ResumeError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_MISTAKE
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a host that leaves alone would wait for the others in JAX's shutdown barrier for minutes.
