@@ -141,7 +141,7 @@ def abstract_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def check_workdir(workdir: str) -> None:
-    """Makes the workdir if its parent exists, and proves that it can be written to.
+    """Makes the workdir and what is missing above it, and proves that it can be written to.
 
     Raises:
       ResumeError: it cannot.

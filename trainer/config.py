@@ -56,12 +56,23 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
             f"--config.batch_size={config.batch_size} cannot be divided into data={shape['data']} x "
             f"fsdp={shape['fsdp']} x accumulation={config.accumulation} = {rows} parts; choose a multiple of {rows}"
         )
+    # Context parallelism pairs an early and a late chunk of the sequence on each device.
+    chunks = 2 * shape["context"] if shape["context"] > 1 else 1
+    if config.context_length % chunks:
+        raise ConfigError(
+            f"mesh context={shape['context']} splits the sequence into {chunks} chunks, which do not divide "
+            f"context_length={config.context_length}; change --config.mesh.context or --config.context_length"
+        )
+    if model.num_kv_heads % shape["tensor"] and shape["tensor"] % model.num_kv_heads:
+        raise ConfigError(
+            f"mesh tensor={shape['tensor']} neither divides num_kv_heads={model.num_kv_heads} nor is divided by it; "
+            "change --config.mesh.tensor or --config.model.num_kv_heads"
+        )
     divided = (
         ("d_model", model.d_model, "fsdp"),
         ("num_heads", model.num_heads, "tensor"),
         ("mlp_dim", model.mlp_dim, "tensor"),
         ("vocab_size", model.vocab_size, "tensor"),
-        ("context_length", config.context_length, "context"),
     )
     for name, size, axis in divided:
         if size % shape[axis]:

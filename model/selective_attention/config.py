@@ -31,6 +31,8 @@ class TransformerConfig:
     attention: str | None = None  # implementation of attention, None for the platform's best
 
     def __post_init__(self) -> None:
+        if self.selection not in list(Selection):
+            raise ValueError(f"{self.selection!r} is not a valid Selection; choose one of {', '.join(Selection)}")
         object.__setattr__(self, "selection", Selection(self.selection))
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         for field in ("vocab_size", "num_layers", "num_heads", "d_model", "mlp_dim", "max_length", "head_dim"):
@@ -38,14 +40,15 @@ class TransformerConfig:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        choices = {
+        choices: dict[str, tuple[str | None, ...]] = {
             "positions": ("rotary", "learned"),
             "dtype": ("bfloat16", "float32", "float64"),
             "remat": ("none", "dots", "block"),
+            "attention": ("reference", "xla", "pallas", None),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
+                raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}; got {getattr(self, field)!r}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
 

@@ -25,11 +25,17 @@ ROOT = Path(__file__).parents[2]
         ("model.vocab_size", 512, "300 token ids.*vocab_size=300"),
         ("mesh.data", 3, "data=3.*does not fit the 8 devices"),
         ("mesh.tensor", 2, "data=4, fsdp=2, context=1, tensor=2 does not fit the 8 devices"),
+        ("mesh", {"data": 1, "fsdp": 1, "context": 8}, "8 splits the sequence into 16 chunks.*context_length=8"),
+        ("mesh", {"data": 1, "tensor": 4}, "tensor=4 neither divides num_kv_heads=6 nor"),
         ("data.path", "nowhere", "no dataset in nowhere"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value, message):
-    tiny_config.update_from_flattened_dict({field: value})
+    if field == "mesh":
+        tiny_config.update_from_flattened_dict({"context_length": 8, "model.num_heads": 12, "model.num_kv_heads": 6})
+        tiny_config.mesh.update(value)
+    else:
+        tiny_config.update_from_flattened_dict({field: value})
     with pytest.raises((ConfigError, DataError), match=f"(?s){message}"):
         train(tiny_config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -40,7 +46,8 @@ def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value
     [
         ("steps", 0, "steps must be positive"),
         ("model.remat", "some", "remat must be one of none, dots, block"),
-        ("model.selection", "best", "'best' is not a valid Selection"),
+        ("model.selection", "best", "'best' is not a valid Selection; choose one of paper, "),
+        ("model.attention", "flash", "attention must be one of reference, xla, pallas"),
         ("model.num_kv_heads", 2, "num_kv_heads=2 must divide num_heads=1"),
     ],
 )
