@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from .attention import Selection
+from .attention import Selection, implementation_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +34,22 @@ class TransformerConfig:
         if self.selection not in list(Selection):
             raise ValueError(f"{self.selection!r} is not a valid Selection; choose one of {', '.join(Selection)}")
         object.__setattr__(self, "selection", Selection(self.selection))
+        if self.attention is not None:
+            implementation_module(self.attention)  # raises, with the names there are
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         for field in ("vocab_size", "num_layers", "num_heads", "d_model", "mlp_dim", "max_length", "head_dim"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        choices: dict[str, tuple[str | None, ...]] = {
+        choices = {
             "positions": ("rotary", "learned"),
             "dtype": ("bfloat16", "float32", "float64"),
             "remat": ("none", "dots", "block"),
-            "attention": ("reference", "xla", "pallas", None),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}; got {getattr(self, field)!r}")
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
 

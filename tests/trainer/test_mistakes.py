@@ -47,7 +47,7 @@ def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value
         ("steps", 0, "steps must be positive"),
         ("model.remat", "some", "remat must be one of none, dots, block"),
         ("model.selection", "best", "'best' is not a valid Selection; choose one of paper, "),
-        ("model.attention", "flash", "attention must be one of reference, xla, pallas"),
+        ("model.attention", "flash", "'flash' is unknown; choose 'reference', 'xla', 'pallas'"),
         ("model.num_kv_heads", 2, "num_kv_heads=2 must divide num_heads=1"),
     ],
 )
