@@ -94,14 +94,15 @@ def vmem_bytes(folder: Path, kernel: str) -> int:
 
 
 def hbm_bytes(hlo: str, kernel: str) -> int:
-    """Operands and results of a kernel's call, each once."""
+    """Operands and results of a kernel's call, each once; windows on parts of an operand are one operand."""
     call = next(line for line in hlo.splitlines() if re.match(rf"\s*(ROOT )?%{kernel}", line))
-    results, operands = (
-        call.split(" custom-call(")[0],
-        call.split("operand_layout_constraints=")[1].split("frontend")[0],
-    )
-    shapes = re.findall(r"\b(f32|s32|bf16|s8)\[([\d,]*)\]", results + operands)
-    return sum(ITEM_BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in shapes)
+    results, rest = call.split(" custom-call(")
+    source = dict(re.findall(r"%([\w.-]+) = \S+ bitcast\(%([\w.-]+)\)", hlo))
+    names = [source.get(name, name) for name in re.findall(r"%([\w.-]+)", rest.split("custom_call_target")[0])]
+    shape = r"\b(f32|s32|bf16|s8)\[([\d,]*)\]"
+    layouts = re.findall(shape, rest.split("operand_layout_constraints=")[1].split("frontend")[0])
+    arrays = re.findall(shape, results) + list(dict(zip(names, layouts, strict=True)).values())
+    return sum(ITEM_BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes in arrays)
 
 
 def largest_array(hlo: str) -> int:

@@ -19,7 +19,7 @@ from jax import Array
 from .blockwise import column_sums
 from .pallas_tpu_backward import backward
 from .pallas_tpu_forward import forward
-from .pallas_tpu_tile import LANES, LOG2_E, Plan, shuffle, unshuffle
+from .pallas_tpu_tile import LANES, LOG2_E, Plan, shuffle
 from .selection import Keys, Selection
 
 __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
@@ -29,8 +29,8 @@ LOGIT_BOUND = 60.0
 # The backward kernel's gradient of q, float32: of 2,048 queries and 12 heads of width 64. (A core's VMEM has 16 MiB.)
 QUERY_GRADIENT_BYTES = 2048 * 12 * 64 * 4
 # What belongs to queries, in and out of the backward kernel, and its axis of positions.
-QUERY_AXES = {"q": 1, "d_out": 1, "log_sum": 3, "delta": 3, "q_sel": 1, "q_sel_columns": 1, "f_blocks": 2}
-QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 1, "dq_sel": 2}
+QUERY_AXES = {"q": 2, "d_out": 2, "log_sum": 3, "delta": 3, "q_sel": 2, "f_blocks": 2}
+QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 2, "dq_sel": 3}
 GROUP_WIDTH = 1024  # of all heads that one grid step works on; more would neither fit VMEM nor the registers
 
 
@@ -82,20 +82,20 @@ def _attend_forward(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
     factor = plan.scale * LOG2_E
     q_scaled = (q.astype(jnp.float32) * factor).astype(q.dtype)
     operands = {
-        "q": _columns(_heads(q_scaled, plan.num_heads, plan.head_dim, plan.block_q)),
-        "k": _rows(_heads(k, plan.num_kv_heads, plan.head_dim, plan.block_k)),
-        "v": _columns(_heads(v, plan.num_kv_heads, plan.value_dim, plan.block_k)),
+        "q": _columns(q_scaled, plan.num_heads, plan.head_dim, plan.block_q),
+        "k": _columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
+        "v": _columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
     }
     if plan.selection is not Selection.OFF:
         operands |= {
-            "q_sel": shuffle(_rows(_heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q))[:, 0], 1),
-            "k_sel": _rows(_heads(k_sel[:, :, None], 1, plan.select_dim, plan.block_k))[:, 0],
+            "q_sel": _columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
+            "k_sel": _columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
             "f_start": _pad(f_start, plan.block_k, 1)[:, None],
         }
     operands |= {name: rows for name, rows in integers.items() if name != "offset"}
     scalars = (integers["offset"], _bounded(plan, q_scaled, k))
     made = _on_platform(functools.partial(forward, plan), operands, scalars)
-    out = _from_columns(made["out"], plan.num_heads, plan.value_dim)[:, :num_queries, : q.shape[2], : v.shape[3]]
+    out = _from_columns(made["out"], plan.value_dim, (*q.shape[:3], v.shape[3]))
     forgotten = jnp.zeros(q.shape[:2], jnp.float32)
     if plan.tau is not None and plan.selection is not Selection.OFF:
         forgotten = made["forgotten"][:, 0, 0, :num_queries]
@@ -106,27 +106,20 @@ def _attend_forward(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
 def _attend_backward(plan: Plan, residuals, cotangents):
     integers, q_scaled, k, v, q_sel, k_sel, out, log_sum, f_blocks = residuals
     d_out, d_forgotten = cotangents
-    num_queries, num_keys = q_scaled.shape[1], k.shape[1]
     delta_BNH = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    delta_BNH = _pad(_pad(delta_BNH, plan.block_q, 1), plan.num_heads, 2)
-    k_heads = _heads(k, plan.num_kv_heads, plan.head_dim, plan.block_k)
+    delta_BHN = _pad(_pad(delta_BNH.swapaxes(1, 2), plan.num_heads, 1), plan.block_q, 2)
     operands = {
-        "q": _columns(_heads(q_scaled, plan.num_heads, plan.head_dim, plan.block_q)),
-        "k": _rows(k_heads),
-        "k_columns": _columns(k_heads),
-        "v_rows": _rows(_heads(v, plan.num_kv_heads, plan.value_dim, plan.block_k)),
-        "d_out": _columns(_heads(d_out, plan.num_heads, plan.value_dim, plan.block_q)),
+        "q": _columns(q_scaled, plan.num_heads, plan.head_dim, plan.block_q),
+        "k": _columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
+        "v": _columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
+        "d_out": _columns(d_out, plan.num_heads, plan.value_dim, plan.block_q),
         "log_sum": log_sum,
-        "delta": delta_BNH.swapaxes(1, 2).reshape(log_sum.shape),
+        "delta": delta_BHN.reshape(log_sum.shape),
     }
     if plan.selection is not Selection.OFF:
-        q_sel_heads = _heads(q_sel[:, :, None], 1, plan.select_dim, plan.block_q)
-        k_sel_heads = _heads(k_sel[:, :, None], 1, plan.select_dim, plan.block_k)
         operands |= {
-            "q_sel": shuffle(_rows(q_sel_heads)[:, 0], 1),
-            "q_sel_columns": shuffle(_columns(q_sel_heads), 3),
-            "k_sel": _rows(k_sel_heads)[:, 0],
-            "k_sel_columns": _columns(k_sel_heads),
+            "q_sel": _columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
+            "k_sel": _columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
             "f_blocks": f_blocks,
         }
         if plan.tau is not None:
@@ -134,22 +127,17 @@ def _attend_backward(plan: Plan, residuals, cotangents):
     operands |= {name: rows for name, rows in integers.items() if name != "offset"}
     made = _backward_in_chunks(plan, operands, integers["offset"], k.dtype)
 
-    def heads(name, like, length, factor=1.0):
-        x = _from_columns(made[name], -1, like[1])[:, :length, : like[0].shape[2], : like[0].shape[3]]
-        return (x.astype(jnp.float32) * factor).astype(like[0].dtype)
-
-    dq = heads("dq", (q_scaled, plan.head_dim), num_queries, plan.scale)
-    dk = heads("dk", (k, plan.head_dim), num_keys)
-    dv = heads("dv", (v, plan.value_dim), num_keys)
+    dq = _from_columns(made["dq"], plan.head_dim, q_scaled.shape)
+    dk = _from_columns(made["dk"], plan.head_dim, k.shape).astype(k.dtype)
+    dv = _from_columns(made["dv"], plan.value_dim, v.shape).astype(v.dtype)
     if plan.selection is Selection.OFF:
         selecting = (jnp.zeros_like(q_sel), jnp.zeros_like(k_sel), jnp.zeros(k.shape[:2], jnp.float32))
     else:
         dq_sel, dk_sel = (
-            (_from_columns(columns.sum(1), 1, plan.select_dim)[:, : x.shape[1], 0, : x.shape[2]] * plan.scale)
-            for columns, x in ((unshuffle(made["dq_sel"], 4), q_sel), (made["dk_sel"], k_sel))
+            _from_columns(made[name].sum(1), plan.select_dim, (*x.shape[:2], 1, x.shape[2]))[:, :, 0].astype(x.dtype)
+            for name, x in (("dq_sel", q_sel), ("dk_sel", k_sel))
         )
-        df_start = made["df_start"].sum(1)[:, 0, :num_keys]
-        selecting = (dq_sel.astype(q_sel.dtype), dk_sel.astype(k_sel.dtype), df_start)
+        selecting = (dq_sel, dk_sel, made["df_start"].sum(1)[:, 0, : k.shape[1]])
     return None, dq, dk, dv, *selecting
 
 
@@ -159,7 +147,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype) -> dict[str, Array]:
     """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
     batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
-    num_blocks = operands["q"].shape[1] * LANES // plan.block_q
+    num_blocks = operands["q"].shape[2] // plan.block_q
     largest = max(1, QUERY_GRADIENT_BYTES // (plan.group_heads * plan.head_dim * 4 * plan.block_q))
     if num_blocks > largest:
         largest = max(1, largest * 3 // 4)  # in chunks the gradients of k and v are float32 too
@@ -187,11 +175,9 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
         }
 
     widths = {"dk": plan.num_kv_heads * plan.head_dim, "dv": plan.num_kv_heads * plan.value_dim}
-    shapes: dict[str, tuple[int, ...]] = {
-        name: (batch, num_keys // LANES, width, LANES) for name, width in widths.items()
-    }
+    shapes: dict[str, tuple[int, ...]] = {name: (batch, width, num_keys) for name, width in widths.items()}
     if selecting:
-        shapes["dk_sel"] = (batch, plan.head_groups, num_keys // LANES, plan.select_dim, LANES)
+        shapes["dk_sel"] = (batch, plan.head_groups, plan.select_dim, num_keys)
     zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
     starts = jnp.arange(chunks, dtype=jnp.int32) * (num_blocks // chunks * plan.block_q)
     (sums, later), of_queries = jax.lax.scan(step, (zeros, later), (starts, of_queries), reverse=True)
@@ -263,30 +249,16 @@ def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> di
     return {"q_segment": shuffle(q_segment, 1)[:, None], "kv_segment": kv_segment[:, None]}
 
 
-def _heads(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:
-    """Pads [B, N, H, D] to whole blocks of positions, `num_heads` heads and `width` lanes."""
-    length = _round_up(x_BNHD.shape[1], block)
-    target = (x_BNHD.shape[0], length, num_heads, width)
-    return jnp.pad(x_BNHD, [(0, new - old) for new, old in zip(target, x_BNHD.shape, strict=True)])
+def _columns(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:
+    """[B, N, H, D] to columns [B, H * D, N], positions along lanes; N, H and D padded to what the kernel works on."""
+    x_BHDN = _pad(_pad(_pad(jnp.moveaxis(x_BNHD, 1, 3), num_heads, 1), width, 2), block, 3)
+    return x_BHDN.reshape(x_BHDN.shape[0], -1, x_BHDN.shape[3])
 
 
-def _columns(x_BNHD: Array) -> Array:
-    """[B, N, H, D] to columns [B, N / 128, H * D, 128]: positions along lanes."""
-    batch, length, heads, width = x_BNHD.shape
-    return x_BNHD.reshape(batch, length // LANES, LANES, heads * width).swapaxes(2, 3)
-
-
-def _from_columns(x_BTDL: Array, num_heads: int, width: int) -> Array:
-    """The inverse of `_columns`."""
-    batch, blocks = x_BTDL.shape[:2]
-    return x_BTDL.swapaxes(2, 3).reshape(batch, blocks * LANES, num_heads, width)
-
-
-def _rows(x_BMKD: Array) -> Array:
-    """[B, M, K, D] to rows [B, T, M, 128]: heads along lanes, in tiles of 128."""
-    batch, length, heads, width = x_BMKD.shape
-    x = _pad(x_BMKD.reshape(batch, length, heads * width), LANES, 2)
-    return x.reshape(batch, length, -1, LANES).swapaxes(1, 2)
+def _from_columns(x_BCN: Array, width: int, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_columns`; `shape` is [B, N, H, D]."""
+    x_BHDN = x_BCN.reshape(shape[0], -1, width, x_BCN.shape[2])
+    return jnp.moveaxis(x_BHDN[:, : shape[2], : shape[3], : shape[1]], 3, 1)
 
 
 def _pad(x: Array, multiple: int, axis: int, value: Any = 0) -> Array:

@@ -28,13 +28,18 @@ from .pallas_tpu_tile import (
     LOG2_E,
     Plan,
     Tile,
+    column_windows,
     dot,
     fill_lanes,
     head_rows,
     lane_tile,
     lanes,
+    shuffle_lanes,
     software_pipeline,
+    store_rows,
     sum_after,
+    unshuffle_lanes,
+    windowed,
 )
 from .selection import Selection
 
@@ -50,11 +55,10 @@ def backward(
 
     They lack the logits' `scale`, all but dk (q carries `scale * log2(e)`).
     """
-    batch, columns = operands["q"].shape[:2]
+    batch, _, num_queries = operands["q"].shape
     num_keys = operands["k"].shape[2]
-    num_queries = columns * LANES
     nq, nk = num_queries // plan.block_q, num_keys // plan.block_k
-    c, key_columns = plan.columns, plan.block_k // LANES
+    c = plan.columns
     heads, kv_heads = plan.group_heads, plan.group_kv_heads
 
     def query_block(j, r, offset):
@@ -62,31 +66,26 @@ def backward(
         return jnp.maximum(nq - 1 - r, jnp.minimum(plan.first_block_q(j, offset[0]), nq - 1))
 
     def query_columns(rows):
-        return pl.BlockSpec((1, c, rows, LANES), lambda b, g, j, r, s: (b, query_block(j, r, s), g, 0))
+        return column_windows(plan.block_q, rows, lambda b, g, j, r, s: (b, g, query_block(j, r, s)))
 
-    def key_tiles(rows):
-        return pl.BlockSpec((1, pl.cdiv(rows, LANES), plan.block_k, LANES), lambda b, g, j, r, _: (b, g, j, 0))
+    def key_columns(rows):
+        return column_windows(plan.block_k, rows, lambda b, g, j, r, _: (b, g, j))
 
-    def key_columns_of(rows):
-        return pl.BlockSpec((1, key_columns, rows, LANES), lambda b, g, j, r, _: (b, j, g, 0))
+    def last_block_q(j, r):
+        return jnp.where(j == nk - 1, nq - 1 - r, nq - 1)  # written in the last pass, when all keys have added theirs
 
     per_head_row = pl.BlockSpec((1, 1, heads, plan.block_q), lambda b, g, j, r, s: (b, g, 0, query_block(j, r, s)))
     per_query_row = pl.BlockSpec((1, 1, plan.block_q), lambda b, g, j, r, s: (b, 0, query_block(j, r, s)))
     per_key_row = pl.BlockSpec((1, 1, plan.block_k), lambda b, g, j, r, _: (b, 0, j))
     specs = {
         "q": query_columns(heads * plan.head_dim),
-        "k": key_tiles(kv_heads * plan.head_dim),
-        "k_columns": key_columns_of(kv_heads * plan.head_dim),
-        "v_rows": key_tiles(kv_heads * plan.value_dim),
+        "k": key_columns(kv_heads * plan.head_dim),
+        "v": key_columns(kv_heads * plan.value_dim),
         "d_out": query_columns(heads * plan.value_dim),
         "log_sum": per_head_row,
         "delta": per_head_row,
-        "q_sel": pl.BlockSpec((1, plan.block_q, LANES), lambda b, g, j, r, s: (b, query_block(j, r, s), 0)),
-        "q_sel_columns": pl.BlockSpec(
-            (1, c, plan.select_dim, LANES), lambda b, g, j, r, s: (b, query_block(j, r, s), 0, 0)
-        ),
-        "k_sel": pl.BlockSpec((1, plan.block_k, LANES), lambda b, g, j, r, _: (b, j, 0)),
-        "k_sel_columns": pl.BlockSpec((1, key_columns, plan.select_dim, LANES), lambda b, g, j, r, _: (b, j, 0, 0)),
+        "q_sel": column_windows(plan.block_q, plan.select_dim, lambda b, g, j, r, s: (b, 0, query_block(j, r, s))),
+        "k_sel": column_windows(plan.block_k, plan.select_dim, lambda b, g, j, r, _: (b, 0, j)),
         "f_blocks": pl.BlockSpec((1, 1, c, 1, plan.block_k), lambda b, g, j, r, s: (b, g, query_block(j, r, s), 0, j)),
         "later": pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j)),
         "d_forgotten": per_query_row,
@@ -95,34 +94,41 @@ def backward(
         "evict_at": per_key_row,
     }
     shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
-        "dq": ((columns, plan.num_heads * plan.head_dim, LANES), jnp.float32),
-        "dk": ((num_keys // LANES, plan.num_kv_heads * plan.head_dim, LANES), key_dtype),
-        "dv": ((num_keys // LANES, plan.num_kv_heads * plan.value_dim, LANES), key_dtype),
+        "dq": ((plan.num_heads * plan.head_dim, num_queries), operands["q"].dtype),
+        "dk": ((plan.num_kv_heads * plan.head_dim, num_keys), key_dtype),
+        "dv": ((plan.num_kv_heads * plan.value_dim, num_keys), key_dtype),
     }
-    once = {"pipeline_mode": pl.Buffered(1)}  # large, and written back only once per sequence
     out_specs = {
-        "dq": pl.BlockSpec((1, columns, heads * plan.head_dim, LANES), lambda b, g, j, r, _: (b, 0, g, 0), **once),
-        "dk": key_columns_of(kv_heads * plan.head_dim),
-        "dv": key_columns_of(kv_heads * plan.value_dim),
+        "dq": pl.BlockSpec((1, heads * plan.head_dim, plan.block_q), lambda b, g, j, r, _: (b, g, last_block_q(j, r))),
+        "dk": pl.BlockSpec((1, kv_heads * plan.head_dim, plan.block_k), lambda b, g, j, r, _: (b, g, j)),
+        "dv": pl.BlockSpec((1, kv_heads * plan.value_dim, plan.block_k), lambda b, g, j, r, _: (b, g, j)),
     }
     scratch = {
         "f": pltpu.VMEM((c, plan.block_k, LANES), jnp.float32),
-        "dk_sum": pltpu.VMEM((key_columns, kv_heads * plan.head_dim, LANES), jnp.float32),
-        "dv_sum": pltpu.VMEM((key_columns, kv_heads * plan.value_dim, LANES), jnp.float32),
+        "k_rows": pltpu.VMEM((pl.cdiv(kv_heads * plan.head_dim, LANES), plan.block_k, LANES), operands["k"].dtype),
+        "v_rows": pltpu.VMEM((pl.cdiv(kv_heads * plan.value_dim, LANES), plan.block_k, LANES), operands["v"].dtype),
+        "dq_sum": pltpu.VMEM((nq, heads * plan.head_dim, plan.block_q), jnp.float32),
+        "dk_sum": pltpu.VMEM((kv_heads * plan.head_dim, plan.block_k), jnp.float32),
+        "dv_sum": pltpu.VMEM((kv_heads * plan.value_dim, plan.block_k), jnp.float32),
     }
     if plan.selection is not Selection.OFF:
         groups, width = plan.head_groups, plan.select_dim
-        shapes["dq_sel"] = ((groups, columns, width, LANES), jnp.float32)
-        shapes["dk_sel"] = ((groups, num_keys // LANES, width, LANES), jnp.float32)
+        shapes["dq_sel"] = ((groups, width, num_queries), jnp.float32)
+        shapes["dk_sel"] = ((groups, width, num_keys), jnp.float32)
         shapes["df_start"] = ((groups, 1, num_keys), jnp.float32)
-        out_specs["dq_sel"] = pl.BlockSpec((1, 1, columns, width, LANES), lambda b, g, j, r, _: (b, g, 0, 0, 0), **once)
-        out_specs["dk_sel"] = pl.BlockSpec((1, 1, key_columns, width, LANES), lambda b, g, j, r, _: (b, g, j, 0, 0))
+        out_specs["dq_sel"] = pl.BlockSpec(
+            (1, 1, width, plan.block_q), lambda b, g, j, r, _: (b, g, 0, last_block_q(j, r))
+        )
+        out_specs["dk_sel"] = pl.BlockSpec((1, 1, width, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j))
         out_specs["df_start"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, r, _: (b, g, 0, j))
+        scratch["q_sel_columns"] = pltpu.VMEM((width, plan.block_q), operands["q_sel"].dtype)
+        scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, width), operands["q_sel"].dtype)
+        scratch["dq_sel_sum"] = pltpu.VMEM((nq, width, plan.block_q), jnp.float32)
         scratch["s"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
         scratch["d_logits"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
         scratch["later_sum"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
     results = pl.pallas_call(
-        functools.partial(_kernel, plan, nq, tuple(operands) + tuple(shapes) + tuple(scratch)),
+        functools.partial(_kernel, plan, nq, nk, tuple(operands) + tuple(shapes) + tuple(scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, plan.head_groups, nk, nq),
@@ -134,11 +140,11 @@ def backward(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="selective_attention_backward",
-    )(offset, *operands.values())
+    )(offset, *windowed(operands, specs))
     return dict(zip(shapes, results, strict=True))
 
 
-def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> None:
+def _kernel(plan: Plan, nq: int, nk: int, names: tuple[str, ...], offset_ref, *refs) -> None:
     ref = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
     j, r = pl.program_id(2), pl.program_id(3)
     i = nq - 1 - r
@@ -149,16 +155,17 @@ def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> N
     def _start_of_key_block():
         ref.dk_sum[...] = jnp.zeros_like(ref.dk_sum)
         ref.dv_sum[...] = jnp.zeros_like(ref.dv_sum)
+        store_rows(ref.k_rows, ref.k)
+        store_rows(ref.v_rows, ref.v)
         if selecting:
             ref.dk_sel[...] = jnp.zeros_like(ref.dk_sel)
             ref.later_sum[...] = ref.later[0, 0]
 
     @pl.when(j == 0)
     def _first_part_of_query_block():
-        for c in range(plan.columns):
-            ref.dq[0, i * plan.columns + c] = jnp.zeros(ref.dq.shape[2:], jnp.float32)
-            if selecting:
-                ref.dq_sel[0, 0, i * plan.columns + c] = jnp.zeros(ref.dq_sel.shape[3:], jnp.float32)
+        ref.dq_sum[i] = jnp.zeros(ref.dq_sum.shape[1:], jnp.float32)
+        if selecting:
+            ref.dq_sel_sum[i] = jnp.zeros(ref.dq_sel_sum.shape[1:], jnp.float32)
 
     first_query, first_key = offset + i * plan.block_q, j * plan.block_k
     diagonal = (first_query == first_key) & (plan.block_q == plan.block_k)
@@ -176,7 +183,15 @@ def _kernel(plan: Plan, nq: int, names: tuple[str, ...], offset_ref, *refs) -> N
         ref.dk[0] = (ref.dk_sum[...] * (1 / LOG2_E)).astype(ref.dk.dtype)
         ref.dv[0] = ref.dv_sum[...].astype(ref.dv.dtype)
         if selecting:
+            ref.dk_sel[...] *= plan.scale
             ref.df_start[0, 0] = -ref.later_sum[...]
+
+    @pl.when(j == nk - 1)
+    def _end_of_query_block():
+        ref.dq[0] = (ref.dq_sum[i] * plan.scale).astype(ref.dq.dtype)
+        if selecting:
+            for c in range(plan.columns):
+                ref.dq_sel[0, 0, :, lanes(c)] = unshuffle_lanes(ref.dq_sel_sum[i, :, lanes(c)]) * plan.scale
 
 
 def _mask_chores(
@@ -229,12 +244,12 @@ def _selection_chores(
             # S is positive where it passes a gradient, and 0 where nothing may be selected.
             s = ref.s[c, lanes(block)]
             negative = jnp.where(s < 0, LEAKY_SLOPE * d_s, 0.0) if plan.selection is Selection.LEAKY else 0.0
-            made["d_selecting"] = jnp.where(s > 0, d_s, negative).astype(ref.q_sel.dtype)
+            made["d_selecting"] = jnp.where(s > 0, d_s, negative).astype(ref.q_sel_rows.dtype)
 
         def multiply(c=c, block=block, made=made):
             d_selecting = made.pop("d_selecting")
-            ref.dq_sel[0, 0, i * plan.columns + c] += dot(ref.k_sel_columns[0, block], d_selecting, (1, 1))
-            ref.dk_sel[0, 0, block] += dot(ref.q_sel_columns[0, c], d_selecting, (1, 0))
+            ref.dq_sel_sum[i, :, lanes(c)] += dot(ref.k_sel[block][0], d_selecting, (1, 1))
+            ref.dk_sel[0, 0, :, lanes(block)] += dot(ref.q_sel_columns[:, lanes(c)], d_selecting, (1, 0))
 
         done = square_starts[c, block] + last_use
         chores += [(done, turn), (done + SELECTION_LAGS[0], sum_over_queries), (done + SELECTION_LAGS[1], multiply)]
@@ -254,10 +269,10 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
     def scores(unit):
         c, block, head = unit
         kv_head = plan.kv_head(head)
-        q_LL = fill_lanes(ref.q[0, c, head_rows(head, plan.head_dim)], kv_head)
-        d_out_LL = fill_lanes(ref.d_out[0, c, head_rows(head, plan.value_dim)], kv_head)
-        logits = dot(ref.k[0, lane_tile(kv_head, plan.head_dim), lanes(block)], q_LL, (1, 0))
-        d_weights = dot(ref.v_rows[0, lane_tile(kv_head, plan.value_dim), lanes(block)], d_out_LL, (1, 0))
+        q_LL = fill_lanes(ref.q[c][0, head_rows(head, plan.head_dim)], kv_head)
+        d_out_LL = fill_lanes(ref.d_out[c][0, head_rows(head, plan.value_dim)], kv_head)
+        logits = dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), lanes(block)], q_LL, (1, 0))
+        d_weights = dot(ref.v_rows[lane_tile(kv_head, plan.value_dim), lanes(block)], d_out_LL, (1, 0))
         return logits, d_weights
 
     def softmax(unit, scores):
@@ -268,7 +283,7 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
         d_logits = weights * (d_weights - ref.delta[at])
         if plan.selection is not Selection.OFF:
             ref.d_logits[c, lanes(block)] = d_logits if head == 0 else ref.d_logits[c, lanes(block)] + d_logits
-        return weights.astype(ref.q.dtype), d_logits.astype(ref.q.dtype)
+        return weights.astype(ref.dq.dtype), d_logits.astype(ref.dq.dtype)
 
     def accumulate(unit, weights_and_gradients):
         c, block, head = unit
@@ -276,10 +291,15 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
         kv_head = plan.kv_head(head)
         rows, kv_rows = (head_rows(h, plan.head_dim) for h in (head, kv_head))
         value_rows, kv_value_rows = (head_rows(h, plan.value_dim) for h in (head, kv_head))
-        ref.dv_sum[block, kv_value_rows] += dot(ref.d_out[0, c, value_rows], weights, (1, 1))
-        ref.dk_sum[block, kv_rows] += dot(ref.q[0, c, rows], d_logits, (1, 1))
-        ref.dq[0, i * plan.columns + c, rows] += dot(ref.k_columns[0, block, kv_rows], d_logits, (1, 0))
+        ref.dv_sum[kv_value_rows, lanes(block)] += dot(ref.d_out[c][0, value_rows], weights, (1, 1))
+        ref.dk_sum[kv_rows, lanes(block)] += dot(ref.q[c][0, rows], d_logits, (1, 1))
+        ref.dq_sum[i, rows, lanes(c)] += dot(ref.k[block][0, kv_rows], d_logits, (1, 0))
 
+    if plan.selection is not Selection.OFF:
+        for c in range(plan.columns):
+            shuffled = shuffle_lanes(ref.q_sel[c][0].astype(jnp.float32))
+            ref.q_sel_columns[:, lanes(c)] = shuffled.astype(ref.q_sel_columns.dtype)
+            ref.q_sel_rows[lanes(c)] = shuffled.T.astype(ref.q_sel_rows.dtype)
     chores = _mask_chores(plan, ref, tile, square_starts, DELAYS[1])
     if plan.selection is not Selection.OFF:
         chores += _selection_chores(plan, ref, i, tile, square_starts, plan.group_heads + DELAYS[1])

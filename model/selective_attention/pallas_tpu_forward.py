@@ -7,8 +7,8 @@ of a chip share out; i and j run in order. Scratch, all in VMEM, lives across gr
   128th query is also an output, [B, groups, N / 128, 1, M]: the backward pass runs through the queries in reverse.
 - per head the running maximum, the sum and the output of the softmax, over the key blocks j.
 
-Inputs that belong to keys are rows [B, T, M, 128] with heads side by side in T tiles of 128 lanes; what belongs to
-queries is columns [B, N / 128, heads * D, 128]. `pallas_tpu.py` makes them.
+All inputs are columns [B, heads * D, N], positions along lanes, as the projections can write them without a copy. What
+a matmul needs as rows [T, Bk, 128], heads side by side in T tiles of 128 lanes, is turned here, when it is first used.
 """
 
 import functools
@@ -27,15 +27,20 @@ from .pallas_tpu_tile import (
     LOG2_E,
     Plan,
     Tile,
+    column_windows,
     dot,
     fill_lanes,
     head_rows,
     lane_tile,
     lanes,
+    shuffle_lanes,
     software_pipeline,
+    store_rows,
+    windowed,
 )
 from .selection import Selection
 
+KEY_ROWS_BYTES = 4 * 2**20  # of a sequence's keys as rows, that are kept from one block of queries to the next
 EMPTY = -1e29  # a running maximum below this has met hidden pairs only
 DELAYS = (0, 3, 6)  # units between a unit's stages
 MASK_LEADS = (30, 24, 18)  # units from the stages of a square's F to its first use
@@ -43,9 +48,8 @@ MASK_LEADS = (30, 24, 18)  # units from the stages of a square's F to its first 
 
 def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array], interpret: bool) -> dict[str, Array]:
     """Runs the kernel; `scalars`: the first position [1] and, per sequence, whether logits are bounded [B]."""
-    batch, columns = operands["q"].shape[:2]
+    batch, _, num_queries = operands["q"].shape
     num_keys = operands["k"].shape[2]
-    num_queries = columns * LANES
     nq, nk = num_queries // plan.block_q, num_keys // plan.block_k
 
     def key_block(i, j, scalars):
@@ -54,16 +58,19 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
     c, heads, kv_heads = plan.columns, plan.group_heads, plan.group_kv_heads
     per_query_row = pl.BlockSpec((1, 1, plan.block_q), lambda b, g, i, j, *_: (b, 0, i))
     per_key_row = pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, s, _: (b, 0, key_block(i, j, s)))
-    tiles = pl.cdiv(kv_heads * plan.head_dim, LANES)
+
+    def query_columns(rows):
+        return column_windows(plan.block_q, rows, lambda b, g, i, j, *_: (b, g, i))
+
+    def key_columns(rows):
+        return column_windows(plan.block_k, rows, lambda b, g, i, j, s, _: (b, g, key_block(i, j, s)))
+
     specs = {
-        "q": pl.BlockSpec((1, c, heads * plan.head_dim, LANES), lambda b, g, i, j, *_: (b, i, g, 0)),
-        "k": pl.BlockSpec((1, tiles, plan.block_k, LANES), lambda b, g, i, j, s, _: (b, g, key_block(i, j, s), 0)),
-        "v": pl.BlockSpec(
-            (1, plan.block_k // LANES, kv_heads * plan.value_dim, LANES),
-            lambda b, g, i, j, s, _: (b, key_block(i, j, s), g, 0),
-        ),
-        "q_sel": pl.BlockSpec((1, plan.block_q, LANES), lambda b, g, i, j, *_: (b, i, 0)),
-        "k_sel": pl.BlockSpec((1, plan.block_k, LANES), lambda b, g, i, j, s, _: (b, key_block(i, j, s), 0)),
+        "q": query_columns(heads * plan.head_dim),
+        "k": key_columns(kv_heads * plan.head_dim),
+        "v": key_columns(kv_heads * plan.value_dim),
+        "q_sel": column_windows(plan.block_q, plan.select_dim, lambda b, g, i, j, *_: (b, 0, i)),
+        "k_sel": column_windows(plan.block_k, plan.select_dim, lambda b, g, i, j, s, _: (b, 0, key_block(i, j, s))),
         "f_start": pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, *_: (b, 0, jnp.where(i == 0, j, nk - 1))),
         "q_segment": per_query_row,
         "kv_segment": per_key_row,
@@ -71,8 +78,8 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
     }
     out = {
         "out": (
-            pl.BlockSpec((1, c, heads * plan.value_dim, LANES), lambda b, g, i, j, *_: (b, i, g, 0)),
-            jax.ShapeDtypeStruct((batch, columns, plan.num_heads * plan.value_dim, LANES), operands["q"].dtype),
+            pl.BlockSpec((1, heads * plan.value_dim, plan.block_q), lambda b, g, i, j, *_: (b, g, i)),
+            jax.ShapeDtypeStruct((batch, plan.num_heads * plan.value_dim, num_queries), operands["q"].dtype),
         ),
         "log_sum": (
             pl.BlockSpec((1, 1, heads, plan.block_q), lambda b, g, i, j, *_: (b, g, 0, i)),
@@ -82,20 +89,25 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
     if plan.selection is not Selection.OFF:
         out["f_blocks"] = (
             pl.BlockSpec((1, 1, c, 1, plan.block_k), lambda b, g, i, j, s, _: (b, g, i, 0, key_block(i, j, s))),
-            jax.ShapeDtypeStruct((batch, plan.head_groups, columns, 1, num_keys), jnp.float32),
+            jax.ShapeDtypeStruct((batch, plan.head_groups, num_queries // LANES, 1, num_keys), jnp.float32),
         )
     if plan.tau is not None:
         out["forgotten"] = (
             pl.BlockSpec((1, 1, 1, plan.block_q), lambda b, g, i, j, *_: (b, g, 0, i)),
             jax.ShapeDtypeStruct((batch, plan.head_groups, 1, num_queries), jnp.float32),
         )
+    tiles = pl.cdiv(kv_heads * plan.head_dim, LANES)
+    row_blocks = nk if nk * tiles * plan.block_k * LANES * operands["k"].dtype.itemsize <= KEY_ROWS_BYTES else 1
     scratch = {
+        "k_rows": pltpu.VMEM((row_blocks, tiles, plan.block_k, LANES), operands["k"].dtype),
         "carry": pltpu.VMEM((nk, 1, plan.block_k), jnp.float32),
         "f": pltpu.VMEM((c, plan.block_k, LANES), jnp.float32),
         "maximum": pltpu.VMEM((heads, plan.block_q), jnp.float32),
         "total": pltpu.VMEM((heads, plan.block_q), jnp.float32),
         "sum": pltpu.VMEM((c, heads * plan.value_dim, LANES), jnp.float32),
     }
+    if plan.selection is not Selection.OFF:
+        scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands["q_sel"].dtype)
     results = pl.pallas_call(
         functools.partial(_kernel, plan, nk, tuple(operands) + tuple(out) + tuple(scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -109,7 +121,7 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="selective_attention_forward",
-    )(*scalars, *operands.values())
+    )(*scalars, *windowed(operands, specs))
     return dict(zip(out, results, strict=True))
 
 
@@ -128,12 +140,24 @@ def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref
         ref.sum[...] = jnp.zeros_like(ref.sum)
         if plan.tau is not None:
             ref.forgotten[...] = jnp.zeros_like(ref.forgotten)
+        if plan.selection is not Selection.OFF:
+            for c in range(plan.columns):
+                ref.q_sel_rows[lanes(c)] = shuffle_lanes(ref.q_sel[c][0].astype(jnp.float32)).T.astype(
+                    ref.q_sel_rows.dtype
+                )
 
     if plan.selection is not Selection.OFF:
 
         @pl.when(i == 0)
         def _start_of_sequence():
             ref.carry[j] = ref.f_start[0] * LOG2_E
+
+    kept = ref.k_rows.shape[0] == nk
+    ref.k_rows = ref.k_rows.at[j if kept else 0]
+
+    @pl.when((j <= last_j) & ((i == plan.first_block_q(j, offset)) | (not kept)))
+    def _first_use_of_keys():
+        store_rows(ref.k_rows, ref.k)
 
     first_query, first_key = offset + i * plan.block_q, j * plan.block_k
     diagonal = (first_query == first_key) & (plan.block_q == plan.block_k)
@@ -161,7 +185,7 @@ def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref
             for head in range(plan.group_heads):
                 rows = head_rows(head, plan.value_dim)
                 scaled = ref.sum[c, rows] * inverse[head : head + 1, lanes(c)]
-                ref.out[0, c, rows] = scaled.astype(ref.out.dtype)
+                ref.out[0, rows, lanes(c)] = scaled.astype(ref.out.dtype)
 
 
 def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_use: int) -> list[tuple[int, Callable]]:
@@ -206,14 +230,14 @@ def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_us
 def _scores(plan: Plan, ref, c: int, head: int, keys: slice) -> Array:
     """Logits minus F in base 2, [keys, 128]; the factor of the logits is in q."""
     kv_head = plan.kv_head(head)
-    q_LL = fill_lanes(ref.q[0, c, head_rows(head, plan.head_dim)], kv_head)
-    return dot(ref.k[0, lane_tile(kv_head, plan.head_dim), keys], q_LL, (1, 0))
+    q_LL = fill_lanes(ref.q[c][0, head_rows(head, plan.head_dim)], kv_head)
+    return dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), keys], q_LL, (1, 0))
 
 
 def _weighted_values(plan: Plan, ref, head: int, blocks: Sequence[int], weights: Array) -> tuple[Array, Array]:
     """v^T @ weights [D, 128] and, from the same matmul by rows of ones under v^T, the sum of the weights [1, 128]."""
     rows = head_rows(plan.kv_head(head), plan.value_dim)
-    v_DM = jnp.concatenate([ref.v[0, block, rows] for block in blocks], axis=1)
+    v_DM = jnp.concatenate([ref.v[block][0, rows] for block in blocks], axis=1)
     ones = jnp.ones((16, v_DM.shape[1]), v_DM.dtype)
     result = dot(jnp.concatenate([v_DM, ones], axis=0), weights.astype(v_DM.dtype), (1, 0))
     return result[: plan.value_dim], result[plan.value_dim : plan.value_dim + 1]
@@ -229,7 +253,7 @@ def _bounded_softmax(plan: Plan, ref, j, tile: Tile) -> None:
 
     def weights(unit, scores):
         c, block, _ = unit
-        return jnp.exp2(scores - ref.f[c, lanes(block)]).astype(ref.v.dtype)
+        return jnp.exp2(scores - ref.f[c, lanes(block)]).astype(ref.v[block].dtype)
 
     def accumulate(unit, weights):
         c, block, head = unit

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .selection import Selection
@@ -103,6 +104,44 @@ def row_to_column(row: Array) -> Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
+def column_windows(block: int, rows: int, index: Callable[..., tuple[Any, Any, Any]]) -> tuple[pl.BlockSpec, ...]:
+    """Windows on a block of positions of an input [B, rows, N], one for every 128; `index` is the whole block's.
+
+    In HBM bfloat16 is tiled by 8 rows of 128 lanes, and a register holds 16 rows. In a window of 128 lanes two such
+    tiles follow each other and are loaded at once; a wider one would take a load for each.
+    """
+    count = block // LANES
+
+    def window(n: int) -> pl.BlockSpec:
+        def nth(*grid):
+            batch, group, whole = index(*grid)
+            return batch, group, whole * count + n
+
+        return pl.BlockSpec((1, rows, LANES), nth)
+
+    return tuple(window(n) for n in range(count))
+
+
+def windowed(operands: dict[str, Array], specs: dict[str, Any]) -> list[Any]:
+    """The operands, each as often as it has windows."""
+    return [jax.tree.map(lambda _, x=x: x, specs[name], is_leaf=_is_window) for name, x in operands.items()]
+
+
+def _is_window(x: Any) -> bool:
+    return isinstance(x, pl.BlockSpec)
+
+
+def store_rows(rows_ref: Any, windows: Sequence[Any]) -> None:
+    """Heads' columns [1, heads * D, 128] turned to rows [T, Bk, 128], heads side by side in T tiles of 128 lanes."""
+    width = windows[0].shape[1]
+    for tile in range(rows_ref.shape[0]):
+        for block, columns_ref in enumerate(windows):
+            x = columns_ref[0, tile * LANES : min((tile + 1) * LANES, width)]
+            if x.shape[0] < LANES:  # an odd number of heads of width 64
+                x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+            rows_ref[tile, lanes(block)] = x.T
+
+
 def shuffle(x: Array, axis: int) -> Array:
     """Positions in the order in which squares of S hold their queries, in every block of 128 along `axis`.
 
@@ -112,10 +151,16 @@ def shuffle(x: Array, axis: int) -> Array:
     return x.reshape(shape).swapaxes(axis + 1, axis + 2).reshape(x.shape)
 
 
-def unshuffle(x: Array, axis: int) -> Array:
-    """The inverse of `shuffle`."""
-    shape = (*x.shape[:axis], -1, 16, 8, *x.shape[axis + 1 :])
-    return x.reshape(shape).swapaxes(axis + 1, axis + 2).reshape(x.shape)
+def shuffle_lanes(x: Array) -> Array:
+    """The same of 128 queries along lanes, inside a kernel."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.take_along_axis(x, (lane & 7) * 16 + (lane >> 3), axis=x.ndim - 1)
+
+
+def unshuffle_lanes(x: Array) -> Array:
+    """The inverse of `shuffle_lanes`."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.take_along_axis(x, (lane & 15) * 8 + (lane >> 4), axis=x.ndim - 1)
 
 
 def sum_before(x_LL: Array) -> tuple[Array, Array]:
@@ -170,7 +215,7 @@ class Tile:
 
     def select(self, c: int, block: int) -> Array:
         """S in base 2, [128 shuffled queries, 128 keys]."""
-        logits = dot(self.refs.q_sel[0, lanes(c)], self.refs.k_sel[0, lanes(block)], (1, 1))
+        logits = dot(self.refs.q_sel_rows[lanes(c)], self.refs.k_sel[block][0], (1, 0))
         logits *= self.plan.scale * LOG2_E
         leaky = self.plan.selection is Selection.LEAKY
         s = jnp.where(logits > 0, logits, LEAKY_SLOPE * logits) if leaky else jnp.maximum(logits, 0.0)
@@ -193,12 +238,11 @@ class Tile:
             visible &= self._same_segment(c, block)
         if self.plan.evict:
             visible &= self.query + (self.first_query + c * LANES) < self.refs.evict_at[0, :, lanes(block)]
-        turned = (f if visible is True else jnp.where(visible, f, HIDDEN)).T
-        return jnp.take_along_axis(turned, (self.key & 15) * 8 + (self.key >> 4), axis=1)
+        return unshuffle_lanes((f if visible is True else jnp.where(visible, f, HIDDEN)).T)
 
     def turn(self, x: Array) -> Array:
         """[128 keys, 128 queries] to [128 shuffled queries, 128 keys]."""
-        return jnp.take_along_axis(x, (self.key & 7) * 16 + (self.key >> 3), axis=1).T
+        return shuffle_lanes(x).T
 
     def _in_order(self, c: int, block: int, distance: int) -> Array | bool:
         """Whether the query comes at least `distance` after the key."""
