@@ -10,7 +10,7 @@ width, V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
 import jax
@@ -21,7 +21,7 @@ from jax import Array
 from .attention import Selection, implementation_module, selective_attention
 from .config import TransformerConfig
 from .reference import BIG_NEGATIVE
-from .selection import Keys, Queries, select
+from .selection import allowed, rectified
 from .transformer import Attend, Transformer, rms_norm
 
 
@@ -56,7 +56,7 @@ class FullLayerCache:
     k: Array  # [B, K, M, D]
     v: Array  # [B, K, M, D]
     k_sel: Array | None  # [B, 1, M, D], only where the selecting head has its own projections
-    f: Array  # float32 [B, M], F of the next query
+    f: Array | None  # float32 [B, M], F of the next query; None if nothing selects
     selection: Selection = dataclasses.field(metadata={"static": True})
 
     def attend(
@@ -65,15 +65,15 @@ class FullLayerCache:
         """As `LayerCache.attend`."""
         k, v = write(self.k, k[:, 0], position_B), write(self.v, v[:, 0], position_B)
         k_sel = None if self.k_sel is None or k_sel is None else write(self.k_sel, k_sel, position_B)
-        out, f = attend_slots(
+        out, f, _ = attend_slots(
             q,
             k,
             v,
             self.f,
-            q_sel=q[:, :, 0] if q_sel is None else q_sel,
-            k_sel=k[:, 0] if k_sel is None else k_sel[:, 0],
+            q_sel=q_sel,
+            k_sel=None if k_sel is None else k_sel[:, 0],
             position_B=position_B,
-            slot_position_BM=jnp.broadcast_to(jnp.arange(self.f.shape[1]), self.f.shape),
+            slot_position_BM=jnp.broadcast_to(jnp.arange(k.shape[2]), (k.shape[0], k.shape[2])),
             selection=self.selection,
         )
         return out, FullLayerCache(k, v, k_sel, f, self.selection)
@@ -90,7 +90,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = 
         k=kv_BKMD,
         v=kv_BKMD,
         k_sel=kv_BKMD[:, :1] if own_head else None,
-        f=jnp.zeros((batch, length), jnp.promote_types(c.dtype, jnp.float32)),
+        f=None if c.selection is Selection.OFF else jnp.zeros((batch, length), jnp.promote_types(c.dtype, jnp.float32)),
         selection=c.selection,
     )
     return Cache(jnp.zeros(batch, jnp.int32), (layer,) * c.num_layers)
@@ -145,7 +145,7 @@ def prefill(
             implementation=c.attention,
         )
         f = layer.f
-        if c.selection is not Selection.OFF:
+        if f is not None:
             f_BN = implementation_module(c.attention).column_sums(
                 q[:, :, 0] if q_sel is None else q_sel,
                 k[:, :, 0] if k_sel is None else k_sel,
@@ -252,45 +252,53 @@ def attend_slots(
     q: Array,
     k_BKMD: Array,
     v_BKMD: Array,
-    f_BM: Array,
+    f_BM: Array | None,
     *,
-    q_sel: Array,
-    k_sel: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
     position_B: Array,
     slot_position_BM: Array,
     selection: Selection,
-) -> tuple[Array, Array]:
-    """One query a row over the slots of a cache, its own token among them: (out [B, 1, H, D], f of the next query).
+    share_selection: Callable[[Array], Array] = lambda s_BM: s_BM,
+) -> tuple[Array, Array | None, Array]:
+    """One query a row over the slots of a cache, its own token among them.
 
     Args:
       q: [B, 1, H, D].
       k_BKMD, v_BKMD: keys and values of the slots.
-      f_BM: float32, F of this query.
-      q_sel, k_sel: [B, 1, D] and [B, M, D] of the selecting head.
+      f_BM: float32, F of this query; None if nothing selects.
+      q_sel, k_sel: [B, 1, D] and [B, M, D] of the selecting head; None where head 0 selects.
       position_B: int32, the query's position.
       slot_position_BM: int32, the position of each slot's token, in any order; negative for an empty slot. Slots of
         positions after the query's are not seen.
       selection: the rule of F.
+      share_selection: under a `shard_map` over heads, gives every shard what the one with head 0 has selected.
+
+    Returns:
+      out [B, 1, H, D]; f of the next query; and the attention weights [B, M], averaged over the heads.
     """
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k_BKMD.shape[1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = head_dim**-0.5
     held_BM = (slot_position_BM >= 0) & (slot_position_BM <= position_B[:, None])
     q_BKGD = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    logits_BKGM = scale * jnp.einsum("bkgd,bkmd->bkgm", q_BKGD, k_BKMD, preferred_element_type=f_BM.dtype)
-    logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM - f_BM[:, None, None], BIG_NEGATIVE)
-    weights_BKGM = jax.nn.softmax(logits_BKGM, axis=-1).astype(v_BKMD.dtype)
-    out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", weights_BKGM, v_BKMD, preferred_element_type=f_BM.dtype)
+    raw_BKGM = scale * jnp.einsum("bkgd,bkmd->bkgm", q_BKGD, k_BKMD, preferred_element_type=dtype)
+    logits_BKGM = raw_BKGM if f_BM is None else raw_BKGM - f_BM[:, None, None]
+    logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM, BIG_NEGATIVE)
+    weights_BKGM = jax.nn.softmax(logits_BKGM, axis=-1)
+    out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", weights_BKGM.astype(v_BKMD.dtype), v_BKMD, preferred_element_type=dtype)
     out = out_BKGD.reshape(batch, 1, num_heads, head_dim).astype(q.dtype)
-    if selection is Selection.OFF:
-        return out, f_BM
-
-    def select_row(q_sel_D: Array, k_sel_MD: Array, position: Array, slot_position_M: Array) -> Array:
-        queries, keys = Queries(position[None], None), Keys(slot_position_M, slot_position_M == 0, None, None)
-        return select(q_sel_D[None], k_sel_MD, queries, keys, scale, selection)[0]
-
-    s_BM = jax.vmap(select_row)(q_sel[:, 0], k_sel, position_B, slot_position_BM)
-    return out, f_BM + jnp.where(held_BM, s_BM, 0)
+    weights_BM = jnp.mean(weights_BKGM, axis=(1, 2))
+    if selection is Selection.OFF or f_BM is None:
+        return out, f_BM, weights_BM
+    if q_sel is None or k_sel is None:
+        selecting_BM = raw_BKGM[:, 0, 0]
+    else:
+        selecting_BM = scale * jnp.einsum("bnd,bmd->bm", q_sel, k_sel, preferred_element_type=dtype)
+    allowed_BM = held_BM & allowed(position_B[:, None], slot_position_BM, slot_position_BM == 0, selection)
+    s_BM = jnp.where(allowed_BM, rectified(selecting_BM, selection), 0)
+    return out, f_BM + share_selection(s_BM), weights_BM
 
 
 def write(slots_BKMD: Array, new_BKD: Array, slot_B: Array) -> Array:

@@ -88,14 +88,19 @@ def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, scale: floa
     """S of section 3, [B, N, M] float32: how much each query masks each key for later queries. B may be absent."""
     dtype = jnp.promote_types(q_BND.dtype, jnp.float32)
     logits_BNM = scale * jnp.einsum("...nd,...md->...nm", q_BND, k_BMD, preferred_element_type=dtype)
-    # Never negative, so that attention is only ever reduced (but for the ablation).
-    s_BNM = jax.nn.leaky_relu(logits_BNM, 0.01) if selection is Selection.LEAKY else jax.nn.relu(logits_BNM)
-    query_N1, key_M = queries.position[:, None], keys.position
-    allowed_NM = query_N1 >= key_M if selection is Selection.UNPROTECTED_SELF else query_N1 > key_M
-    allowed_BNM = allowed_NM & _same_segment(queries, keys)
-    if selection is not Selection.UNPROTECTED_BOS:
-        allowed_BNM &= ~keys.first[..., None, :]
-    return jnp.where(allowed_BNM, s_BNM, 0)
+    allowed_BNM = allowed(queries.position[:, None], keys.position, keys.first[..., None, :], selection)
+    return jnp.where(allowed_BNM & _same_segment(queries, keys), rectified(logits_BNM, selection), 0)
+
+
+def rectified(logits: Array, selection: Selection) -> Array:
+    """Never negative, so that attention is only ever reduced (but for the ablation)."""
+    return jax.nn.leaky_relu(logits, 0.01) if selection is Selection.LEAKY else jax.nn.relu(logits)
+
+
+def allowed(query: Array, key: Array, first: Array, selection: Selection) -> Array:
+    """Where a query at one position may mask a key at another, `first` being the tokens protected like <BOS>."""
+    earlier = query >= key if selection is Selection.UNPROTECTED_SELF else query > key
+    return earlier if selection is Selection.UNPROTECTED_BOS else earlier & ~first
 
 
 def visible(queries: Queries, keys: Keys) -> Array:

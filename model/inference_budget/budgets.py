@@ -1,0 +1,89 @@
+"""How many tokens each layer may hold."""
+
+import dataclasses
+from collections.abc import Sequence
+
+MIN_BUDGET = 2  # <BOS> and the current token, neither of which is ever evicted
+PYRAMID_BETA = 20  # how steep PyramidKV's line is; its default
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """Tokens held by each layer, <BOS> and the current token included, in contexts of up to `context_length`.
+
+    Raises:
+      ValueError: a budget below 2 or above the context, which names the layer.
+    """
+
+    tokens: tuple[int, ...]
+    context_length: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(int(budget) for budget in self.tokens))
+        if not self.tokens:
+            raise ValueError("budgets need at least one layer")
+        for layer, budget in enumerate(self.tokens):
+            if not MIN_BUDGET <= budget <= self.context_length:
+                raise ValueError(
+                    f"the budget of layer {layer} is {budget}; it must be from {MIN_BUDGET} (<BOS> and the current "
+                    f"token) to the context of {self.context_length} tokens"
+                )
+
+    @property
+    def total(self) -> int:
+        """Tokens over all layers."""
+        return sum(self.tokens)
+
+    @property
+    def memory_factor(self) -> float:
+        """`L * N / sum_l K_l` (section 2 of the paper)."""
+        return len(self.tokens) * self.context_length / self.total
+
+    def replaced(self, layer: int, budget: int) -> "Budgets":
+        """These budgets with another one in one layer."""
+        return Budgets((*self.tokens[:layer], budget, *self.tokens[layer + 1 :]), self.context_length)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError unless there is one budget for each of the model's layers."""
+        if len(self.tokens) != num_layers:
+            raise ValueError(f"there are {len(self.tokens)} budgets, but the model has {num_layers} layers")
+
+    @classmethod
+    def full(cls, num_layers: int, context_length: int) -> "Budgets":
+        """Nothing is ever evicted."""
+        return cls((context_length,) * num_layers, context_length)
+
+    @classmethod
+    def uniform(cls, num_layers: int, context_length: int, total: int) -> "Budgets":
+        """`total` tokens spread evenly; the lowest layers get what does not divide."""
+        return cls(_whole([total / num_layers] * num_layers, total, context_length), context_length)
+
+    @classmethod
+    def pyramid(cls, num_layers: int, context_length: int, total: int, beta: float = PYRAMID_BETA) -> "Budgets":
+        """`total` tokens on PyramidKV's line, which falls linearly from the lowest layer to the highest.
+
+        With the mean c: from `2 c - c / beta` down to `c / beta`; where that leaves a layer less than 2 tokens or more
+        than the context, the rest is spread over the other layers.
+        """
+        mean = total / num_layers
+        least, most = mean / beta, 2 * mean - mean / beta
+        line = [most - layer * (most - least) / max(num_layers - 1, 1) for layer in range(num_layers)]
+        return cls(_whole(line if num_layers > 1 else [mean], total, context_length), context_length)
+
+
+def _whole(wanted: Sequence[float], total: int, context_length: int) -> tuple[int, ...]:
+    """Whole budgets within bounds that sum to `total`, as close to `wanted` as rounding down and topping up gets."""
+    layers = len(wanted)
+    if not MIN_BUDGET * layers <= total <= context_length * layers:
+        raise ValueError(
+            f"{total} tokens over {layers} layers are out of range: from {MIN_BUDGET * layers} to "
+            f"{context_length * layers}"
+        )
+    budgets = [min(max(int(w), MIN_BUDGET), context_length) for w in wanted]
+    while (rest := total - sum(budgets)) != 0:
+        step = 1 if rest > 0 else -1
+        open_layers = [n for n in range(layers) if MIN_BUDGET <= budgets[n] + step <= context_length]
+        each = max(abs(rest) // len(open_layers), 1)
+        for n in open_layers[: abs(rest)]:
+            budgets[n] = min(max(budgets[n] + step * each, MIN_BUDGET), context_length)
+    return tuple(budgets)

@@ -1,0 +1,185 @@
+"""Which token leaves when a layer is full: selective attention's own rule, and what it is compared with.
+
+One convention for all: a token arrives, a full layer evicts one of those it holds by what earlier queries made of
+them, and only then does the token's query attend. So a query sees at most K tokens, itself included. <BOS> and the
+current token never leave, ties go to the oldest. The published H2O, TOVA and StreamingLLM attend before they evict
+(their queries see K + 1), and protect <BOS> only by chance or as a sink; here they all get the same cache.
+
+Shape letters: B rows (sequences; for a policy that evicts per head, sequences times key/value heads), M slots.
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from selective_attention import Selection, TransformerConfig
+
+
+class Held(NamedTuple):
+    """What one layer holds when a token arrives. Entries of free slots and of <BOS> are ignored."""
+
+    position: Array  # int32 [B, M], of each slot's token
+    f: Array | None  # float32 [B, M], F of the arriving token's query; None in a model without selection
+    score: Array | None  # float32 [B, M], what `observe` made of the queries so far; None if the policy keeps none
+    now: Array  # int32 [B, 1], position of the arriving token
+    budget: Array | int  # int32 [B, 1] or one number, tokens that the layer may hold
+    layer: Array | int  # its number
+
+
+class EvictionPolicy(Protocol):
+    """A frozen, hashable object: it is compiled into the programs that use it."""
+
+    @property
+    def name(self) -> str:
+        """What the command line and files call it."""
+        ...
+
+    @property
+    def keeps_score(self) -> bool:
+        """Whether slots carry a score, made from attention weights."""
+        ...
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every key/value head evicts for itself."""
+        ...
+
+    def priority(self, held: Held) -> Array:
+        """Float32 [B, M]: of the tokens that are held, the one with the largest value leaves; -inf protects."""
+        ...
+
+    def observe(self, score_BM: Array, weights_BM: Array) -> Array:
+        """The scores after a query whose attention weights, averaged over the heads, were `weights_BM`."""
+        ...
+
+
+class _Unscored:
+    keeps_score: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
+
+    def observe(self, score_BM: Array, weights_BM: Array) -> Array:
+        raise NotImplementedError("this policy keeps no score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selective(_Unscored):
+    """The paper's rule (section 2): the largest F leaves."""
+
+    name: ClassVar[str] = "selective"
+
+    def priority(self, held: Held) -> Array:
+        assert held.f is not None  # check_policy has refused such a model
+        return held.f
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O:
+    """Heavy hitters: the smallest sum of attention weights leaves, among those older than the recent half.
+
+    `normalise` divides the sum by the number of queries that could see the token, which the original does not; its sums
+    favour old tokens. In the original every head evicts for itself (`per_head`); in a selective model that is
+    undefined, since all heads need F of the tokens that head 0 selects.
+    """
+
+    per_head: bool = False
+    normalise: bool = False
+    keeps_score: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "h2o" + "-per-head" * self.per_head + "-normalised" * self.normalise
+
+    def priority(self, held: Held) -> Array:
+        assert held.score is not None
+        score_BM = held.score / (held.now - held.position) if self.normalise else held.score
+        recent = jnp.maximum(held.budget // 2, 1)  # the current token is one of them
+        return jnp.where(held.position <= held.now - recent, -score_BM, -jnp.inf)
+
+    def observe(self, score_BM: Array, weights_BM: Array) -> Array:
+        return score_BM + weights_BM
+
+
+@dataclasses.dataclass(frozen=True)
+class TOVA:
+    """The smallest weight in the last query's attention, averaged over all heads, leaves."""
+
+    name: ClassVar[str] = "tova"
+    keeps_score: ClassVar[bool] = True
+    per_head: ClassVar[bool] = False
+
+    def priority(self, held: Held) -> Array:
+        assert held.score is not None
+        return -held.score
+
+    def observe(self, score_BM: Array, weights_BM: Array) -> Array:
+        return weights_BM
+
+
+@dataclasses.dataclass(frozen=True)
+class SinksAndWindow(_Unscored):
+    """StreamingLLM's choice: the first tokens and the most recent ones stay. Positions stay absolute here."""
+
+    sinks: int = 4  # with small budgets K - 1
+
+    name: ClassVar[str] = "sinks"
+
+    def priority(self, held: Held) -> Array:
+        sinks = jnp.minimum(self.sinks, jnp.asarray(held.budget) - 1)
+        return jnp.where(held.position >= sinks, -held.position.astype(jnp.float32), -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class OldestFirst(_Unscored):
+    """A sliding window, and <BOS>."""
+
+    name: ClassVar[str] = "oldest"
+
+    def priority(self, held: Held) -> Array:
+        return -held.position.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(_Unscored):
+    """Every token has a fixed random priority, so that what is held is a uniform sample of the past."""
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def priority(self, held: Held) -> Array:
+        salt = jnp.asarray(held.layer, jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(self.seed)
+        x = _mixed(held.position.astype(jnp.uint32) ^ _mixed(salt))
+        return (x >> 8).astype(jnp.float32)  # 24 bits, which float32 holds exactly
+
+
+def _mixed(x: Array) -> Array:
+    """A bijection of uint32 whose output bits each depend on all input bits (MurmurHash3's finalizer)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+_ALL: tuple[EvictionPolicy, ...] = (
+    Selective(),
+    H2O(),
+    H2O(normalise=True),
+    H2O(per_head=True),
+    TOVA(),
+    SinksAndWindow(),
+    OldestFirst(),
+    Random(),
+)
+POLICIES = {policy.name: policy for policy in _ALL}
+
+
+def check_policy(policy: EvictionPolicy, config: TransformerConfig) -> None:
+    """Raises ValueError where the policy is not defined on the model."""
+    if isinstance(policy, Selective) and config.selection is Selection.OFF:
+        raise ValueError("policy 'selective' needs a selective model; this one has no F, and all its tokens would tie")
+    if policy.per_head and config.selection is not Selection.OFF:
+        raise ValueError(
+            f"policy {policy.name!r} is not defined on a selective model: all heads need head 0's keys, which head 0 "
+            "may have evicted while others hold the token; take 'h2o'"
+        )

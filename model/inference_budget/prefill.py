@@ -1,0 +1,81 @@
+"""Taking whole prompts into a pruned cache, in one parallel pass or block by block.
+
+Shape letters: B batch, N positions, T positions of a block, E d_model, V vocabulary.
+"""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from selective_attention import Cache, Transformer, reshard
+from selective_attention.decoding import run_layers
+from selective_attention.transformer import rms_norm
+
+from .budgets import Budgets
+from .cache import PrunedLayerCache, init_pruned_cache
+from .policies import EvictionPolicy
+
+
+def prefill(
+    model: Transformer,
+    tokens_BN: Array,
+    lengths_B: Array | None = None,
+    *,
+    budgets: Budgets,
+    policy: EvictionPolicy,
+    dtype: Any = None,
+    block: int | None = None,
+) -> tuple[Array, Cache]:
+    """Takes in prompts of different lengths: (logits [B, V] of the token after each, the pruned cache after it).
+
+    The cache holds what `decode_step` for each token would have left in it.
+
+    Args:
+      model: the transformer.
+      tokens_BN: int32 [B, N]; each row starts with <BOS>. Prompts may be longer than the budgets.
+      lengths_B: int32 [B], the tokens of each prompt, at least 1; what follows them in `tokens_BN` is padding.
+      budgets, policy: slots of each layer, and who leaves a full one.
+      dtype: of keys and values in the cache; by default the model's.
+      block: tokens taken in at a time. At once (the default), a layer's keys and values of the whole prompt are in
+        memory while it is computed; in blocks of T those of K + T tokens, and attention costs N (K + T), not N^2 / 2.
+
+    Raises:
+      ValueError: as `init_pruned_cache`.
+    """
+    batch, num_tokens = tokens_BN.shape
+    lengths_B = jnp.full(batch, num_tokens, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
+    lengths_B = reshard(lengths_B, "batch")
+    cache = init_pruned_cache(model.config, batch, budgets, policy, dtype)
+    block = min(block or num_tokens, num_tokens)
+    tokens_BN = reshard(jnp.pad(tokens_BN, ((0, 0), (0, -num_tokens % block))), "batch", None)
+    last_BE, cache = _take_block(model, cache, tokens_BN[:, :block], lengths_B, empty=True)
+    if tokens_BN.shape[1] > block:
+
+        def step(carry, tokens_BT):
+            last_BE, cache = carry
+            goes_on_B = lengths_B > cache.position
+            in_block_BE, cache = _take_block(model, cache, tokens_BT, lengths_B, empty=False)
+            return (jnp.where(goes_on_B[:, None], in_block_BE, last_BE), cache), None
+
+        blocks = jnp.moveaxis(tokens_BN[:, block:].reshape(batch, -1, block), 1, 0)
+        (last_BE, cache), _ = jax.lax.scan(step, (last_BE, cache), blocks)
+    normed_B1E = rms_norm(last_BE, model.final_norm[...])[:, None]
+    return model.logits(normed_B1E)[:, 0], cache
+
+
+def _take_block(
+    model: Transformer, cache: Cache, tokens_BT: Array, lengths_B: Array, *, empty: bool
+) -> tuple[Array, Cache]:
+    """(the last layer's output [B, E] at each row's last token of the block, the cache after the block)."""
+    length = tokens_BT.shape[1]
+    count_B = jnp.clip(lengths_B - cache.position, 0, length)
+    position_BT = cache.position[:, None] + jnp.arange(length, dtype=jnp.int32)
+    layers = cast(tuple[PrunedLayerCache, ...], cache.layers)
+    attends = [functools.partial(layer.take_in, cache.position, count_B, empty=empty) for layer in layers]
+    x_BTE, after = run_layers(model, model.embed(tokens_BT, position_BT), position_BT, attends)
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    last_BE = jnp.take_along_axis(x_BTE, last_B11, axis=1)[:, 0]
+    return last_BE, Cache(cache.position + count_B, after)
