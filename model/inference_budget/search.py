@@ -1,0 +1,163 @@
+"""Greedy search for per-layer budgets (section 2 of the paper), and what it is compared with.
+
+From full budgets, each iteration lowers the budget of the one layer whose cut costs least perplexity, by a constant
+step, ties to the lowest layer. Greedy promises no optimum. Perplexity need not rise along the way, so the whole curve
+is kept, and what meets a target is the point of the largest memory factor that does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+
+from .budgets import MIN_BUDGET, Budgets
+from .perplexity import Evaluator
+
+# Mean nats per token, and over the last quarter of positions, by budgets: what a journal holds.
+Known = MutableMapping[tuple[int, ...], tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Budgets and what they cost on the search's windows."""
+
+    budgets: Budgets
+    nll: float  # nats per token
+    last_quarter_nll: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search went through. `curve` starts at full budgets."""
+
+    curve: tuple[Point, ...]
+    full_sweeps: int = 0  # of a lazy search, after its first
+    missed: int = 0  # of those, the ones in which the lazy order would have taken another layer
+
+    def best(self, target_nll: float) -> Point | None:
+        """The point of the largest memory factor at or below the target; None if not even full budgets are."""
+        meets = [point for point in self.curve if point.nll <= target_nll]
+        return max(meets, key=lambda point: point.budgets.memory_factor, default=None)
+
+
+class _Measure:
+    """Evaluates what is not known yet."""
+
+    def __init__(self, evaluator: Evaluator, known: Known) -> None:
+        self._evaluator, self._known = evaluator, known
+        self._base: Budgets | None = None
+        self._kept: Budgets | None = None
+
+    def base(self, budgets: Budgets) -> None:
+        self._base = budgets
+
+    def __call__(self, candidates: Sequence[Budgets]) -> list[Point]:
+        missing = [budgets for budgets in candidates if budgets.tokens not in self._known]
+        if missing:
+            if self._base is not None and self._kept != self._base:  # only now: a resumed search replays its past
+                self._evaluator.keep(self._base)
+                self._kept = self._base
+            for budgets, losses in zip(missing, self._evaluator.losses(missing), strict=True):
+                self._known[budgets.tokens] = losses.mean, float(losses.last_quarter.mean())
+        return [Point(budgets, *self._known[budgets.tokens]) for budgets in candidates]
+
+
+def search(
+    evaluator: Evaluator,
+    *,
+    target_nll: float,
+    step: int,
+    first_step: int | None = None,
+    patience: int = 3,
+    lazy: bool = False,
+    slack: float = 0.0,
+    full_sweep_every: int = 8,
+    known: Known | None = None,
+    progress: Callable[[Point], object] = lambda point: None,
+) -> Found:
+    """Lowers budgets greedily until the target is missed.
+
+    Args:
+      evaluator: of the model, the search's windows and the policy.
+      target_nll: nats per token that the result may cost on the same windows.
+      step: tokens by which a budget is lowered at a time.
+      first_step: a coarser step to begin with; once it misses the target, the search goes back to the last point that
+        met it and halves the step, down to `step`. By default `step`: the paper's search.
+      patience: cuts beyond the first miss at the last step, since perplexity may fall again.
+      lazy: measure only layers whose increment at their last measurement could still be the least. That is the greedy
+        choice if no increment falls by more than `slack` (nats) as other budgets shrink, which nothing guarantees;
+        every `full_sweep_every` iterations all layers are measured, and `Found` counts how often that chose another.
+      known: losses that need not be measured again, extended on the way; a search with what an interrupted one left
+        here goes on from there, because nothing else decides what it does.
+      progress: called with each new point of the curve.
+
+    Raises:
+      ValueError: a step out of range.
+    """
+    length, num_layers = evaluator.windows.length, evaluator.config.num_layers
+    step_now = first_step or step
+    if not 1 <= step <= step_now < length:
+        raise ValueError(
+            f"steps must be from 1 to {length - 1}, the first at least the last; got {step_now} and {step}"
+        )
+    measure = _Measure(evaluator, {} if known is None else known)
+    point = measure([Budgets.full(num_layers, length)])[0]
+    curve, misses, sweeps, missed = [point], 0, 0, 0
+    progress(point)
+    stale = [-math.inf] * num_layers
+    while True:
+        measure.base(point.budgets)
+        cuts = {
+            layer: point.budgets.replaced(layer, max(budget - step_now, MIN_BUDGET))
+            for layer, budget in enumerate(point.budgets.tokens)
+            if budget > MIN_BUDGET
+        }
+        if not cuts:
+            break
+        iteration = len(curve)
+        full = not lazy or iteration % full_sweep_every == 0
+        fresh = _lazily(measure, cuts, point, stale, slack) if lazy else {}
+        lazy_choice = min(fresh, key=lambda layer: (fresh[layer].nll, layer), default=None)
+        if full:
+            fresh = dict(zip(cuts, measure(list(cuts.values())), strict=True))
+        for layer, cut in fresh.items():
+            stale[layer] = cut.nll - point.nll
+        chosen = min(fresh, key=lambda layer: (fresh[layer].nll, layer))
+        if lazy and full:
+            sweeps, missed = sweeps + 1, missed + (lazy_choice != chosen)
+        cut = fresh[chosen]
+        if cut.nll > target_nll and step_now > step:
+            step_now = max(step_now // 2, step)
+            stale = [-math.inf] * num_layers
+            continue
+        misses = misses + 1 if cut.nll > target_nll else 0
+        point = cut
+        curve.append(point)
+        progress(point)
+        if misses > patience:
+            break
+    return Found(tuple(curve), sweeps, missed)
+
+
+def _lazily(
+    measure: _Measure, cuts: dict[int, Budgets], point: Point, stale: Sequence[float], slack: float
+) -> dict[int, Point]:
+    fresh: dict[int, Point] = {}
+    for layer in sorted(cuts, key=lambda layer: (stale[layer], layer)):
+        if fresh and stale[layer] > min(cut.nll for cut in fresh.values()) - point.nll + slack:
+            break
+        fresh[layer] = measure([cuts[layer]])[0]
+    return fresh
+
+
+def baselines(evaluator: Evaluator, totals: Iterable[int], known: Known | None = None) -> dict[str, list[Point]]:
+    """Uniform budgets and PyramidKV's line at the same totals, under the evaluator's policy."""
+    length, num_layers = evaluator.windows.length, evaluator.config.num_layers
+    measure, totals = _Measure(evaluator, {} if known is None else known), list(totals)
+    return {
+        "uniform": measure([Budgets.uniform(num_layers, length, total) for total in totals]),
+        "pyramid": measure([Budgets.pyramid(num_layers, length, total) for total in totals]),
+    }
