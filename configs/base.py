@@ -56,8 +56,11 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1_000  # steps between checkpoints
+    c.checkpoint.every_minutes = 30.0  # minutes after which one is made anyway; 0 goes by steps alone
     c.checkpoint.keep_last = 3  # newest checkpoints that are kept
     c.checkpoint.keep_every_steps = 50_000  # checkpoints at multiples of this are kept for good; 0 keeps none
+    c.checkpoint.keep_best = 1  # checkpoints of lowest validation loss that are kept; 0 keeps none
+    c.checkpoint.timeout_seconds = 600  # seconds after which a save in the background counts as failed
 
     c.eval = ConfigDict()
     c.eval.every_steps = 5_000  # steps between evaluations; the end of the run always evaluates the whole split

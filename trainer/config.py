@@ -14,21 +14,24 @@ POSITIVE_FIELDS = (
     "accumulation",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
+    "checkpoint.timeout_seconds",
     "eval.every_steps",
     "eval.batches",
     "log_every_steps",
     "memory_loss.tau",
 )
+NOT_NEGATIVE_FIELDS = ("checkpoint.every_minutes", "checkpoint.keep_every_steps", "checkpoint.keep_best")
 
 
 def check_config(config: ConfigDict) -> None:
     """Raises ConfigError for values that no run can have."""
-    for name in POSITIVE_FIELDS:
+    for name in POSITIVE_FIELDS + NOT_NEGATIVE_FIELDS:
         value = config
         for part in name.split("."):
             value = value[part]
-        if value <= 0:
-            raise ConfigError(f"--config.{name} must be positive, got {value}")
+        if value < 0 or (value == 0 and name in POSITIVE_FIELDS):
+            kind = "positive" if name in POSITIVE_FIELDS else "0 or more"
+            raise ConfigError(f"--config.{name} must be {kind}, got {value}")
     model_config(config)
 
 

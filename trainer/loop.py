@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import EvalBatches, TrainBatches, open_dataset
 from trainer.batches import batch_sharding, global_batch, prefetch
-from trainer.checkpoint import Checkpoints, abstract_state, check_workdir
+from trainer.checkpoint import Checkpoints, abstract_state
 from trainer.config import check_batch, check_dataset
 from trainer.evaluate import Evaluation, evaluate
 from trainer.interrupt import EXIT_PREEMPTED, Interrupt
@@ -25,6 +25,7 @@ from trainer.mesh import AXES, make_mesh
 from trainer.metrics import MetricsWriter
 from trainer.state import TrainState, init_state, make_optimizer, model_config
 from trainer.step import Batch, make_eval_step, make_selection_step, make_train_step
+from trainer.storage import check_workdir
 
 EXIT_FINISHED = 0
 RESULT_FILE = "result.json"
@@ -66,7 +67,7 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
         if restored is None:
             state, last_eval_step = jax.jit(lambda: init_state(config, optimizer))(), -1
         else:
-            state, last_eval_step = restored.state, restored.last_eval_step
+            state, last_eval_step = restored.state, int(restored.notes["last_eval_step"])
         first_step = int(state.step)
         if first_step == config.steps and epath.Path(workdir, RESULT_FILE).exists():
             logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
@@ -102,7 +103,7 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
 
         def leave(step: int) -> int:
             if checkpoints.latest_step() != step:
-                checkpoints.save(step, state, last_eval_step)
+                checkpoints.save(step, state, {"last_eval_step": last_eval_step}, None)
             checkpoints.close()
             writer.close()
             if is_main:
@@ -128,7 +129,7 @@ def train(config: ConfigDict, workdir: str, interrupt: Interrupt | None = None) 
                 if due and step > first_step:
                     log.drain()
                     writer.flush()
-                    checkpoints.save(step, state, last_eval_step)
+                    checkpoints.save(step, state, {"last_eval_step": last_eval_step}, None)
                 if step == config.steps:
                     break
                 start = time.monotonic()
