@@ -1,0 +1,207 @@
+"""Saving, keeping and restoring, on real files."""
+
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import demo
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoints, abstract_state
+from trainer.errors import ConfigError, ResumeError
+from trainer.integrity import digest
+from trainer.mesh import make_mesh
+from trainer.state import TrainState, init_state, make_optimizer
+from trainer.storage import check_workdir
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    config = demo.get_config()
+    fields = {"context_length": 32, "model.width": 2, "model.vocab_size": 304}
+    config.update_from_flattened_dict(fields | {"checkpoint.keep_last": 2, "checkpoint.keep_every_steps": 4})
+    return config
+
+
+def layout(config: ConfigDict, **axes: int) -> TrainState:
+    with config.unlocked():
+        config.mesh.update({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | axes)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+
+
+def random_state(config: ConfigDict, abstract: TrainState) -> TrainState:
+    """Every array different from zero, so that a mix-up would show."""
+    generator = np.random.default_rng(0)
+
+    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(generator.integers(1, 100, x.shape).astype(x.dtype), x.sharding)
+
+    return jax.tree.map(fill, abstract)
+
+
+def save(checkpoints: Checkpoints, step: int, state: TrainState, loss: float | None = None) -> None:
+    checkpoints.save(step, state._replace(step=state.step * 0 + step), {"step": step}, loss)
+    checkpoints.wait()
+
+
+def steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def test_state_is_bit_equal_on_three_meshes_one_after_the_other(config, tmp_path):
+    meshes = ({"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2})
+    expected, digests = None, []
+    for number, axes in enumerate(meshes):
+        abstract = layout(config, **axes)
+        checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+        restored = checkpoints.restore(abstract)
+        state = random_state(config, abstract) if restored is None else restored.state
+        assert jax.tree.leaves(jax.tree.map(lambda x, a: x.sharding == a.sharding, state, abstract)).count(False) == 0
+        arrays = [np.asarray(x) for x in jax.tree.leaves(state)][1:]
+        digests.append({name: value for name, value in digest(state).items() if name != ".step"})
+        if expected is not None:
+            for found, array in zip(arrays, expected, strict=True):
+                np.testing.assert_array_equal(found, array)
+        expected = arrays
+        save(checkpoints, number + 1, state)
+        checkpoints.close()
+        assert checkpoints.saved_step == number + 1
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_digest_sees_a_flipped_bit_and_two_elements_swapped():
+    x = np.arange(24, dtype=np.float32).reshape(4, 6)
+    flipped, swapped = x.copy(), x.copy()
+    flipped.view(np.uint32)[2, 3] ^= 1 << 31
+    swapped[[0, 2]] = swapped[[2, 0]]
+    found = [digest({"x": jax.numpy.asarray(array)})["['x']"] for array in (x, flipped, swapped)]
+    assert len(set(found)) == 3
+    bits, index = x.view(np.uint32).astype(object).ravel(), np.arange(24).astype(object)
+    assert found[0] == sum(bits * (index * 2_654_435_761 % 2**32 | 1)) % 2**32
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_last_two_multiples_of_four_and_the_best_are_kept(config, tmp_path, reopen):
+    abstract = layout(config, data=8)
+    state = random_state(config, abstract)
+    losses = {1: 3.0, 2: 1.5, 3: math.nan, 4: None, 5: 2.0, 6: -math.inf, 7: None, 8: 9.0, 9: None}
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    for step, loss in losses.items():
+        if reopen and step == 6:
+            checkpoints.close()
+            checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+            checkpoints.restore(abstract)
+        save(checkpoints, step, state, loss)
+    checkpoints.close()
+    assert steps(tmp_path) == [2, 4, 8, 9]
+    assert len(list((tmp_path / "checkpoints").glob("*.checksums.json"))) == 4
+
+
+def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tmp_path, monkeypatch):
+    config.update_from_flattened_dict({"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 0})
+    state = random_state(config, layout(config, data=8))
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    save(checkpoints, 1, state)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    blocked = tmp_path / "checkpoints" / "2.checksums.json"
+    blocked.mkdir()  # the seal cannot be put there
+    save(checkpoints, 2, state)
+    assert checkpoints.poll() == "failed" and checkpoints.saved_step == 1
+    assert steps(tmp_path) == [1, 2]
+    blocked.rmdir()
+    save(checkpoints, 2, state)
+    assert checkpoints.poll() == "idle" and checkpoints.failures_in_a_row == 0
+    assert steps(tmp_path) == [2]
+    checkpoints.close()
+
+
+def test_rolled_back_steps_are_renamed_and_can_be_saved_again(config, tmp_path):
+    abstract = layout(config, data=8)
+    state = random_state(config, abstract)
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    for step in (1, 2, 3):
+        save(checkpoints, step, state)
+    checkpoints.set_aside_after(2)
+    assert checkpoints.saved_step == checkpoints.restore(abstract).step == 2
+    save(checkpoints, 3, state)
+    checkpoints.close()
+    assert checkpoints.failure is None and steps(tmp_path) == [2, 3]
+    assert (tmp_path / "checkpoints" / "3.rolled-back" / "state").exists()
+
+
+def test_changed_field_is_refused_by_name_unless_overridden(config, tmp_path):
+    abstract = layout(config, data=8)
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    save(checkpoints, 1, random_state(config, abstract))
+    checkpoints.close()
+    config.optimizer.b2, config.seed, config.eval.batches = 0.5, 7, 3
+    for override, message in (
+        ([], r"optimizer.b2: 0.999 -> 0.5; seed: 0 -> 7.*--override-resume=optimizer.b2 --override-resume=seed"),
+        (["seed"], r"\(optimizer.b2: 0.999 -> 0.5\)"),
+    ):
+        checkpoints = Checkpoints(str(tmp_path), config, "fingerprint", override)
+        with pytest.raises(ResumeError, match=message):
+            checkpoints.restore(abstract)
+        checkpoints.close()
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint", ["seed", "optimizer"])
+    assert checkpoints.restore(abstract).step == 1
+    checkpoints.close()
+    checkpoints = Checkpoints(str(tmp_path), config, "another", ["seed", "optimizer"])
+    with pytest.raises(ResumeError, match="trained on dataset fingerprint"):
+        checkpoints.restore(abstract)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("optimizer.b3", "no such field; did you mean optimizer.b"), ("mesh.data", "may always differ")],
+)
+def test_override_that_means_nothing_is_refused(config, tmp_path, name, message):
+    with pytest.raises(ConfigError, match=message):
+        Checkpoints(str(tmp_path), config, "fingerprint", [name])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    config.update_from_flattened_dict({"model.width": 1})
+    abstract = layout(config, data=8)
+    state = random_state(config, abstract)
+    checkpoints = Checkpoints(str(small_disk), config, "fingerprint")
+    save(checkpoints, 1, state)
+    assert checkpoints.poll() == "idle", checkpoints.failure
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 8192))
+    for number in (1, 2):  # the second is a failure of its own, not the first one's echo
+        save(checkpoints, 2, state)
+        assert checkpoints.poll() == "failed" and checkpoints.failures_in_a_row == number
+        assert "disk of" in checkpoints.failure and "is full" in checkpoints.failure
+    assert not list((small_disk / "checkpoints").glob("*tmp*"))
+    assert checkpoints.saved_step == checkpoints.restore(abstract).step == 1
+    filler.unlink()
+    save(checkpoints, 3, state)
+    assert checkpoints.poll() == "idle" and checkpoints.saved_step == 3 and checkpoints.failures_in_a_row == 0
+    checkpoints.close()
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused_at_the_start(small_disk):
+    with pytest.raises(ResumeError, match=r"0\.00 GB free.*needs 0\.01 GB"):
+        check_workdir(str(small_disk), checkpoint_bytes=10_000_000)

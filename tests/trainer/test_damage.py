@@ -1,0 +1,253 @@
+"""Every kind of damage to the newest checkpoint, on real files: what is found, what is said, what is used instead."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import demo
+from trainer.checkpoint import Checkpoints, abstract_state, load_model
+from trainer.errors import ResumeError
+from trainer.mesh import make_mesh
+from trainer.state import init_state, make_optimizer
+
+STEPS = (10, 20, 30)
+
+
+@pytest.fixture(scope="module")
+def config() -> ConfigDict:
+    config = demo.get_config()
+    config.update_from_flattened_dict({"context_length": 32, "model.width": 1, "model.vocab_size": 304})
+    return config
+
+
+@pytest.fixture(scope="module")
+def abstract(config: ConfigDict):
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+
+
+@pytest.fixture(scope="module")
+def saved(config: ConfigDict, abstract, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with checkpoints of STEPS."""
+    workdir = tmp_path_factory.mktemp("saved")
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
+    checkpoints = Checkpoints(str(workdir), config, "fingerprint")
+    for step in STEPS:
+        checkpoints.save(step, state._replace(step=state.step + step), {"step": step}, None)
+        checkpoints.wait()
+        assert checkpoints.poll() == "idle", checkpoints.failure
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "checkpoints"
+
+
+def restored_step(folder: Path, config: ConfigDict, abstract) -> int:
+    checkpoints = Checkpoints(str(folder.parent), config, "fingerprint")
+    try:
+        restored = checkpoints.restore(abstract)
+        assert restored is not None
+        assert int(restored.state.step) == restored.step == restored.notes["step"] == checkpoints.saved_step
+        return restored.step
+    finally:
+        checkpoints.close()
+
+
+def data_file(checkpoint: Path) -> Path:
+    """The largest file of arrays."""
+    return max(checkpoint.glob("state/ocdbt.process_*/d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def truncate_data(checkpoint: Path) -> None:
+    path = data_file(checkpoint)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_byte_of_data(checkpoint: Path) -> None:
+    flip_byte(data_file(checkpoint), data_file(checkpoint).stat().st_size // 2)
+
+
+def delete_data(checkpoint: Path) -> None:
+    data_file(checkpoint).unlink()
+
+
+def empty_data(checkpoint: Path) -> None:
+    data_file(checkpoint).write_bytes(b"")
+
+
+def empty_directory(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def damage_metadata(checkpoint: Path) -> None:
+    flip_byte(checkpoint / "state" / "_METADATA", 40)
+
+
+def delete_run_metadata(checkpoint: Path) -> None:
+    (checkpoint / "_CHECKPOINT_METADATA").unlink()
+
+
+def damage_checksums(checkpoint: Path) -> None:
+    flip_byte(checkpoint.parent / f"{checkpoint.name}.checksums.json", 60)
+
+
+def replace_by_a_file(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.write_text("not a checkpoint")
+
+
+def flip_without_checksums(checkpoint: Path) -> None:
+    """What the digest alone can find, and without which nothing is in the way of Orbax's silent loading."""
+    (checkpoint.parent / f"{checkpoint.name}.checksums.json").unlink()
+    replace_array(checkpoint)
+
+
+def replace_array(checkpoint: Path) -> None:
+    """A whole, readable checkpoint of another step under this one's metadata."""
+    shutil.rmtree(checkpoint / "state")
+    shutil.copytree(checkpoint.parent / "20" / "state", checkpoint / "state")
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (truncate_data, r"30/state/ocdbt.process_0/d/\w+ has \d+ bytes instead of \d+"),
+    (flip_a_byte_of_data, r"30/state/ocdbt.process_0/d/\w+ was changed: its CRC-32 is not"),
+    (delete_data, r"30/state/ocdbt.process_0/d/\w+ is missing"),
+    (empty_data, r"30/state/ocdbt.process_0/d/\w+ has 0 bytes instead of \d+"),
+    (empty_directory, r"30/\S+ is missing"),
+    (damage_metadata, r"30/state/_METADATA was changed"),
+    (delete_run_metadata, r"30/_CHECKPOINT_METADATA is missing"),
+    (damage_checksums, r"30.checksums.json cannot be read"),
+    (replace_by_a_file, r"checkpoints/30 is a file"),
+    (flip_without_checksums, r"the array \.step is not the one that was saved"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
+def test_damaged_checkpoint_is_named_and_set_aside_for_the_one_before(
+    folder, config, abstract, caplog, damage, message
+):
+    damage(folder / "30")
+    before = sorted(path.relative_to(folder / "30") for path in (folder / "30").rglob("*"))
+    assert restored_step(folder, config, abstract) == 20
+    assert re.search(rf"checkpoint 30 is damaged, set aside as 30.damaged: .*{message}", caplog.text), caplog.text
+    assert not (folder / "30").exists()
+    assert sorted(path.relative_to(folder / "30.damaged") for path in (folder / "30.damaged").rglob("*")) == before
+
+
+def test_empty_directory_without_checksums_is_set_aside(folder, config, abstract, caplog):
+    (folder / "40").mkdir()
+    assert restored_step(folder, config, abstract) == 30
+    assert re.search(r"40 is damaged.*checkpoints/40 is empty", caplog.text)
+
+
+def foreign_file(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    (folder / "30" / "notes.txt").write_text("mine")
+    (folder / "2.bad").mkdir()
+
+
+def temporary_directory(folder: Path) -> None:
+    shutil.copytree(folder / "30", folder / "40.orbax-checkpoint-tmp")
+    delete_data(folder / "40.orbax-checkpoint-tmp")
+
+
+def missing_checksums(folder: Path) -> None:
+    (folder / "30.checksums.json").unlink()
+
+
+@pytest.mark.parametrize("change", [foreign_file, temporary_directory, missing_checksums])
+def test_what_does_not_touch_the_arrays_costs_no_checkpoint(folder, config, abstract, change):
+    change(folder)
+    assert restored_step(folder, config, abstract) == 30
+    assert not list(folder.glob("*.damaged")) and not list(folder.glob("*tmp*"))
+    assert (folder / "30.checksums.json").exists()
+    assert change is not foreign_file or (folder / "notes.txt").exists()
+
+
+def test_several_damaged_checkpoints_in_a_row_are_passed_over(folder, config, abstract):
+    truncate_data(folder / "30")
+    flip_a_byte_of_data(folder / "20")
+    assert restored_step(folder, config, abstract) == 10
+
+
+def test_without_a_whole_checkpoint_nothing_starts_from_zero_however_often_it_is_tried(folder, config, abstract):
+    truncate_data(folder / "30")
+    flip_a_byte_of_data(folder / "20")
+    delete_data(folder / "10")
+    for _ in range(2):
+        with pytest.raises(ResumeError, match=r"(?s)whole \(30: .*instead of.*20: .*changed.*10: .*missing.*--workdir"):
+            restored_step(folder, config, abstract)
+
+
+def test_set_aside_checkpoints_alone_do_not_start_from_zero(folder, config, abstract):
+    for step in STEPS:
+        (folder / str(step)).rename(folder / f"{step}.damaged")
+    with pytest.raises(ResumeError, match=r"whole.*10\.damaged"):
+        restored_step(folder, config, abstract)
+
+
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, config, abstract):
+    flip_a_byte_of_data(folder / "30")
+    checkpoints = Checkpoints(str(folder.parent), config, "fingerprint")
+    state = checkpoints.restore(abstract).state
+    checkpoints.save(30, state._replace(step=state.step + 10), {"step": 30}, None)
+    checkpoints.close()
+    assert checkpoints.failure is None
+    assert restored_step(folder, config, abstract) == 30
+
+
+def test_a_reader_passes_over_damage_and_changes_nothing(folder, config, caplog):
+    flip_a_byte_of_data(folder / "30")
+    before = sorted(folder.rglob("*"))
+    assert load_model(str(folder.parent))[2] == 20
+    assert "checkpoint 30 is damaged and was passed over" in caplog.text
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="drops root's rights in a child")
+def test_unreadable_file_is_named_and_set_aside(folder, config):
+    """As another user: root may read everything."""
+    target = data_file(folder / "30")
+    target.chmod(0)
+    root = Path(__file__).parents[2]
+    program = (
+        "import os, sys\n"
+        "if os.getuid() == 0:\n"
+        "    os.setgid(65534); os.setuid(65534)\n"
+        "from etils import epath\n"
+        "from trainer.integrity import DamagedError, check_files, read_seal\n"
+        "folder = epath.Path(sys.argv[1])\n"
+        "try:\n"
+        "    check_files(folder, read_seal(folder))\n"
+        "except DamagedError as error:\n"
+        "    print(error)\n"
+    )
+    for path in (folder.parent, *folder.parent.parents):
+        if not path.stat().st_mode & 0o001:
+            pytest.skip(f"another user cannot reach {path}")
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(folder / "30")], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.strip() == f"{target} cannot be read: Permission denied", result.stderr
