@@ -94,6 +94,8 @@ class Checkpoints:
         context = ocp.Context()
         # Orbax waits twice for the other hosts.
         context.async_options.timeout_secs = max(1, math.ceil(self._config.timeout_seconds / 2))
+        # Weights hardly shrink, and compressing takes the time and memory that training could use.
+        context.array.saving.use_compression = False
         self._orbax = ocp.training.Checkpointer(
             self._folder, context=context, cleanup_tmp_directories=True, lightweight_initialize=True
         )
@@ -122,10 +124,13 @@ class Checkpoints:
                 tried[step] = str(error)
                 continue
             self._set_aside(tried, DAMAGED)
-            for number, reason in tried.items():
+            for number, reason in tried.items() if jax.process_index() == 0 else ():
                 logger.warning("checkpoint %d is damaged, set aside as %d.%s: %s", number, number, DAMAGED, reason)
             if seal is None:
-                logger.warning("checkpoint %d had no checksums, as a save that was interrupted late leaves it", step)
+                if jax.process_index() == 0:
+                    logger.warning(
+                        "checkpoint %d had no checksums, as a save that was interrupted late leaves it", step
+                    )
                 self._on_first_host(lambda folder=folder, metadata=metadata: seal_checkpoint(folder, metadata["loss"]))  # type: ignore[misc]
             self.saved_step = step
             return Restored(state, step, metadata["notes"])
@@ -208,8 +213,8 @@ class Checkpoints:
             problem, self._unfinished = f"not done after {timeout} s", response
         except Exception as error:
             problem = explain(error, self._folder)
-        if problem is not None:
-            logger.warning("saving step %d: %s", step, problem)
+        if problem is not None and jax.process_count() > 1:
+            problem = f"host {jax.process_index()}: {problem}"
         problems = [text for text in self._gather(problem, timeout) if text is not None]
         if not problems:
             problems = self._on_first_host(lambda: self._complete(folder, loss))
@@ -233,8 +238,8 @@ class Checkpoints:
     def _fail(self, step: int, reason: str) -> None:
         self.failure = f"saving step {step} failed: {reason}"
         self.failures_in_a_row += 1
-        logger.warning("%s (%d in a row)", self.failure, self.failures_in_a_row)
         if jax.process_index() == 0:
+            logger.warning("%s (%d in a row)", self.failure, self.failures_in_a_row)
             with contextlib.suppress(OSError):  # what is left of it would keep a full disk full
                 for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                     path.rmtree()

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,28 +227,30 @@ def test_a_reader_passes_over_damage_and_changes_nothing(folder, config, caplog)
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="drops root's rights in a child")
-def test_unreadable_file_is_named_and_set_aside(folder, config):
-    """As another user: root may read everything."""
-    target = data_file(folder / "30")
-    target.chmod(0)
-    root = Path(__file__).parents[2]
-    program = (
-        "import os, sys\n"
-        "if os.getuid() == 0:\n"
-        "    os.setgid(65534); os.setuid(65534)\n"
-        "from etils import epath\n"
-        "from trainer.integrity import DamagedError, check_files, read_seal\n"
-        "folder = epath.Path(sys.argv[1])\n"
-        "try:\n"
-        "    check_files(folder, read_seal(folder))\n"
-        "except DamagedError as error:\n"
-        "    print(error)\n"
-    )
-    for path in (folder.parent, *folder.parent.parents):
-        if not path.stat().st_mode & 0o001:
-            pytest.skip(f"another user cannot reach {path}")
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(folder / "30")], cwd=root, capture_output=True, text=True, timeout=120
-    )
+def test_unreadable_file_is_named(saved):
+    """As another user, for root may read everything, and in a folder that others may enter."""
+    program = """
+import os, sys
+from etils import epath
+from trainer.integrity import DamagedError, check_files, read_seal
+folder = epath.Path(sys.argv[1])
+check_files(folder, read_seal(folder))
+os.chmod(folder / sys.argv[2], 0)
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    check_files(folder, read_seal(folder))
+except DamagedError as error:
+    print(error)
+"""
+    with tempfile.TemporaryDirectory() as reachable:
+        Path(reachable).chmod(0o755)
+        shutil.copytree(saved / "checkpoints", reachable, dirs_exist_ok=True)
+        Path(reachable).chmod(0o755)
+        target = data_file(Path(reachable) / "30")
+        arguments = [str(Path(reachable) / "30"), str(target.relative_to(Path(reachable) / "30"))]
+        command = [sys.executable, "-c", program, *arguments]
+        root = Path(__file__).parents[2]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == f"{target} cannot be read: Permission denied", result.stderr
