@@ -364,6 +364,7 @@ def on_shards(
     _, position_B, *rest = arguments
     specs = [cache_specs, P(batch), *[projections] * 3, *(None if x is None else P(batch) for x in rest[3:])]
     arrays = jax.tree.map(jax.reshard, [cache, position_B, *rest], specs)
-    local = functools.partial(function, heads_axis=heads)
+    # Heads that evict for themselves have nothing to tell each other.
+    local = functools.partial(function, heads_axis=None if cache.policy.per_head else heads)
     mapped = jax.shard_map(local, in_specs=tuple(specs), out_specs=(projections, cache_specs), check_vma=False)
     return mapped(*arrays)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .inputs import Data, InputError, load_model, model_fingerprint
@@ -147,13 +148,13 @@ def _survivors(search: dict[str, Any]) -> str:
     except InputError as error:
         return f"<p class=note>No sample is shown: {html.escape(str(error))}</p>"
     inputs = data.windows("validation", budgets.context_length, 3).inputs[1:2]
-    hidden_at = np.asarray(eviction_times(model, inputs, budgets, policy)[0])
+    hidden_at = np.asarray(eviction_times(model, jnp.asarray(inputs), budgets, policy)[0])
     rows = hidden_at.shape[1]
     note = " (its first key/value head)" if rows > 1 else ""
     parts = [
         f"<h2>Which tokens survive: {html.escape(_name(search))}{note}</h2><p class=note>The first {SAMPLE} tokens ",
-        f"of a held-out window of {budgets.context_length}. Dark: held to its end. Light: evicted soon. Point at a token ",
-        "to see by which one.</p>",
+        f"of a held-out window of {budgets.context_length}. Dark: held to its end. Light: evicted soon. Point at ",
+        "a token to see by which one.</p>",
     ]
     pieces = [tokenizer.id_to_piece(int(token)).replace("\u2581", " ") for token in inputs[0]]
     for layer, hidden_at_N in enumerate(hidden_at[:, 0]):

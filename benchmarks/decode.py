@@ -1,0 +1,90 @@
+"""Decoding on this machine: the full cache beside budgets of 1/4, 1/16 and 1/47 of the context.
+
+    python benchmarks/decode.py [--peer PYTHON]
+
+d = 12, N = 2,048, float32, caches full from the start (every step attends to all slots, and evicts). `--peer` is a Python
+with torch and transformers, whose Llama of the same size is timed with its static cache, by
+benchmarks/peers/transformers_decode.py.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
+from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
+from selective_attention.decoding import decode_step
+
+LENGTH, VOCAB = 2_048, 8_192
+
+
+def step_time(model: Transformer, cache: Cache, batch: int, steps: int) -> float:
+    """Median seconds a step, after two that do not count."""
+    graph, parameters = nnx.split(model)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(parameters, cache, tokens_B):
+        logits_BV, cache = decode_step(nnx.merge(graph, parameters), cache, tokens_B)
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
+
+    tokens_B, times = jnp.full(batch, 5, jnp.int32), []
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        tokens_B, cache = jax.block_until_ready(step(parameters, cache, tokens_B))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def pruned(config: TransformerConfig, batch: int, budget: int) -> Cache:
+    """A cache whose slots are all taken, by the most recent tokens."""
+    budgets = Budgets((budget,) * config.num_layers, LENGTH)
+    cache = init_pruned_cache(config, batch, budgets, POLICIES["selective"])
+    position = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.arange(LENGTH // 2 - budget + 1, LENGTH // 2)])
+    layers = tuple(
+        dataclasses.replace(layer, position=jnp.broadcast_to(position, layer.position.shape) + 0)
+        for layer in cache.layers
+    )
+    return Cache(jnp.full(batch, LENGTH // 2, jnp.int32), layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peer", help="a Python with torch and transformers")
+    parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    options = parser.parse_args()
+    config = TransformerConfig.from_width(12, vocab_size=VOCAB, max_length=LENGTH, dtype="float32")
+    model = Transformer(config, rngs=nnx.Rngs(params=0))
+    standard = Transformer(dataclasses.replace(config, selection=Selection.OFF), rngs=nnx.Rngs(params=0))
+    print(f"{'batch':>5}  {'cache':<24}{'bytes':>15}  {'ms a step':>10}  {'tokens/s':>9}")
+    for batch in (1, 32):
+
+        def show(name: str, size: int, seconds: float, batch: int = batch) -> None:
+            print(f"{batch:>5}  {name:<24}{size:>15,}  {1e3 * seconds:>10.1f}  {batch / seconds:>9.1f}", flush=True)
+
+        for name, which in (("full, standard", standard), ("full, selective", model)):
+            cache = init_cache(which.config, batch, LENGTH)
+            cache = Cache(cache.position + LENGTH // 2, cache.layers)
+            size = cache_bytes(cache)
+            show(name, size, step_time(which, cache, batch, options.steps))
+        for part in (4, 16, 47):
+            cache = pruned(config, batch, LENGTH // part)
+            size = cache_bytes(cache)
+            show(f"1/{part}: {LENGTH // part} slots a layer", size, step_time(model, cache, batch, options.steps))
+        if options.peer:
+            script = Path(__file__).parent / "peers/transformers_decode.py"
+            command = [options.peer, str(script), "--batch", str(batch), "--steps", str(options.steps)]
+            peer = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+            show(f"transformers {peer['version']}", peer["bytes"], peer["seconds"])
+
+
+if __name__ == "__main__":
+    main()
