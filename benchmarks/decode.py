@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--peer PYTHON]
 
-d = 12, N = 2,048, float32, caches full from the start (every step attends to all slots, and evicts). `--peer` is a Python
-with torch and transformers, whose Llama of the same size is timed with its static cache, by
-benchmarks/peers/transformers_decode.py.
+d = 12, N = 2,048, float32, at position 1,024: pruned caches are full and evict at every step, the full one is computed
+over all its slots, as static shapes have it. `--peer` is a Python with torch and transformers, whose Llama of the same
+size is timed with its static cache, by benchmarks/peers/transformers_decode.py.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def prefilled(model, tokens, lengths, budgets, policy):
     return _prefill(parameters, tokens, lengths, model_graph=graph, budgets=budgets, policy=policy)
 
 
-@pytest.mark.parametrize("budget", [2, 3, 5, 8])
+@pytest.mark.parametrize("budget", [2, pytest.param(3, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("name", ["selective", "h2o", "tova", "sinks", "oldest"])
 def test_a_layer_evicts_and_attends_as_plain_python_does(name, budget):
     length, kv_heads = 14, 2
@@ -68,6 +68,15 @@ def test_a_layer_evicts_and_attends_as_plain_python_does(name, budget):
 
 
 def cases():
+    """A few of every kind for `make test`, and all."""
+    quick = {("selective", "{}"), ("h2o", "{}"), ("tova", str(STANDARD)), ("sinks", "{}"), ("random", str(STANDARD))}
+    for name, changes in all_cases():
+        grouped = name != "tova" and set(changes) - {"selection", "positions"}
+        marks = [] if (name, str(changes)) in quick or grouped else [pytest.mark.slow]
+        yield pytest.param(name, changes, marks=marks)
+
+
+def all_cases():
     yield from itertools.product(SELECTIVE_POLICIES, [{}])
     yield from itertools.product(STANDARD_POLICIES, [STANDARD])
     yield from (("selective", {"num_kv_heads": 2}), ("h2o-per-head", {"num_kv_heads": 2, **STANDARD}))
