@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Runs on a TPU VM, called over ssh by launch/tpu_pod.sh. Every verb can be repeated.
+#   host.sh setup NAME RUN_URL TREE ATTEMPT HOST    code, Python, packages, gcsfuse, the worker's unit
+#   host.sh start NAME                              starts the worker, or restarts it if code or flags are new
+#   host.sh stop NAME                               lets the trainer save, and stops
+set -euo pipefail
+
+verb=$1 name=$2
+home=$HOME/runs/$name unit=trainer-$name
+
+setup() {
+  local run_url=$1 tree=$2 attempt=$3 host=$4 code
+  code=$home/code-$tree
+  gcloud storage cp --quiet "$run_url/run" "$run_url/trainer.args" "$home/"
+  install_packages "$code"
+  install_gcsfuse
+  # Another attempt on the same machine starts anew; the same one goes on counting.
+  if [ "$(cat "$home/attempt" 2>/dev/null)" != "$attempt" ]; then
+    rm -f "$home/status" "$home/log"
+    printf '%s\n' "$attempt" >"$home/attempt"
+  fi
+  printf '%s\n' "$host" >"$home/host"
+  printf '%s\n' "$run_url" >"$home/url"
+  ln -sfn "$code" "$home/current"
+  write_unit | sudo tee "/etc/systemd/system/$unit.service" >/dev/null
+  sudo systemctl daemon-reload
+  # After a reboot, as maintenance does, the worker comes back by itself.
+  sudo systemctl enable --quiet "$unit"
+}
+
+# A Python of its own, since the image's is older than 3.11; made anew only when the pinned versions change.
+install_packages() {
+  local code=$1 key venv
+  key=$(cat "$code/constraints.txt" "$code/pyproject.toml" | cksum | tr ' ' -)
+  venv=$home/venv-$key
+  if [ ! -e "$venv/complete" ]; then
+    command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$code/constraints.txt" uv
+    export PATH=$HOME/.local/bin:$PATH
+    uv venv --quiet --clear --python 3.11 "$venv"
+    uv pip install --quiet --python "$venv/bin/python" --constraint "$code/constraints.txt" \
+      "$code/model/selective_attention" "$code/model/inference_budget" "${code}[tpu,gcs]"
+    touch "$venv/complete"
+  fi
+  ln -sfn "$venv" "$home/venv"
+}
+
+install_gcsfuse() {
+  grep -q '^DATA=gs://' "$home/run" || return 0
+  command -v gcsfuse >/dev/null && return
+  # apt's lock is often held by unattended upgrades right after boot.
+  local key=/usr/share/keyrings/cloud.google.asc apt=(sudo apt-get -qq -o DPkg::Lock::Timeout=600)
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
+  printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$key" "$(lsb_release -cs)" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  "${apt[@]}" update
+  "${apt[@]}" install -y gcsfuse
+}
+
+# The network is up for as long as the worker is: stopping goes the other way round, and a save needs it.
+# SIGTERM goes to the worker alone, which passes it on; the mount and the data workers stay until it ends.
+write_unit() {
+  cat <<END
+[Unit]
+Description=Trainer of run $name
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=$(id -un)
+WorkingDirectory=$home/current
+ExecStart=/bin/bash $home/current/launch/worker.sh $home
+KillMode=mixed
+TimeoutStopSec=180
+Restart=on-failure
+RestartSec=15
+LimitNOFILE=1048576
+
+[Install]
+WantedBy=multi-user.target
+END
+}
+
+start() {
+  local revision
+  revision=$(readlink "$home/current" | cat - "$home/trainer.args" "$home/attempt" | cksum)
+  if sudo systemctl is-active --quiet "$unit" && [ "$(cat "$home/revision" 2>/dev/null)" = "$revision" ]; then
+    return
+  fi
+  # Asked for by a person, so that what an earlier start ended with does not count.
+  rm -f "$home/status"
+  printf '%s\n' "$revision" >"$home/revision"
+  sudo systemctl restart "$unit"
+}
+
+case $verb in
+  setup) setup "${@:3}" ;;
+  start) start ;;
+  stop) ! sudo systemctl is-active --quiet "$unit" || sudo systemctl stop "$unit" ;;
+esac

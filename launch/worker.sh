@@ -1,0 +1,254 @@
+#!/usr/bin/env bash
+# One on each host, under systemd: starts the trainer, restarts it where that helps, passes signals on at once, and
+# writes the log and a line about itself to the bucket.
+#   worker.sh HOME    the folder that launch/host.sh set up
+#
+# The line, in attempts/N/host-I.status: HOST STATE EXIT_CODE RESTARTS LOG_BYTES BEAT DETAIL. States: running,
+# restarting, stopped (told to), and for good: finished, mistake, out_of_memory, diverged, crashed, lost (its peers).
+set -uo pipefail
+
+home=$1
+host=$(<"$home/host") attempt=$(<"$home/attempt") url=$(<"$home/url")
+log=$home/log status=$home/status code=- restarts=0 state=running detail=''
+value_of() { sed -n "s/^$1=//p" "$home/run"; }
+workdir=$(value_of WORKDIR) data=$(value_of DATA)
+# Seconds: before the first restart (doubled each time), between writes to the bucket, for a save after SIGTERM, that
+# a trainer must live for its earlier failures to be forgotten, before a slice that is done deletes itself.
+backoff=${WORKER_BACKOFF_SECONDS:-15} beat_seconds=${WORKER_BEAT_SECONDS:-60} save_seconds=150
+healthy_seconds=${WORKER_HEALTHY_SECONDS:-900} idle_seconds=${WORKER_IDLE_SECONDS:-1800}
+max_crashes=5 max_losses=20
+trainer='' stop_why='' shipper='' killer=''
+
+say() { printf 'worker: %s\n' "$*" >>"$log"; }
+
+# The line is on disk first: a worker that comes back after a reboot must know how it ended.
+write_status() {
+  detail=$(printf '%.300s' "$detail" | LC_ALL=C tr -c ' -~' ' ')
+  printf '%s %s %s %s' "$host" "$state" "$code" "$restarts" >"$status.new"
+  mv "$status.new" "$status"
+}
+
+# Never fails: without the bucket for a while the training goes on.
+ship() {
+  local size line
+  size=$(wc -c <"$log" | tr -d ' ')
+  cp "$log" "$log.sent" && gcloud storage cp --quiet "$log.sent" "$url/attempts/$attempt/host-$host.log" >/dev/null 2>&1
+  read -r line <"$status"
+  printf '%s %s %s %s\n' "$line" "$size" "$(date +%s)" "$detail" >"$status.sent"
+  gcloud storage cp --quiet "$status.sent" "$url/attempts/$attempt/host-$host.status" >/dev/null 2>&1
+  # A workdir on the hosts is not seen from outside; these two files are what status and the watcher need of it.
+  if [ "$host" = 0 ] && [[ $workdir != gs://* ]]; then
+    for file in goodput.json result.json; do
+      [ ! -f "$workdir/$file" ] || gcloud storage cp --quiet "$workdir/$file" "$url/$file" >/dev/null 2>&1
+    done
+  fi
+  return 0
+}
+
+# Sends what there is now, and from then on now and again: one sender at a time.
+report() {
+  write_status
+  if [ -n "$shipper" ]; then
+    kill "$shipper" 2>/dev/null
+    wait "$shipper" 2>/dev/null
+  fi
+  shipper=''
+  case $state in
+    running | restarting)
+      (
+        trap - TERM INT USR1
+        while :; do
+          ship
+          sleep "$beat_seconds"
+        done
+      ) &
+      shipper=$!
+      ;;
+    *) ship ;;
+  esac
+}
+
+# First SIGTERM: the trainer saves and leaves with 75, on all hosts. One that hangs is told again, then killed.
+pass_on() {
+  [ -n "$stop_why" ] || stop_why=$1
+  [ -n "$trainer" ] || return 0
+  kill -TERM "$trainer" 2>/dev/null
+  [ -z "$killer" ] || return 0
+  (
+    trap - TERM INT USR1
+    sleep "$save_seconds"
+    kill -TERM "$trainer"
+    sleep 10
+    kill -KILL -- "-$trainer"
+  ) 2>/dev/null &
+  killer=$!
+}
+
+# Maintenance is announced by the machine's metadata, which answers when the value changes. Only 200 means anything.
+watch_metadata() {
+  local value
+  while :; do
+    value=$(curl -sf -H 'Metadata-Flavor: Google' \
+      "http://metadata.google.internal/computeMetadata/v1/instance/$1?wait_for_change=true") || {
+      sleep 10
+      continue
+    }
+    case $value in
+      TRUE | *_ON_HOST_MAINTENANCE) kill -USR1 $$ ;;
+    esac
+  done
+}
+
+mount_data() {
+  local bucket folder only=()
+  [[ $data == gs://* ]] || return 0
+  mkdir -p "$home/data"
+  if mount_is_good; then return; fi
+  # Left by a gcsfuse that died: detach it, and never delete what is below a mount point.
+  fusermount -u "$home/data" 2>/dev/null
+  bucket=${data#gs://} folder=${bucket#*/}
+  [ "$folder" = "$bucket" ] || only=("--only-dir=$folder")
+  # The values and their reasons are in data/README.md.
+  gcsfuse -o ro --implicit-dirs --metadata-cache-ttl-secs=-1 --stat-cache-max-size-mb=-1 \
+    --kernel-list-cache-ttl-secs=-1 "${only[@]}" "${bucket%%/*}" "$home/data" >>"$log" 2>&1 &&
+    ls -R "$home/data" >/dev/null && mount_is_good
+}
+
+mount_is_good() { [ -r "$home/data/manifest.json" ]; }
+
+# A trainer that has just died can hold the chips for some seconds; the next one would fail on them.
+wait_for_chips() {
+  local try
+  for ((try = 0; try < 60; try++)); do
+    # shellcheck disable=SC2010 # of /proc, whose names are numbers
+    ls -l /proc/[0-9]*/fd 2>/dev/null | grep -Eq '/dev/(accel|vfio/)[0-9]' || return 0
+    sleep 1
+  done
+  say "something still holds the TPU chips; starting all the same"
+}
+
+run_trainer() {
+  local path=$data arguments=() argument got
+  [[ $data != gs://* ]] || path=$home/data
+  while IFS= read -r argument || [ -n "$argument" ]; do arguments+=("$argument"); done <"$home/trainer.args"
+  lines_before=$(wc -l <"$log" | tr -d ' ')
+  # In a group of its own, so that its data workers can be ended with it. With tpu,cpu a chip that cannot be
+  # opened is an error; JAX would else train on the CPU.
+  JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} setsid "$home/venv/bin/python" -m trainer "${arguments[@]}" \
+    "--workdir=$workdir" "--config.data.path=$path" >>"$log" 2>&1 </dev/null &
+  trainer=$!
+  [ -z "$stop_why" ] || pass_on "$stop_why"
+  # A trap ends wait early, with the signal's number; then the trainer is waited for again.
+  code=0
+  while :; do
+    wait "$trainer"
+    got=$?
+    [ "$got" = 127 ] || code=$got
+    kill -0 "$trainer" 2>/dev/null || break
+  done
+  kill -KILL -- "-$trainer" 2>/dev/null
+  trainer=''
+  if [ -n "$killer" ]; then kill "$killer" 2>/dev/null; fi
+  killer=''
+}
+
+# What the exit code means, with the log of this start for the one case that needs it. Sets state and detail.
+judge() {
+  local output
+  output=$(tail -n "+$((lines_before + 1))" "$log" | tail -n 300)
+  case $code in
+    0) state=finished ;;
+    75) state=interrupted ;;
+    2) state=mistake ;;
+    3) state=out_of_memory ;;
+    4) state=diverged ;;
+    70 | 134 | 143) state=lost ;;
+    *) if [[ $output == *RESOURCE_EXHAUSTED* ]]; then state=out_of_memory; else state=crashed; fi ;;
+  esac
+  detail=$(printf '%s\n' "$output" | grep -E '^(error:|[A-Za-z_.]*(Error|Exception):)|RESOURCE_EXHAUSTED' | tail -n 1)
+  # The trainer's own words for a disk or bucket that is full are RESOURCE_EXHAUSTED too, and mean something else.
+  if [ "$state" = out_of_memory ] && [ "$code" != 3 ] && [[ $detail == *"No space left"* || $detail == *uota* ]]; then
+    state=crashed
+  fi
+}
+
+# The end of this worker. A slice on which nothing runs deletes itself after a while, should nobody be watching.
+leave() {
+  say "$state${detail:+: $detail} (exit code $code)"
+  report
+  [ "$state" != stopped ] || exit 0
+  sleep "$idle_seconds" &
+  wait $!
+  [ -z "$stop_why" ] || exit 0
+  say "nobody deleted the slice in $idle_seconds s; deleting it"
+  gcloud compute tpus queued-resources delete "$(value_of NAME)" "--project=$(value_of PROJECT)" \
+    "--zone=$(value_of ZONE)" --force --quiet --async >>"$log" 2>&1 ||
+    say "this machine may not delete its slice: it needs the role TPU Admin"
+  ship
+  exit 0
+}
+
+trap 'pass_on stop' TERM INT
+trap 'pass_on maintenance' USR1
+touch "$log"
+if [ -f "$status" ]; then
+  read -r _ state code restarts <"$status"
+  case $state in
+    finished | mistake | out_of_memory | diverged | crashed | lost) leave ;;
+  esac
+fi
+(
+  trap - TERM INT USR1
+  watch_metadata preempted
+) &
+(
+  trap - TERM INT USR1
+  watch_metadata maintenance-event
+) &
+trap 'kill $(jobs -p) 2>/dev/null' EXIT
+
+crashes=0 losses=0
+while :; do
+  state=running detail=''
+  say "start $((restarts + 1)) on host $host, attempt $attempt"
+  if mount_data; then
+    report
+    began=$SECONDS
+    run_trainer
+    judge
+  else
+    began=$SECONDS code=1 state=crashed detail="the bucket of $data could not be mounted"
+  fi
+  if [ "$stop_why" = stop ]; then
+    case $state in
+      finished | mistake | out_of_memory | diverged) ;;
+      *) state=stopped ;;
+    esac
+  fi
+  if [ $((SECONDS - began)) -ge "$healthy_seconds" ]; then crashes=0 losses=0; fi
+  case $state in
+    crashed)
+      crashes=$((crashes + 1)) failures=$crashes
+      [ "$crashes" -lt "$max_crashes" ] || leave
+      ;;
+    lost)
+      losses=$((losses + 1)) failures=$losses
+      [ "$losses" -lt "$max_losses" ] || leave
+      ;;
+    interrupted) failures=1 ;;
+    *) leave ;;
+  esac
+  restarts=$((restarts + 1))
+  delay=$((backoff << (failures < 6 ? failures - 1 : 5)))
+  say "$state${detail:+: $detail} (exit code $code); starting again in $delay s"
+  state=restarting stop_why=''
+  report
+  sleep "$delay" &
+  wait $!
+  [ "$stop_why" != stop ] || {
+    state=stopped
+    leave
+  }
+  stop_why=''
+  wait_for_chips
+done

@@ -1,0 +1,184 @@
+"""A cloud on this machine for launch/tpu_pod.sh: see fake_gcloud/gcloud.py."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAKE = Path(__file__).parent / "fake_gcloud"
+SUBMIT = ["--name", "run", "--type", "v4-16", "--zone", "us-central2-b", "--project", "my-project", "--spot"]
+SUBMIT += ["--bucket", "gs://bucket"]
+TRAINER = ["--", "--config=configs/demo.py"]
+
+
+def git(repository: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    return subprocess.run(
+        ["git", "-C", repository, *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's code as a fresh git checkout, so that tests neither need nor touch this one's."""
+    copy = tmp_path_factory.mktemp("repository")
+    for name in ("configs", "data", "launch", "model", "trainer"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("constraints.txt", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    git(copy, "init", "-q")
+    git(copy, "add", "-A")
+    git(copy, "commit", "-q", "-m", "start")
+    return copy
+
+
+class Cloud:
+    """The cloud's folder, and the launcher run against it."""
+
+    def __init__(self, folder: Path, repository: Path) -> None:
+        self.folder, self.repository = folder, repository
+        self.script: dict[str, Any] = {"environment": {}, "errors": []}
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("TERM", "COLUMNS", "TPU_POD_POLL_SECONDS")},
+            "PATH": f"{FAKE}:{os.environ['PATH']}",
+            "HOME": str(folder / "home"),
+            "XDG_STATE_HOME": str(folder / "local"),
+            "FAKE_CLOUD": str(folder),
+            "FAKE_PYTHON": sys.executable,
+            "PYTHON": str(FAKE / "laptop_python"),
+            "TPU_POD_POLL_SECONDS": "0.2",
+            "TPU_POD_RETRY_SECONDS": "0",
+        }
+        dataset = folder / "buckets/bucket/data/demo"
+        dataset.mkdir(parents=True)
+        (folder / "home").mkdir()
+        (folder / "hosts").mkdir()
+        (dataset / "manifest.json").write_text("{}")
+        (folder / "preflight").write_text("mesh data=8\nbatch 16\n")
+        (folder / "plan").write_text('{"fits": true}')
+        self.write("state.json", {"requests": {}, "created": 0})
+        self.host(FAKE_TRAINER=FAKE / "trainer", WORKER_BACKOFF_SECONDS=0, WORKER_BEAT_SECONDS=0.5)
+
+    def write(self, name: str, content: object) -> None:
+        (self.folder / f"{name}.test").write_text(json.dumps(content))
+        (self.folder / f"{name}.test").replace(self.folder / name)
+
+    def host(self, **environment: object) -> None:
+        """Adds to the environment of every host."""
+        self.script["environment"] |= {k: str(v) for k, v in environment.items()}
+        self.write("script.json", self.script)
+
+    def attempts(self, *states: list[str]) -> None:
+        """What the requests go through, the first one's states first; the last stays."""
+        self.script["attempts"] = list(states)
+        self.write("script.json", self.script)
+
+    def error(self, match: str, text: str, times: int = 1, after: bool = False) -> None:
+        """The next calls that hold `match` fail, before or after they did what they are for."""
+        self.script["errors"].append({"match": match, "text": text, "times": times, "after": after})
+        self.write("script.json", self.script)
+
+    def trainer(self, *starts: str, host: int | None = None) -> None:
+        """What the stand-in for the trainer does at each start: see fake_gcloud/trainer."""
+        name = "trainer" if host is None else f"trainer-{host}"
+        (self.folder / name).write_text("\n".join(starts) + "\n")
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [self.repository / "launch/tpu_pod.sh", *arguments],
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        process = self.start(*arguments, **environment)
+        try:
+            output, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"still running:\n{process.communicate()[0]}\n{self.host_logs()}")
+        return process.returncode, output
+
+    def submit(self, *options: str) -> tuple[int, str]:
+        return self.run("submit", *SUBMIT, "--watch", *options, *TRAINER)
+
+    def calls(self, words: str = "") -> list[list[str]]:
+        path = self.folder / "calls"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [call for call in lines if words in " ".join(call)]
+
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.folder / "state.json").read_text())
+
+    def change(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Changes the cloud's state as a call would."""
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state = self.state()
+            change(state)
+            self.write("state.json", state)
+
+    def object(self, name: str) -> str:
+        path = self.folder / "buckets/bucket/runs/run" / name
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                pytest.fail(f"never came true\n{self.host_logs()}")
+            time.sleep(0.1)
+
+    def host_logs(self) -> str:
+        logs = sorted(self.folder.glob("hosts/*/runs/run/log")) + sorted(self.folder.glob("hosts/*/unit.log"))
+        return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in logs)
+
+    def host_processes(self) -> list[int]:
+        """Those that run on the hosts; a host's environment marks them."""
+        found, mark = [], f"FAKE_CLOUD={self.folder}".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                variables = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if mark in variables and any(v.startswith(b"FAKE_HOST=") for v in variables):
+                found.append(int(path.parent.name))
+        return found
+
+    def host_signal(self, host: int, number: int) -> None:
+        """To the trainer of a host, wherever it is."""
+        for pid in self.host_processes():
+            environment, command = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+            if f"PROCESS_ID={host}".encode() in environment.split(b"\0") and b"-m\0trainer" in command:
+                os.kill(pid, number)
+
+    def close(self) -> None:
+        for _ in range(3):
+            for pid in self.host_processes():
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, repository: Path) -> Iterator[Cloud]:
+    cloud = Cloud(tmp_path, repository)
+    yield cloud
+    cloud.close()
+    refused = tmp_path / "refused"
+    assert not refused.exists(), f"the real gcloud would refuse: {refused.read_text()}"

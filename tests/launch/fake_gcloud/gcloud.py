@@ -1,0 +1,289 @@
+"""A recording stand-in for gcloud: queued resources that go through scripted states, a bucket that is a folder, and
+hosts that are folders on this machine, on which ssh runs what it is told with real processes.
+
+In the folder FAKE_CLOUD: `script.json` (what will happen), `state.json` (what is), `calls` (one JSON list a line),
+`refused` (calls that the real tool would not take), `buckets/`, `hosts/NODE-WORKER/`.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import flags
+
+CLOUD = os.environ["FAKE_CLOUD"]
+HOSTS = {"v4-8": 1, "v4-16": 2, "v4-32": 4}
+
+
+def main(arguments):
+    with open(f"{CLOUD}/calls", "a") as calls:
+        calls.write(json.dumps(arguments) + "\n")
+    if reason := flags.mistake(arguments):
+        with open(f"{CLOUD}/refused", "a") as refused:
+            refused.write(reason + "\n")
+        fail(f"ERROR: (gcloud) unrecognized arguments: {reason}", 2)
+    command, rest = flags.split(arguments)
+    options = dict(a.partition("=")[::2] for a in rest if a.startswith("-"))
+    positionals = [a for a in rest if not a.startswith("-")]
+    with Locked():
+        state, script = read("state.json"), read("script.json")
+        trouble = next(
+            (t for t in script.get("errors", []) if t["match"] in " ".join(arguments) and t["times"] > 0), None
+        )
+        if trouble:
+            trouble["times"] -= 1
+            write("script.json", script)
+            if not trouble.get("after"):
+                fail(trouble["text"])
+        action = ACTIONS[command]
+        then = action(state, script, positionals, options)
+        write("state.json", state)
+        if trouble:
+            fail(trouble["text"])
+    if then:
+        sys.exit(then())
+
+
+def fail(text, code=1):
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+class Locked:
+    def __enter__(self):
+        self.file = open(f"{CLOUD}/lock", "w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def read(name):
+    with open(f"{CLOUD}/{name}") as file:
+        return json.load(file)
+
+
+def write(name, content):
+    with open(f"{CLOUD}/{name}.new", "w") as file:
+        json.dump(content, file)
+    os.replace(f"{CLOUD}/{name}.new", f"{CLOUD}/{name}")
+
+
+# --- the account and the zone
+
+
+def auth_list(state, script, positionals, options):
+    print(script.get("account", "me@example.com"))
+
+
+def config_get(state, script, positionals, options):
+    print(script.get(positionals[0], ""))
+
+
+def accelerator(state, script, positionals, options):
+    if positionals[0] not in script.get("types", HOSTS):
+        fail(f"ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource '{positionals[0]}' was not found")
+    print(positionals[0])
+
+
+# --- queued resources: a describe moves a request one state on
+
+
+def missing(name, what="queuedResources"):
+    fail(f"ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource 'projects/p/locations/z/{what}/{name}' was not found")
+
+
+def create(state, script, positionals, options):
+    name = positionals[0]
+    if name in state["requests"]:
+        fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
+    number = state["created"]
+    attempts = script.get("attempts", [["ACTIVE"]])
+    slices = int(options.get("--node-count", 1))
+    prefix = options.get("--node-prefix", name)
+    nodes = [options["--node-id"]] if slices == 1 else [f"{prefix}-{i}" for i in range(slices)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hosts = HOSTS[options["--accelerator-type"]]
+    state["created"] += 1
+    state["requests"][name] = {"states": attempts[min(number, len(attempts) - 1)], "hosts": hosts, "port": port}
+    state["requests"][name]["nodes"] = dict.fromkeys(nodes, "READY")
+    print(f"Create request issued for: [{name}]")
+
+
+def describe(state, script, positionals, options):
+    request = state["requests"].get(positionals[0]) or missing(positionals[0])
+    current = request["states"][0]
+    if "failedData" in options["--format"]:
+        code, _, message = current.partition(" ")[2].partition(" ")
+        print(f"{code}\t{message}")
+        return
+    print(current.partition(" ")[0])
+    if len(request["states"]) > 1:
+        request["states"] = request["states"][1:]
+
+
+def delete(state, script, positionals, options):
+    request = state["requests"].pop(positionals[0], None) or missing(positionals[0])
+    for node in request["nodes"]:
+        for folder in glob.glob(f"{CLOUD}/hosts/{node}-*"):
+            power_off(folder)
+
+
+def node_describe(state, script, positionals, options):
+    for request in state["requests"].values():
+        if positionals[0] in request["nodes"] and request["states"][0] == "ACTIVE":
+            print(f"{request['nodes'][positionals[0]]},HEALTHY")
+            return
+    missing(positionals[0], "nodes")
+
+
+# --- hosts
+
+
+def processes(folder):
+    """Those that were started on a host, which its environment marks."""
+    mark = f"FAKE_HOST={folder}".encode()
+    for path in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            with open(path, "rb") as file:
+                if mark in file.read().split(b"\0") and int(path.split("/")[2]) != os.getpid():
+                    yield int(path.split("/")[2])
+        except (OSError, ValueError):
+            pass
+
+
+def power_off(folder):
+    for _ in range(3):
+        for pid in list(processes(folder)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def ssh(state, script, positionals, options):
+    node, worker = positionals[0], int(options["--worker"])
+    for request in state["requests"].values():
+        if node in request["nodes"] and request["states"][0] == "ACTIVE":
+            break
+    else:
+        missing(node, "nodes")
+    if request["nodes"][node] != "READY":
+        fail(f'This TPU has terminal state "{request["nodes"][node]}", so it cannot be used anymore.')
+    folder, here = f"{CLOUD}/hosts/{node}-{worker}", os.path.dirname(os.path.abspath(__file__))
+    os.makedirs(f"{folder}/metadata", exist_ok=True)
+    environment = {
+        "HOME": folder,
+        "FAKE_HOST": folder,
+        "FAKE_CLOUD": CLOUD,
+        "FAKE_PYTHON": os.environ["FAKE_PYTHON"],
+        "PATH": f"{here}/host_bin:{here}:/usr/local/bin:/usr/bin:/bin",
+        "COORDINATOR_ADDRESS": f"127.0.0.1:{request['port']}",
+        "NUM_PROCESSES": str(request["hosts"] * len(request["nodes"])),
+        "PROCESS_ID": str(list(request["nodes"]).index(node) * request["hosts"] + worker),
+        **script.get("environment", {}),
+    }
+
+    def run():
+        return subprocess.run(
+            ["bash", "-c", options["--command"]], env=environment, cwd=folder, stdin=subprocess.DEVNULL
+        ).returncode
+
+    return run
+
+
+# --- the bucket: generations are counted beside each object
+
+
+def local(url):
+    path = f"{CLOUD}/buckets/{url.removeprefix('gs://')}"
+    bucket = f"{CLOUD}/buckets/{url.removeprefix('gs://').split('/')[0]}"
+    if not os.path.isdir(bucket):
+        fail(f"ERROR: (gcloud.storage) {bucket.rpartition('/')[2]} not found: 404.")
+    if os.path.exists(f"{bucket}/.read-only"):
+        fail("ERROR: (gcloud.storage.cp) HTTPError 403: me does not have storage.objects.create access to the bucket.")
+    return path
+
+
+def generation(path):
+    try:
+        with open(f"{path}.generation") as file:
+            return int(file.read())
+    except FileNotFoundError:
+        return 0
+
+
+def cp(state, script, positionals, options):
+    source, target = positionals
+    if source.startswith("gs://"):
+        raise SystemExit(download(positionals[:-1], target))
+    path = local(target)
+    wanted = options.get("--if-generation-match")
+    if wanted is not None and int(wanted) != (generation(path) if os.path.exists(path) else 0):
+        fail("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    shutil.copyfile(source, path)
+    new = generation(path) + 1 if generation(path) else time.time_ns()
+    with open(f"{path}.generation", "w") as file:
+        file.write(str(new))
+
+
+def cp_many(state, script, positionals, options):
+    if len(positionals) == 2:
+        return cp(state, script, positionals, options)
+    return lambda: download(positionals[:-1], positionals[-1])
+
+
+def download(urls, target):
+    for url in urls:
+        if not os.path.isfile(local(url)):
+            fail(f"ERROR: (gcloud.storage.cp) The following URLs matched no objects or files:\n{url}")
+        shutil.copyfile(local(url), os.path.join(target, os.path.basename(url)) if os.path.isdir(target) else target)
+    return 0
+
+
+def cat(state, script, positionals, options):
+    for url in positionals:
+        paths = [path for path in sorted(glob.glob(local(url))) if not path.endswith(".generation")]
+        if not paths:
+            fail(f"ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\n{url}")
+        for path in paths:
+            with open(path, "rb") as file:
+                content = file.read()
+            if "--range" in options:
+                start, _, end = options["--range"].partition("-")
+                content = content[int(start) : int(end) + 1]
+            sys.stdout.buffer.write(content)
+    sys.stdout.flush()
+
+
+def object_describe(state, script, positionals, options):
+    if not os.path.isfile(local(positionals[0])):
+        fail(f"ERROR: (gcloud.storage.objects.describe) gs://{positionals[0]} not found: 404.")
+    print(generation(local(positionals[0])))
+
+
+ACTIONS = {
+    "auth list": auth_list,
+    "config get": config_get,
+    "compute tpus accelerator-types describe": accelerator,
+    "compute tpus queued-resources create": create,
+    "compute tpus queued-resources describe": describe,
+    "compute tpus queued-resources delete": delete,
+    "compute tpus tpu-vm describe": node_describe,
+    "compute tpus tpu-vm ssh": ssh,
+    "storage cat": cat,
+    "storage cp": cp_many,
+    "storage objects describe": object_describe,
+}
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,131 @@
+"""A run's life on the fake cloud: whatever happens, one slice at a time, and none is left."""
+
+import os
+import signal
+
+import pytest
+
+from .conftest import SUBMIT, TRAINER
+
+QUEUED = ["CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+QUOTA = "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit "
+QUOTA += "'TPUV4sPreemptiblePodPerProjectPerRegionForTPUAPI' has been exceeded. Limit: {} in region us-central2."
+RATE = "ERROR: (gcloud) HttpError accessing <https://tpu.googleapis.com>: response: <'status': 429>, content <Quota "
+RATE += "exceeded for quota metric 'Requests'>\nThis may be due to network connectivity issues."
+NETWORK = "ERROR: gcloud crashed (ConnectionError): Connection aborted."
+
+
+def created(cloud) -> int:
+    return cloud.state()["created"]
+
+
+def test_submitted_run_is_set_up_trained_and_its_slice_deleted(cloud):
+    cloud.attempts(QUEUED)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0, output + cloud.host_logs()
+    assert cloud.state() == {"requests": {}, "created": 1}
+    assert "step 1 loss 2.5" in output
+    assert cloud.calls("queued-resources create")[0][4:] == [
+        "run", "--project=my-project", "--zone=us-central2-b", "--accelerator-type=v4-16",
+        "--runtime-version=tpu-ubuntu2204-base", "--labels=run=run", "--node-id=run", "--spot", "--quiet",
+    ]  # fmt: skip
+
+
+def test_reclaimed_while_provisioning_and_while_active_it_is_made_again(cloud):
+    reclaimed = ["PROVISIONING", "SUSPENDING", "FAILED 13 an internal error has occurred"]
+    cloud.attempts(reclaimed, QUEUED)
+    cloud.trainer("-", "0")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: "started" in cloud.object("events"))
+    cloud.change(lambda state: state["requests"]["run"].update(states=["SUSPENDING", "SUSPENDED"]))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert cloud.state() == {"requests": {}, "created": 3}
+
+
+def test_out_of_memory_is_named_and_ends_the_billing(cloud):
+    cloud.trainer("3 error: the step does not fit")
+    code, output = cloud.submit()
+    assert code == 1 and "out of memory: the model does not fit" in output
+    assert cloud.state() == {"requests": {}, "created": 1}
+    assert len((cloud.folder / "starts-0").read_text().splitlines()) == 1
+
+
+def test_crashes_are_restarted_up_to_a_limit(cloud):
+    cloud.trainer(*["1 ValueError: broken"] * 9)
+    code, output = cloud.submit()
+    assert code == 1 and "crashed again and again" in output
+    assert cloud.state()["requests"] == {}
+    assert len((cloud.folder / "starts-0").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_watcher_is_continued_by_the_same_submit(cloud, number):
+    cloud.attempts(QUEUED)
+    cloud.trainer("-", "0")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: "started" in cloud.object("events"))
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert number == signal.SIGKILL or "BILL" in output
+    cloud.wait_for(lambda: (cloud.folder / "starts-0").exists())
+    cloud.host_signal(0, signal.SIGTERM)
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_network_error_while_creating_makes_no_second_slice(cloud, after):
+    cloud.error("queued-resources create", NETWORK, after=after)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert created(cloud) == 1
+
+
+def test_rate_limit_is_waited_out(cloud):
+    cloud.error("queued-resources create", RATE)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert created(cloud) == 1
+
+
+@pytest.mark.parametrize(("limit", "words"), [(0, "no quota at all"), (32, "ask for more quota")])
+def test_quota_error_says_what_to_do_and_submit_goes_on_later(cloud, limit, words):
+    cloud.error("queued-resources create", QUOTA.format(limit))
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 1 and words in output
+    assert cloud.state() == {"requests": {}, "created": 0}
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert created(cloud) == 1
+
+
+def test_failing_describe_is_not_taken_for_absent(cloud):
+    cloud.error("queued-resources describe", NETWORK, times=12)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert created(cloud) == 1
+
+
+def test_slice_of_somebody_else_is_left_alone(cloud):
+    cloud.change(lambda s: s["requests"].update(run={"states": ["ACTIVE"], "hosts": 2, "port": 1, "nodes": {}}))
+    code, output = cloud.submit()
+    assert code == 2 and "that this run did not make" in output
+    assert "run" in cloud.state()["requests"]
+
+
+def test_delete_ends_the_watcher_and_the_slice(cloud):
+    cloud.attempts(["WAITING_FOR_RESOURCES"])
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: created(cloud) == 1)
+    code, output = cloud.run("delete", "--yes")
+    assert code == 0 and cloud.state() == {"requests": {}, "created": 1}, output
+    output, _ = process.communicate(timeout=30)
+    assert "this watcher ends: deleted" in output
+    assert created(cloud) == 1
