@@ -62,6 +62,9 @@ def main(arguments: list[str]) -> None:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyError as error:  # a misspelt group of fields, which ml_collections names
+        print(f"error: --config has no such key: {' '.join(error.args[0].split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _partition(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
