@@ -124,8 +124,6 @@ class Checkpoints:
                 tried[step] = str(error)
                 continue
             self._set_aside(tried, DAMAGED)
-            for number, reason in tried.items() if jax.process_index() == 0 else ():
-                logger.warning("checkpoint %d is damaged, set aside as %d.%s: %s", number, number, DAMAGED, reason)
             if seal is None:
                 if jax.process_index() == 0:
                     logger.warning(
@@ -200,7 +198,8 @@ class Checkpoints:
         """
         self._join()
         steps = self._gather(sorted(list_steps(self._folder)))[0]
-        self._set_aside([number for number in steps if number > step], ROLLED_BACK)
+        reason = f"the run goes back to step {step}"
+        self._set_aside({number: reason for number in steps if number > step}, ROLLED_BACK)
         self.saved_step = max((number for number in steps if number <= step), default=None)
 
     def _finish(self, step: int, response: Any, loss: float | None) -> None:
@@ -285,10 +284,11 @@ class Checkpoints:
                 raise DamagedError(text)
         return seal
 
-    def _set_aside(self, steps: Iterable[int], reason: str) -> None:
+    def _set_aside(self, reasons: Mapping[int, str], label: str) -> None:
         def rename() -> None:
-            for step in steps:
-                set_aside(self._folder / str(step), reason)
+            for step, reason in reasons.items():
+                name = set_aside(self._folder / str(step), label)
+                logger.warning("checkpoint %d is %s, set aside as %s: %s", step, label, name, reason)
 
         problems = self._on_first_host(rename)
         if problems:

@@ -84,13 +84,14 @@ def loss_of(folder: epath.Path) -> float | None:
     return None if seal is None else seal.loss
 
 
-def set_aside(folder: epath.Path, reason: str) -> None:
-    """Renames a checkpoint, and its seal, so that nothing takes it for one."""
+def set_aside(folder: epath.Path, reason: str) -> str:
+    """Renames a checkpoint, and its seal, so that nothing takes it for one; its new name."""
     names = [f"{folder.name}.{reason}"] + [f"{folder.name}.{reason}.{number}" for number in range(2, 1000)]
     free = next(path for path in (folder.parent / name for name in names) if not path.exists())
     folder.rename(free)
     if seal_path(folder).exists():
         seal_path(folder).rename(seal_path(free))
+    return free.name
 
 
 def expendable(losses: Mapping[int, float | None], config: ConfigDict) -> list[int]:

@@ -39,10 +39,8 @@ def test_hosts_agree_on_the_checkpoint_that_is_whole_though_each_reads_its_share
         results = pod(tmp_path, 2)
         assert [(r["restored"], r["poll"], r["saved"]) for r in results] == [(1, "idle", 2)] * 2
         assert results[0]["digest"] == first[0]["digest"] | {".step": results[0]["digest"][".step"]}
-    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("2.damaged*[0-9d]")) == [
-        "2.damaged",
-        "2.damaged.2",
-    ]
+    aside = {path.name for path in (tmp_path / "checkpoints").glob("2.damaged*") if path.is_dir()}
+    assert aside == {"2.damaged", "2.damaged.2"}
 
 
 def test_another_number_of_hosts_restores_the_same_bits(tmp_path):
