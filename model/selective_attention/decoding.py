@@ -84,16 +84,18 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = 
     model's.
     """
     c, dtype = config, jnp.dtype(dtype or config.dtype)
-    own_head = c.selection is Selection.OWN_HEAD
-    kv_BKMD = jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), dtype)
-    layer = FullLayerCache(
-        k=kv_BKMD,
-        v=kv_BKMD,
-        k_sel=kv_BKMD[:, :1] if own_head else None,
-        f=None if c.selection is Selection.OFF else jnp.zeros((batch, length), jnp.promote_types(c.dtype, jnp.float32)),
-        selection=c.selection,
-    )
-    return Cache(jnp.zeros(batch, jnp.int32), (layer,) * c.num_layers)
+    kv_shape, f_dtype = (batch, c.num_kv_heads, length, c.head_dim), jnp.promote_types(c.dtype, jnp.float32)
+
+    def layer() -> FullLayerCache:  # arrays of its own, or the cache could not be donated
+        return FullLayerCache(
+            k=jnp.zeros(kv_shape, dtype),
+            v=jnp.zeros(kv_shape, dtype),
+            k_sel=jnp.zeros((batch, 1, length, c.head_dim), dtype) if c.selection is Selection.OWN_HEAD else None,
+            f=None if c.selection is Selection.OFF else jnp.zeros((batch, length), f_dtype),
+            selection=c.selection,
+        )
+
+    return Cache(jnp.zeros(batch, jnp.int32), tuple(layer() for _ in range(c.num_layers)))
 
 
 def decode_step(model: Transformer, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
