@@ -1,0 +1,101 @@
+"""What submit prints and refuses before anything is created, and what gcloud takes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .conftest import SUBMIT, TRAINER
+from .fake_gcloud import flags
+
+GOLDEN = Path(__file__).parent / "golden"
+SDK_TABLE = Path("/usr/lib/google-cloud-sdk/data/cli/gcloud_completions.py")
+
+
+def replaced(option: str, value: str) -> list[str]:
+    options = list(SUBMIT)
+    options[options.index(option) + 1] = value
+    return options
+
+
+@pytest.mark.parametrize(("kind", "slices"), [*((f"v4-{n}", 1) for n in (8, 16, 32, 64, 128, 256, 512)), ("v4-32", 2)])
+def test_dry_run_prints_every_command_and_calls_none(cloud, kind, slices):
+    arguments = [*replaced("--type", kind), "--slices", str(slices), "--dry-run", "--", "--config=configs/c4.py:d12"]
+    code, output = cloud.run("submit", *arguments, PYTHON=sys.executable)
+    assert code == 0, output
+    assert cloud.calls() == []
+    assert output == (GOLDEN / f"{kind}-x{slices}.txt").read_text()
+
+
+BAD = {
+    "no name": (SUBMIT[2:], TRAINER, "--name is missing"),
+    "name that is a command": (replaced("--name", "a;reboot"), TRAINER, "must be 1 to 40 of"),
+    "unknown type": (replaced("--type", "v4-33"), TRAINER, "is not a slice type"),
+    "not a zone": (replaced("--zone", "$(id)"), TRAINER, "is not a zone"),
+    "not a project": (replaced("--project", "P!"), TRAINER, "is not a project id"),
+    "not a bucket": (replaced("--bucket", "bucket"), TRAINER, "is not gs://BUCKET"),
+    "no tier": ([o for o in SUBMIT if o != "--spot"], TRAINER, "say how the slice is paid for"),
+    "two tiers": ([*SUBMIT, "--reserved"], TRAINER, "exclude each other"),
+    "no slices": ([*SUBMIT, "--slices", "0"], TRAINER, "must be a whole number"),
+    "not a duration": ([*SUBMIT, "--valid-until", "soon"], TRAINER, "is not a duration"),
+    "unknown option": ([*SUBMIT, "--sport"], TRAINER, "has no option"),
+    "no flags": (SUBMIT, [], "nothing follows --"),
+    "no such config": (SUBMIT, ["--", "--config=configs/c5.py"], "there is no file configs/c5.py"),
+    "workdir twice": (SUBMIT, [*TRAINER, "--workdir=/x"], "--workdir belongs before --"),
+    "a secret": (SUBMIT, [*TRAINER, "--wandb_api_key=x"], "looks like a secret"),
+    "no dataset": ([*SUBMIT, "--data", "gs://bucket/nothing"], TRAINER, "holds no manifest.json"),
+    "no such bucket": (replaced("--bucket", "gs://other"), TRAINER, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_before_anything_is_created(cloud, name):
+    options, trainer, words = BAD[name]
+    code, output = cloud.run("submit", *options, *trainer)
+    assert code == 2 and words in output and output.count("error: ") == 1, output
+    assert [line for line in output.splitlines() if not line.startswith("error: ") and "git" not in line] == []
+    assert not cloud.calls("create") and cloud.state()["created"] == 0
+
+
+def test_not_logged_in_is_said(cloud):
+    cloud.script["account"] = ""
+    cloud.host()
+    assert cloud.submit() == (2, "error: gcloud has no account; run gcloud auth login\n")
+
+
+def test_type_that_the_zone_lacks_is_said(cloud):
+    code, output = cloud.run("submit", *replaced("--type", "v5p-8"), *TRAINER)
+    assert code == 2 and "zone us-central2-b has no v5p-8" in output
+
+
+def test_plan_that_does_not_fit_ends_it(cloud):
+    (cloud.folder / "plan").write_text('{"fits": false}')
+    code, output = cloud.submit()
+    assert code == 2 and "does not fit v4-16" in output and not cloud.calls("create")
+
+
+@pytest.mark.skipif(not SDK_TABLE.exists(), reason="no installation of the Google Cloud SDK")
+@pytest.mark.parametrize("command", flags.COMMANDS)
+def test_table_of_flags_is_that_of_the_installed_sdk(command):
+    spec = importlib.util.spec_from_file_location("gcloud_completions", SDK_TABLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    node = module.STATIC_COMPLETION_CLI_TREE
+    for word in command.split():
+        node = node["commands"][word]
+    assert flags.COMMANDS[command]["flags"] <= set(node["flags"])
+
+
+def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cloud):
+    options = [*replaced("--type", "v4-32"), "--slices", "2", "--image", "registry/trainer:1"]
+    code, output = cloud.run("render-jobset", *options, *TRAINER, "--config.data.note='x': y")
+    assert code == 0, output
+    job = yaml.safe_load(output)["spec"]["replicatedJobs"][0]
+    slice_, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+    assert (job["replicas"], slice_["parallelism"], slice_["completions"], slice_["backoffLimit"]) == (2, 4, 4, 0)
+    assert slice_["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert "--config.data.note='x': y" in pod["containers"][0]["args"]
