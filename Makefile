@@ -31,6 +31,8 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/lint-imports --config pyproject.toml
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/shellcheck -x -a launch/*.sh
+	@$(VENV)/bin/shfmt -i 2 -ci -d launch
 
 # libtpu for the kernels' schedules, and the peers of data; the clock runs on the CPU.
 bench:
