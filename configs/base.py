@@ -66,5 +66,16 @@ def get_config() -> ConfigDict:
     c.eval.every_steps = 5_000  # steps between evaluations; the end of the run always evaluates the whole split
     c.eval.batches = 50  # validation batches of an evaluation on the way
 
+    c.faults = ConfigDict()
+    c.faults.max_bad_steps = 5  # updates in a row with bad numbers, each skipped, until the run rolls back
+    c.faults.spike_factor = 0.0  # a loss above this times its running mean is bad too; 0 turns the rule off
+    c.faults.check_replicas_every_steps = 1_000  # steps between comparisons of the parameters' replicas; 0: never
+    c.faults.exit_seconds = 25.0  # from SIGTERM to exit at most, saving included; TPU VMs give 30
+    c.faults.peer_timeout_seconds = 30  # silence after which a host counts as lost
+    c.faults.start_timeout_seconds = 300  # for all hosts to join, at the start
+    c.faults.step_timeout_seconds = 60.0  # a step may take this long, or
+    c.faults.step_timeout_factor = 20.0  # this times the median step, before the host counts as hanging
+    c.faults.first_step_timeout_seconds = 1_800.0  # the first step, evaluation batch and save, which may compile
+
     c.log_every_steps = 50  # steps between lines on the terminal; TensorBoard gets every step
     return c.lock()

@@ -2,12 +2,16 @@
 
     python -m trainer --config=configs/c4.py:d12 --workdir=DIR --config.data.path=DATASET [--config.key=value ...]
 
-Run again with the same command, it continues from the newest checkpoint. Exit codes: 0 finished, 75 interrupted and
-saved (run me again), 2 a mistake in the command, the config or the data that no retry will cure, anything else a
-failure.
+Run again with the same command, it continues from the newest sound checkpoint. Exit codes: 0 finished, 75 interrupted
+and saved (run me again), 70 another host is gone or hangs (run all again); no retry will cure 2, a mistake in the
+command, the config or the data, 3, out of memory, or 4, diverged; anything else is a failure that the log explains.
 """
 
-from trainer.interrupt import Interrupt
+import time
+
+STARTED_AT = time.time()  # before the slow imports
+
+from trainer.interrupt import Interrupt  # noqa: E402
 
 interrupt = Interrupt()
 if __name__ == "__main__":
@@ -27,13 +31,31 @@ from ml_collections import config_flags  # noqa: E402
 from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 
 from data import DataError  # noqa: E402
+from trainer import distributed  # noqa: E402
 from trainer.config import check_config  # noqa: E402
-from trainer.errors import ConfigError, ResumeError  # noqa: E402
+from trainer.errors import (  # noqa: E402
+    EXIT_DIVERGED,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_MISTAKE,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    ConfigError,
+    DivergedError,
+    ReplicaError,
+    ResumeError,
+    StorageError,
+)
 from trainer.loop import train  # noqa: E402
 
-EXIT_FAILED, EXIT_MISTAKE = 1, 2
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's checkpoints, TensorBoard events and result.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/c4.py:d12", lock_config=True)
+OVERRIDE_RESUME = flags.DEFINE_multi_string(
+    "override-resume",
+    [],
+    "Config field that may differ from the checkpoint's although it changes the mathematics or the order of the data, "
+    "e.g. optimizer.peak_lr; may be given several times.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,24 +64,45 @@ def main(argv: Sequence[str]) -> None:
     logger = logging.getLogger("trainer")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logger.setLevel(logging.INFO)  # of this program alone: Orbax and JAX say a great deal
+    peers = None
     try:
         check_config(CONFIG.value)
         # A restart compiles nothing anew. JAX_COMPILATION_CACHE_DIR shares the cache between runs.
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", f"{WORKDIR.value}/compilation_cache")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        peers = distributed.initialize(CONFIG.value.faults)
+        if peers is not None:
+            interrupt.on_exit = peers.leave
         with logging_redirect_tqdm():
-            code = train(CONFIG.value, str(WORKDIR.value), interrupt)
+            code = train(CONFIG.value, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, STARTED_AT)
     except (ConfigError, ResumeError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_MISTAKE
-    except Exception:
+        code = _say(f"error: {error}", EXIT_MISTAKE)
+    except DivergedError as error:
+        code = _say(f"error: {error}", EXIT_DIVERGED)
+    except (StorageError, ReplicaError) as error:
+        code = _say(f"error: {error}", EXIT_FAILED)
+    except Exception as error:
         traceback.print_exc()
         code = EXIT_FAILED
+        if "RESOURCE_EXHAUSTED" in str(error) and "No space left" not in str(error):
+            advice = "--config.model.remat=block, a larger --config.mesh.fsdp or --config.accumulation need less"
+            code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)
     sys.stdout.flush()
     sys.stderr.flush()
+    if peers is not None:
+        if code in (EXIT_FINISHED, EXIT_PREEMPTED):
+            peers.part()
+            jax.distributed.shutdown()
+        else:
+            peers.leave(code)
     # Not sys.exit: a host that leaves alone would wait for the others in JAX's shutdown barrier for minutes.
     os._exit(code)
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Host rows to global arrays: each host reads only the rows of its devices, ahead of time, in threads."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -20,6 +20,26 @@ class Rows(Protocol):
     context_length: int
 
     def rows(self, step: int, rows: range) -> dict[str, np.ndarray]: ...
+
+
+class Skipping:
+    """`source` without the batches of some windows: what comes after moves up."""
+
+    def __init__(self, source: Rows, windows: Sequence[tuple[int, int]]) -> None:
+        """`windows`: ranges [start, stop) of the source's batches, disjoint."""
+        self.batch_size, self.context_length = source.batch_size, source.context_length
+        self._source, self._windows = source, sorted(windows)
+
+    def index(self, step: int) -> int:
+        """Which of the source's batches step number `step` (counted from 0) is made on."""
+        for start, stop in self._windows:
+            if step >= start:
+                step += stop - start
+        return step
+
+    def rows(self, step: int, rows: range) -> dict[str, np.ndarray]:
+        """As the source's."""
+        return self._source.rows(self.index(step), rows)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

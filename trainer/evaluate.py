@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from trainer.batches import Rows, prefetch
-from trainer.step import EvalStep
+from trainer.step import EvalStep, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +32,28 @@ def evaluate(
     source: Rows,
     num_batches: int,
     sharding: NamedSharding,
-    stop: Callable[[], Array],
+    requests: Callable[[], Array],
     progress: Callable[[], object] = lambda: None,
 ) -> Evaluation | None:
     """Mean loss over the first `num_batches` batches of `source`; None if a host was told to stop meanwhile.
 
     Sums are kept in float64 on the host, so that the result does not depend on the number of batches before it.
-    `stop` gives the array of `trainer.step`; `progress` is called after each batch.
+    `requests` gives the array of `trainer.step`; `progress` is called after each batch.
     """
     nll, tokens = 0.0, 0
     pending = None
     for batch, _ in prefetch(source, range(num_batches), sharding):
-        dispatched = eval_step(params, batch, stop())
+        dispatched = eval_step(params, batch, requests())
         if pending is not None:
             values = jax.device_get(pending)
             nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
             progress()
-            if values["stop"]:
+            if values["requests"][Request.STOP]:
                 return None
         pending = dispatched
     values = jax.device_get(pending)
     progress()
-    if values["stop"]:
+    if values["requests"][Request.STOP]:
         return None
     nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
     return Evaluation(nll / tokens, tokens)

@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
-EXIT_PREEMPTED = 75  # interrupted, saved (or nothing to save): run the same command again
+from trainer.errors import EXIT_PREEMPTED
+
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
@@ -19,31 +21,36 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
-        self._can_save = False
+        self.on_exit: Callable[[int], None] = lambda code: None  # called before this host exits on its own
+        self._saving_seconds: float | None = None
 
     def install(self) -> None:
         """Takes over SIGTERM and SIGINT. Must run before JAX is imported: threads inherit the blocked signals."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._wait, name="interrupt", daemon=True).start()
 
-    def can_save(self) -> None:
-        """From now on a first signal is left to the training loop, which saves and exits."""
-        self._can_save = True
+    def can_save(self, within_seconds: float) -> None:
+        """From now on a first signal is left to the training loop, which saves and exits; if it has not done so after
+        `within_seconds`, this process exits without.
+        """
+        self._saving_seconds = within_seconds
         if self.requested:
-            _exit("interrupted before the first step; nothing to save")
+            self._exit("interrupted before the first step; nothing to save")
 
     def _wait(self) -> None:
         received = signal.sigwait(SIGNALS)
         self.requested = True
         name = signal.Signals(received).name
-        if not self._can_save:
-            _exit(f"{name} before the first step; nothing to save")
+        if self._saving_seconds is None:
+            self._exit(f"{name} before the first step; nothing to save")
+            return
         print(f"\n{name}: saving, then exiting with code {EXIT_PREEMPTED}; once more exits at once", flush=True)
-        name = signal.Signals(signal.sigwait(SIGNALS)).name
-        _exit(f"{name} again: exiting without saving; the last complete checkpoint stands")
+        again = signal.sigtimedwait(SIGNALS, self._saving_seconds)
+        why = f"not saved within {self._saving_seconds:.0f} s" if again is None else f"{name} again"
+        self._exit(f"{why}: exiting without saving; the last complete checkpoint stands")
 
-
-def _exit(message: str) -> None:
-    print(f"\n{message}; run the same command to continue", flush=True)
-    sys.stderr.flush()
-    os._exit(EXIT_PREEMPTED)
+    def _exit(self, message: str) -> None:
+        print(f"\n{message}; run the same command to continue", flush=True)
+        sys.stderr.flush()
+        self.on_exit(EXIT_PREEMPTED)
+        os._exit(EXIT_PREEMPTED)

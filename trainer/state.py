@@ -14,12 +14,20 @@ from selective_attention import Selection, Transformer, TransformerConfig
 from trainer.errors import ConfigError
 
 
+class Health(NamedTuple):
+    """Of the numbers so far."""
+
+    bad_steps: Array  # int32 scalar, how many of the newest updates in a row were bad, and skipped
+    mean_loss: Array  # float32 scalar, running mean over good updates; infinite before the first
+
+
 class TrainState(NamedTuple):
     """A pytree: what a checkpoint holds."""
 
-    step: Array  # int32 scalar, updates done
+    step: Array  # int32 scalar, updates done, skipped ones included
     params: nnx.State  # float32
     opt_state: optax.OptState
+    health: Health
 
 
 def model_config(config: ConfigDict) -> TransformerConfig:
@@ -83,7 +91,8 @@ def init_state(config: ConfigDict, optimizer: optax.GradientTransformation) -> T
     """The state of step 0; traced under a mesh, every array is made with its sharding."""
     model = Transformer(model_config(config), rngs=nnx.Rngs(params=config.seed))
     params = nnx.state(model, nnx.Param)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    health = Health(jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, jnp.float32))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), health)
 
 
 @functools.cache

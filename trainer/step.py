@@ -3,6 +3,7 @@
 Shape letters: B batch, N positions, A accumulation parts.
 """
 
+import enum
 from collections.abc import Callable
 from typing import TypedDict
 
@@ -14,7 +15,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from selective_attention import lm_loss, memory_loss, reshard, selection_statistics
-from trainer.state import TrainState, learning_rate, model_config, model_graph
+from trainer.state import Health, TrainState, learning_rate, model_config, model_graph
 
 
 class Batch(TypedDict):
@@ -24,17 +25,29 @@ class Batch(TypedDict):
     targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
 
 
+class Request(enum.IntEnum):
+    """What a host can ask of all: the columns of a step's `requests`."""
+
+    STOP = 0  # it was told to stop
+    SAVE = 1  # a checkpoint is due by the clock
+    SAVE_AGAIN = 2  # its part of the last save failed
+
+
+_MEMORY = 0.99  # how much of the running mean of the loss a step keeps
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[nnx.State, Batch, Array], Metrics]
 
 
 def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation, pad_id: int) -> TrainStep:
-    """`train_step(state, batch, stop) -> (state, metrics)`.
+    """`train_step(state, batch, requests) -> (state, metrics)`.
 
-    `stop` is int32 [devices], one element on every device, 1 where the host was told to stop; its maximum comes back
-    with the metrics, so that all hosts learn of it after the same step. Metrics are float32 scalars: loss (cross-
-    entropy, nats per token), memory_loss, grad_norm (before clipping), learning_rate, tokens; and stop.
+    `requests` is int32 [devices, len(Request)], one row on every device, 1 where its host asks for something; their
+    maximum comes back with the metrics, so that all hosts learn of them after the same step.
+
+    Where the loss or the gradient is not finite, or the loss a spike (`faults.spike_factor`), parameters and optimizer
+    state stay as they were; `state.health` counts. Metrics are float32 scalars: loss (cross-entropy, nats per token),
+    memory_loss, grad_norm (before clipping), learning_rate, tokens, bad_steps (in a row); and requests.
     """
     schedule = learning_rate(config)
     graph = model_graph(model_config(config))
@@ -51,7 +64,7 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
         memory = jnp.sum(memory_loss(forgotten_LBN, weights_BN)) / config.batch_size
         return loss + epsilon * memory, {"loss": loss, "memory_loss": memory}
 
-    def train_step(state: TrainState, batch: Batch, stop: Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, requests: Array) -> tuple[TrainState, Metrics]:
         num_tokens = jnp.maximum(jnp.sum(_weights(batch, pad_id)), 1)
         gradient = jax.grad(loss_fn, has_aux=True)
         if config.accumulation == 1:
@@ -65,26 +78,36 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
 
             zeros = jax.tree.map(jnp.zeros_like, state.params), {"loss": jnp.zeros(()), "memory_loss": jnp.zeros(())}
             (grads, metrics), _ = jax.lax.scan(add_part, zeros, parts)
+        grad_norm = optax.tree.norm(grads)
+        good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        if config.faults.spike_factor:
+            good &= metrics["loss"] <= config.faults.spike_factor * state.health.mean_loss
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(
+            lambda new, old: jax.lax.select_n(good, old, new), updated, (state.params, state.opt_state)
+        )
+        health = _next_health(state.health, metrics["loss"], good)
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": num_tokens,
-            "stop": jnp.max(stop),
+            "bad_steps": health.bad_steps.astype(jnp.float32),
+            "requests": jnp.max(requests, axis=0),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, health), metrics
 
     return train_step
 
 
 def make_eval_step(config: ConfigDict, pad_id: int) -> EvalStep:
-    """`eval_step(params, batch, stop) -> {"nll": summed nats, "tokens": their number, "stop": as in train_step}`."""
+    """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens": their number, "requests"}`, as above."""
     graph = model_graph(model_config(config))
 
-    def eval_step(params: nnx.State, batch: Batch, stop: Array) -> Metrics:
+    def eval_step(params: nnx.State, batch: Batch, requests: Array) -> Metrics:
         logits_BNV = nnx.merge(graph, params)(batch["inputs"])
         nll, tokens = lm_loss(logits_BNV, batch["targets"], _weights(batch, pad_id))
-        return {"nll": nll, "tokens": tokens, "stop": jnp.max(stop)}
+        return {"nll": nll, "tokens": tokens, "requests": jnp.max(requests, axis=0)}
 
     return eval_step
 
@@ -100,6 +123,11 @@ def make_selection_step(config: ConfigDict, pad_id: int) -> Callable[[nnx.State,
         return nnx.merge(graph, params).selection_masks(batch["inputs"], statistics)
 
     return selection_step
+
+
+def _next_health(health: Health, loss: Array, good: Array) -> Health:
+    mean = jnp.where(jnp.isfinite(health.mean_loss), _MEMORY * health.mean_loss + (1 - _MEMORY) * loss, loss)
+    return Health(jnp.where(good, 0, health.bad_steps + 1), jnp.where(good, mean, health.mean_loss))
 
 
 def _weights(batch: Batch, pad_id: int) -> Array:

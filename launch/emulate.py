@@ -1,0 +1,189 @@
+"""A pod on this machine: one process a host, each with emulated CPU devices, joined by `jax.distributed`.
+
+    python -m launch.emulate --hosts 2 --devices-per-host 4 [--restart] -- \\
+        --config=configs/demo.py --workdir=runs/pod --config.data.path=runs/demo/data
+
+What follows `--` goes to the trainer of every host. SIGTERM and Ctrl-C go to all hosts, which save and exit; a second
+one kills them. With --restart this is the pod's supervisor as well: when a host is preempted or crashes, it ends the
+others and starts all of them again, as often as --max-restarts says. The exit code is that of the first host that ended
+with another one than 0.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from trainer.errors import (
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_MISTAKE,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+)
+
+NO_RETRY = (EXIT_FINISHED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, EXIT_DIVERGED)
+_PR_SET_PDEATHSIG = 1
+_LONGEST_PAUSE = 60.0
+
+
+class Pod:
+    """The processes of one start."""
+
+    def __init__(self, hosts: int, devices_per_host: int, trainer_flags: Sequence[str]) -> None:
+        address = f"127.0.0.1:{_free_port()}"
+        flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+        flags.append(f"--xla_force_host_platform_device_count={devices_per_host}")
+        shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"}
+        shared |= {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(hosts)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "trainer", *trainer_flags],
+                env=os.environ | shared | {"PROCESS_ID": str(host)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C is passed on, not received twice
+                preexec_fn=_die_with_parent,
+            )
+            for host in range(hosts)
+        ]
+        self._printers = [
+            threading.Thread(target=_print_lines, args=(host, process), daemon=True)
+            for host, process in enumerate(self.processes)
+        ]
+        for printer in self._printers:
+            printer.start()
+
+    def send(self, number: int) -> None:
+        """A signal to every host that still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def first_end(self) -> int | None:
+        """The exit code of a host that has ended badly, else 0 once all have ended, else None."""
+        codes = [process.poll() for process in self.processes]
+        bad = [code for code in codes if code not in (None, EXIT_FINISHED)]
+        if bad:
+            return min(bad, key=lambda code: code not in NO_RETRY)  # a cause goes before its consequences
+        return None if None in codes else EXIT_FINISHED
+
+    def end(self, grace_seconds: float) -> None:
+        """Waits for all hosts; those that have not ended by themselves are killed."""
+        deadline = time.monotonic() + grace_seconds
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for printer in self._printers:
+            printer.join()
+
+    def codes(self) -> str:
+        """Every host's exit code, for people."""
+        return ", ".join(f"host {host}: {process.returncode}" for host, process in enumerate(self.processes))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the pod; the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.emulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hosts", type=_positive, required=True, help="processes")
+    parser.add_argument("--devices-per-host", type=_positive, required=True, help="emulated devices of each")
+    parser.add_argument("--restart", action="store_true", help="start again after a preemption or a crash")
+    parser.add_argument("--max-restarts", type=_positive, default=100, help="give up after so many (default 100)")
+    parser.add_argument("--backoff-seconds", type=float, default=1.0, help="pause before the first restart; doubles")
+    parser.add_argument(
+        "--grace-seconds", type=float, default=60.0, help="for the other hosts to end by themselves (default 60)"
+    )
+    if "--" not in argv:
+        parser.error("give the trainer's flags after --, e.g. -- --config=configs/demo.py --workdir=runs/pod")
+    separator = argv.index("--")
+    options = parser.parse_args(argv[:separator])
+    trainer_flags = argv[separator + 1 :]
+
+    interrupts = 0
+    pod: Pod | None = None
+
+    def interrupt(number: int, _: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if pod is not None:
+            pod.send(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    restarts, pause = 0, options.backoff_seconds
+    while True:
+        started = time.monotonic()
+        pod = Pod(options.hosts, options.devices_per_host, trainer_flags)
+        while (code := pod.first_end()) is None:
+            time.sleep(0.1)
+        pod.end(options.grace_seconds)
+        code = pod.first_end() or EXIT_FINISHED
+        _say(f"all hosts have ended ({pod.codes()})")
+        if interrupts:
+            return _shell_code(code)
+        if not options.restart or code in NO_RETRY:
+            return _shell_code(code)
+        if restarts == options.max_restarts:
+            _say(f"giving up after {restarts} restarts")
+            return _shell_code(code)
+        restarts += 1
+        if code == EXIT_PREEMPTED or time.monotonic() - started > 10 * _LONGEST_PAUSE:
+            pause = options.backoff_seconds  # it got somewhere
+        _say(f"restart {restarts} of at most {options.max_restarts} in {pause:.0f} s")
+        deadline = time.monotonic() + pause
+        while not interrupts and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+        if interrupts:
+            return _shell_code(code)
+
+
+def _print_lines(host: int, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[host {host}] {line.rstrip()}", flush=True)
+
+
+def _die_with_parent() -> None:
+    # However this program ends, no trainer stays: even one that hangs and would not hear SIGTERM.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _shell_code(code: int) -> int:
+    return 128 - code if code < 0 else code  # of a signal, as shells say it
+
+
+def _say(message: str) -> None:
+    print(f"[pod] {message}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Where a run's time went, over all its starts: kept in the workdir, shown in TensorBoard and at exit."""
+
+import collections
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+GOODPUT_FILE = "goodput.json"
+CAUSES = (
+    "steps",  # made for the first time
+    "repeated_steps",  # made before, and lost with the process that made them
+    "stalls",  # what steps took beyond three times their median
+    "start_up",  # until the devices were ready
+    "compile",  # waiting for the compiler
+    "restore",  # reading a checkpoint, or making the first state
+    "data",  # steps waiting for their batch
+    "saving",  # the loop waiting for checkpoints
+    "evaluation",
+    "down",  # from the last sign of life to the next start
+    "other",
+)
+_STALL_FACTOR = 3.0
+_SECONDS_BETWEEN_WRITES = 10.0
+
+
+class Goodput:
+    """Seconds by cause, which add up to the time since the run was first started.
+
+    Goodput is the share of `steps`. Every host counts, process 0 keeps the file.
+    """
+
+    def __init__(self, workdir: str, started_at: float, is_main: bool) -> None:
+        """`started_at`: when this process began, seconds since the epoch. Goes on from the workdir's file."""
+        self._path = epath.Path(workdir) / GOODPUT_FILE
+        self._is_main = is_main
+        self._seconds = collections.Counter[str]()
+        self._step_seconds: collections.deque[float] = collections.deque(maxlen=100)
+        self._first_started_at, self._highest_step, self._starts = started_at, 0, 1
+        self._last_loss: float | None = None
+        self._last_write = 0.0
+        if self._path.exists():
+            try:
+                saved = json.loads(self._path.read_text())
+                self._seconds.update({cause: saved["seconds"][cause] for cause in CAUSES if cause != "other"})
+                self._first_started_at, self._highest_step = saved["first_started_at"], saved["highest_step"]
+                self._starts, self._last_loss = saved["starts"] + 1, saved["loss"]
+                self._seconds["down"] += max(0.0, started_at - saved["updated_at"])
+            except (ValueError, KeyError):  # killed while writing on a file system without atomic renames
+                self._seconds.clear()
+
+    @contextlib.contextmanager
+    def span(self, cause: str) -> Iterator[None]:
+        """The block's time has this cause."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[cause] += time.monotonic() - start
+
+    def add(self, cause: str, seconds: float) -> None:
+        """So much time had this cause."""
+        self._seconds[cause] += seconds
+
+    def step(self, step: int, seconds: float, loss: float) -> None:
+        """Step number `step` took so long, without its wait for data."""
+        if self._step_seconds:
+            usual = statistics.median(self._step_seconds) * _STALL_FACTOR
+            self._seconds["stalls"] += max(0.0, seconds - usual)
+            seconds = min(seconds, usual)
+        self._step_seconds.append(seconds)
+        self._seconds["steps" if step > self._highest_step else "repeated_steps"] += seconds
+        self._highest_step = max(self._highest_step, step)
+        self._last_loss = loss
+        if time.monotonic() - self._last_write > _SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every cause until now."""
+        total = time.time() - self._first_started_at
+        seconds = {cause: self._seconds[cause] for cause in CAUSES}
+        return seconds | {"other": max(0.0, total - sum(seconds.values()))}
+
+    def scalars(self) -> dict[str, float]:
+        """For TensorBoard: the share of time spent on new steps, and every cause's seconds."""
+        seconds = self.seconds()
+        fraction = seconds["steps"] / max(sum(seconds.values()), 1e-9)
+        return {"goodput/fraction": fraction, **{f"goodput/{cause}_seconds": s for cause, s in seconds.items()}}
+
+    def write(self) -> None:
+        """Brings the workdir's file up to date."""
+        self._last_write = time.monotonic()
+        if not self._is_main:
+            return
+        content = {
+            "seconds": self.seconds(),
+            "goodput": self.scalars()["goodput/fraction"],
+            "starts": self._starts,
+            "highest_step": self._highest_step,
+            "loss": self._last_loss,
+            "first_started_at": self._first_started_at,
+            "updated_at": time.time(),
+        }
+        temporary = self._path.with_name(f".{GOODPUT_FILE}")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(self._path)
+
+    def summary(self) -> str:
+        """One line for people."""
+        seconds = self.seconds()
+        total = sum(seconds.values())
+        causes = sorted((c for c in CAUSES[1:] if seconds[c] >= 0.005 * total), key=lambda c: -seconds[c])
+        lost = ", ".join(f"{cause.replace('_', ' ')} {seconds[cause] / total:.0%}" for cause in causes)
+        starts = f"{total / 3600:.2f} h in {self._starts} start{'s' if self._starts > 1 else ''}"
+        return f"goodput {seconds['steps'] / total:.0%} of {starts}; the rest: {lost}"
