@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"giving up after {restarts} restarts")
             return _shell_code(code)
         restarts += 1
-        if code == EXIT_PREEMPTED or time.monotonic() - started > 10 * _LONGEST_PAUSE:
+        if code == EXIT_PREEMPTED or time.monotonic() - started > 10 * pause:
             pause = options.backoff_seconds  # it got somewhere
         _say(f"restart {restarts} of at most {options.max_restarts} in {pause:.0f} s")
         deadline = time.monotonic() + pause
@@ -156,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_lines(host: int, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        print(f"[host {host}] {line.rstrip()}", flush=True)
+        if not line.startswith("[Gloo] Rank "):  # dozens, all good news
+            print(f"[host {host}] {line.rstrip()}", flush=True)
 
 
 def _die_with_parent() -> None:

@@ -85,6 +85,8 @@ def main(argv: Sequence[str]) -> None:
     except Exception as error:
         traceback.print_exc()
         code = EXIT_FAILED
+        if peers is not None and isinstance(error, jax.errors.JaxRuntimeError):
+            peers.judge()
         if "RESOURCE_EXHAUSTED" in str(error) and "No space left" not in str(error):
             advice = "--config.model.remat=block, a larger --config.mesh.fsdp or --config.accumulation need less"
             code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)

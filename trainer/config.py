@@ -17,10 +17,23 @@ POSITIVE_FIELDS = (
     "checkpoint.timeout_seconds",
     "eval.every_steps",
     "eval.batches",
+    "faults.exit_seconds",
+    "faults.first_step_timeout_seconds",
+    "faults.max_bad_steps",
+    "faults.peer_timeout_seconds",
+    "faults.start_timeout_seconds",
+    "faults.step_timeout_factor",
+    "faults.step_timeout_seconds",
     "log_every_steps",
     "memory_loss.tau",
 )
-NOT_NEGATIVE_FIELDS = ("checkpoint.every_minutes", "checkpoint.keep_every_steps", "checkpoint.keep_best")
+NOT_NEGATIVE_FIELDS = (
+    "checkpoint.every_minutes",
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
+    "faults.check_replicas_every_steps",
+    "faults.spike_factor",
+)
 
 
 def check_config(config: ConfigDict) -> None:

@@ -88,4 +88,4 @@ def _let_every_process_write_the_compilation_cache() -> None:
         finally:
             state.process_id = process_id
 
-    compiler._cache_write = write_as_process_0
+    compiler._cache_write = write_as_process_0  # type: ignore[assignment]

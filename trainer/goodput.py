@@ -37,7 +37,7 @@ class Goodput:
         """`started_at`: when this process began, seconds since the epoch. Goes on from the workdir's file."""
         self._path = epath.Path(workdir) / GOODPUT_FILE
         self._is_main = is_main
-        self._seconds = collections.Counter[str]()
+        self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=100)
         self._first_started_at, self._highest_step, self._starts = started_at, 0, 1
         self._last_loss: float | None = None
@@ -50,7 +50,7 @@ class Goodput:
                 self._starts, self._last_loss = saved["starts"] + 1, saved["loss"]
                 self._seconds["down"] += max(0.0, started_at - saved["updated_at"])
             except (ValueError, KeyError):  # killed while writing on a file system without atomic renames
-                self._seconds.clear()
+                self._seconds = dict.fromkeys(CAUSES, 0.0)
 
     @contextlib.contextmanager
     def span(self, cause: str) -> Iterator[None]:
@@ -81,8 +81,7 @@ class Goodput:
     def seconds(self) -> dict[str, float]:
         """Seconds of every cause until now."""
         total = time.time() - self._first_started_at
-        seconds = {cause: self._seconds[cause] for cause in CAUSES}
-        return seconds | {"other": max(0.0, total - sum(seconds.values()))}
+        return self._seconds | {"other": max(0.0, total - sum(self._seconds.values()))}
 
     def scalars(self) -> dict[str, float]:
         """For TensorBoard: the share of time spent on new steps, and every cause's seconds."""

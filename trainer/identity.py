@@ -9,7 +9,20 @@ from ml_collections import ConfigDict
 from trainer.errors import ConfigError, ResumeError
 
 # Fields that a resumed run may change: none of them touches the mathematics or the order of the data.
-FREE_FIELDS = ("data.path", "mesh", "checkpoint", "eval", "log_every_steps")
+FREE_FIELDS = (
+    "data.path",
+    "mesh",
+    "checkpoint",
+    "eval",
+    "log_every_steps",
+    "faults.check_replicas_every_steps",
+    "faults.exit_seconds",
+    "faults.peer_timeout_seconds",
+    "faults.start_timeout_seconds",
+    "faults.step_timeout_seconds",
+    "faults.step_timeout_factor",
+    "faults.first_step_timeout_seconds",
+)
 
 
 def check_override(override: Iterable[str], config: ConfigDict) -> None:

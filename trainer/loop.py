@@ -64,7 +64,8 @@ def train(
     check_dataset(config, dataset)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    check_workdir(workdir)
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(_initial_state(config))))
+    check_workdir(workdir, state_bytes)
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.time() - started_at)
     checkpoints = Checkpoints(workdir, config, dataset.manifest.fingerprint, override_resume)
@@ -78,7 +79,7 @@ def train(
         logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
 
     with jax.set_mesh(mesh):
-        state_shape = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+        state_shape = abstract_state(jax.eval_shape(_initial_state(config)), mesh)
         pad_id = dataset.manifest.tokenizer.pad_id
         # The checkpoint is read while the compiler works. A mistake in the config is seen there first: not waited for.
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
@@ -126,6 +127,7 @@ class Run:
     interrupt: Interrupt
     is_main: bool
     started_at: float
+    last_eval_step: int = -1
 
     def __post_init__(self) -> None:
         config, faults = self.config, self.config.faults
@@ -189,7 +191,7 @@ class Run:
     def begin_at(self, start: Restored) -> None:
         """Goes on from a checkpoint, or from the beginning."""
         self.state, self.step, self.first_step = start.state, start.step, start.step
-        self.last_eval_step = int(start.notes["last_eval_step"])
+        self.last_eval_step = start.notes["last_eval_step"]
         self.last_eval_loss: float | None = None
         self.skipped: list[tuple[int, int]] = [(first, stop) for first, stop in start.notes["skipped_batches"]]
         source = Skipping(self.train_batches, self.skipped)
@@ -285,12 +287,13 @@ class Run:
 
     def roll_back(self) -> None:
         """Goes back to the checkpoint before the bad steps, and leaves their batches out."""
+        last = self.log.last_step
+        first = last - self.log.bad_steps  # updates before the first bad one
         self.log.drain()
-        first = self.log.last_step - self.log.bad_steps  # updates before the first bad one
         source = Skipping(self.train_batches, self.skipped)
-        window = (source.index(first), source.index(self.log.last_step - 1) + 1)
+        window = (source.index(first), source.index(last - 1) + 1)
         batches = f"batches {window[0]} to {window[1] - 1} of the data order"
-        described = f"steps {first + 1} to {self.log.last_step}, {batches}"
+        described = f"steps {first + 1} to {last}, {batches}"
         self.checkpoints.wait()
         self.checkpoints.set_aside_after(first)
         del self.state, self.batches  # two states may not fit
@@ -355,8 +358,12 @@ def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState,
 
 
 def _fresh_start(config: ConfigDict) -> Restored:
-    state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
+    state = jax.jit(_initial_state(config))()
     return Restored(state, 0, {"last_eval_step": -1, "skipped_batches": []})
+
+
+def _initial_state(config: ConfigDict) -> Callable[[], TrainState]:
+    return lambda: init_state(config, make_optimizer(config))
 
 
 def _request_sharding(mesh: Mesh) -> NamedSharding:

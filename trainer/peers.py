@@ -54,6 +54,10 @@ class Peers:
         if self._id == 0:
             time.sleep(_PARTING_SECONDS)  # its end takes the store with it
 
+    def judge(self) -> None:
+        """After a failed collective: ends this process as soon as it shows that another host is gone."""
+        time.sleep(self._timeout + 2 * self._interval)
+
     def part(self) -> None:
         """Call when all hosts end together, before `jax.distributed.shutdown`: silence means nothing any more."""
         self._leaving.set()

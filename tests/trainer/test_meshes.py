@@ -14,7 +14,7 @@ from configs import base
 from trainer.batches import batch_sharding
 from trainer.mesh import AXES, make_mesh
 from trainer.state import init_state, make_optimizer
-from trainer.step import make_train_step
+from trainer.step import Request, make_train_step
 
 MESHES = {
     "data=8": (8, 1, 1, 1),
@@ -60,8 +60,8 @@ def batches(config: ConfigDict, mesh, steps: int):
         yield {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
 
 
-def stop_array(mesh, flags=0):
-    return jax.device_put(np.full(mesh.size, flags, np.int32), NamedSharding(mesh, jax.P(AXES)))
+def request_array(mesh, rows=0):
+    return jax.device_put(np.full((mesh.size, len(Request)), rows, np.int32), NamedSharding(mesh, jax.P(AXES)))
 
 
 class Run(NamedTuple):
@@ -85,7 +85,7 @@ def run(shape: tuple[int, ...], steps: int = STEPS, accumulation: int = 1) -> Ru
         }
         losses, gradient = [], {}
         for batch in batches(config, mesh, steps):
-            state, metrics = step(state, batch, stop_array(mesh))
+            state, metrics = step(state, batch, request_array(mesh))
             losses.append(float(metrics["loss"]))
             if not gradient:  # Adam's first moment is a tenth of it
                 (adam,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s)]
@@ -122,7 +122,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     assert_same_gradient(run((2, 2, 1, 1), steps=1, accumulation=4).gradient, run((1, 1, 1, 1)).gradient)
 
 
-def test_one_host_told_to_stop_stops_all():
+def test_what_one_host_asks_for_reaches_all():
     config = small_config()
     mesh = on_mesh(config, (8, 1, 1, 1))
     with jax.set_mesh(mesh):
@@ -130,7 +130,7 @@ def test_one_host_told_to_stop_stops_all():
         state = jax.jit(lambda: init_state(config, optimizer))()
         step = jax.jit(make_train_step(config, optimizer, pad_id=0))
         (batch,) = batches(config, mesh, 1)
-        flags = np.zeros(8, np.int32)
-        assert step(state, batch, stop_array(mesh, flags))[1]["stop"] == 0
-        flags[5] = 1
-        assert step(state, batch, stop_array(mesh, flags))[1]["stop"] == 1
+        rows = np.zeros((8, len(Request)), np.int32)
+        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [0, 0, 0]
+        rows[5, Request.STOP] = rows[6, Request.SAVE_AGAIN] = 1
+        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [1, 0, 1]
