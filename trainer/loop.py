@@ -69,10 +69,7 @@ def train(
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.time() - started_at)
     checkpoints = Checkpoints(workdir, config, dataset.manifest.fingerprint, override_resume)
-    if checkpoints.latest_step() == config.steps and epath.Path(workdir, RESULT_FILE).exists():
-        logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
-        checkpoints.close()
-        return EXIT_FINISHED
+    finished = checkpoints.latest_step() == config.steps and epath.Path(workdir, RESULT_FILE).exists()
     if is_main:
         counts = model_config(config).parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
@@ -81,12 +78,18 @@ def train(
     with jax.set_mesh(mesh):
         state_shape = abstract_state(jax.eval_shape(_initial_state(config)), mesh)
         pad_id = dataset.manifest.tokenizer.pad_id
-        # The checkpoint is read while the compiler works. A mistake in the config is seen there first: not waited for.
+        # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
+        # waiting for it.
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
-        compiled = compiler.submit(compile_train_step, config, pad_id, state_shape, mesh)
+        if not finished:
+            compiled = compiler.submit(compile_train_step, config, pad_id, state_shape, mesh)
         compiler.shutdown(wait=False)
         with goodput.span("restore"):
             start = checkpoints.restore(state_shape) or _fresh_start(config)
+        if finished:
+            logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
+            checkpoints.close()
+            return EXIT_FINISHED
         if is_main:
             logger.info("starting at step %d of %d", start.step, config.steps)
         batch_options = {"context_length": config.context_length, "batch_size": config.batch_size}
