@@ -1,4 +1,4 @@
-# make setup | train | test | lint | bench: each sets up what it needs.
+# make setup | train | study | test | lint | bench: each sets up what it needs.
 PYTHON ?= python3
 EXTRAS ?= dev
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(EXTRAS)
 PROJECTS := pyproject.toml model/selective_attention/pyproject.toml model/inference_budget/pyproject.toml
 .DELETE_ON_ERROR:
-.PHONY: setup train test lint bench clean
+.PHONY: setup train study test lint bench clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,17 @@ $(STAMP): constraints.txt $(PROJECTS)
 
 train: setup
 	@$(RUN) -m launch.demo --workdir runs/demo --report report
+
+# Budgets for the models of make train, and for one with the memory loss: every policy, then one page about all.
+POLICIES := selective tova oldest h2o sinks random
+study: train
+	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m trainer --config=configs/demo.py \
+	    --workdir=runs/demo/memory --config.data.path=runs/demo/data --config.memory_loss.epsilon=0.1
+	@for model in selective memory; do for policy in $(POLICIES); do echo "== $$model, $$policy"; \
+	    $(RUN) -m inference_budget search --checkpoint runs/demo/$$model --data runs/demo/data --policy $$policy \
+	    --target-checkpoint runs/demo/standard --windows 32 --first-step 32 --step 2 \
+	    --output runs/demo/$$model-$$policy.json || exit 1; done; done
+	@$(RUN) -m inference_budget report runs/demo/*-*.json --output report/budgets.html
 
 test: setup
 	@$(RUN) -m pytest -n 2 -m "not slow" tests
