@@ -1,0 +1,96 @@
+"""What a Pallas kernel costs by the TPU compiler's own schedule of it.
+
+XLA's text gives no cycles for such kernels. With `dump_options` the compiler writes the final VLIW programs: one bundle
+takes at least one cycle, so the bundles of the region that runs per tile, times the tiles, and what remains of the
+program, times the grid's steps, are a lower bound that is close where the schedule is the limit.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+# The kernels of a program, as the compiler names them, and which of their large regions are tiles, in program order.
+KERNELS = {
+    "selective_attention_forward": ("diagonal", "tile"),
+    "selective_attention_backward": ("diagonal", "tile"),
+    "splash_mha_fwd": ("tile",),
+    "splash_mha_dkv": ("tile",),
+    "splash_mha_dq": ("tile",),
+}
+OUR_BLOCK = {"bf16": 256, "f32": 128}  # queries, and keys, of one tile of this project's kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A stretch of a kernel's program that runs as a whole."""
+
+    bundles: int
+    busy: dict[str, float]  # share of a slot's capacity that is used
+    spills: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A kernel's program: what runs for a whole tile, for one on the diagonal, and per step of the grid."""
+
+    tile: Region
+    diagonal: Region
+    other: int  # bundles of a grid step outside of the tile, at most: pipeline, starts and ends of blocks
+
+    def cycles(self, query_blocks: int, key_blocks: int, start_blocks: float = 0.0) -> float:
+        """Of the grid of one sequence and head group, causal, one core.
+
+        `start_blocks` is how many key blocks come before the first query block; where queries are a chunk of the
+        sequence, the mean over the chunks.
+        """
+        whole = query_blocks * start_blocks + query_blocks * (query_blocks - 1) / 2
+        steps = query_blocks * key_blocks
+        return whole * self.tile.bundles + query_blocks * self.diagonal.bundles + steps * self.other
+
+
+def dump_options(folder: str | Path, passes: str = ".*final_.*") -> str:
+    """Options for LIBTPU_INIT_ARGS that write schedules into `folder`; `passes` is a pattern of what to write."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={passes}"
+
+
+def read_schedule(folder: Path, kernel: str, name: str) -> Schedule:
+    """The schedule of the kernel called `name` (one of KERNELS), whose files in `folder` hold `kernel`.
+
+    Raises:
+      ValueError: there is none, or it has no region that looks like a tile.
+    """
+    programs = [p for p in sorted(folder.glob(f"*{kernel}-*-final_bundles.txt")) if "analysis" not in p.name]
+    tables = sorted(folder.glob(f"*{kernel}-*-final_hlo-static-per-bundle-utilization.txt"))
+    if not programs or not tables:
+        raise ValueError(f"the compiler wrote no schedule of {kernel}")
+    total, regions = _regions(programs[0], tables[0])
+    tiles = dict(zip(KERNELS[name], regions, strict=False))
+    if "tile" not in tiles:
+        raise ValueError(f"the schedule of {kernel} has {len(regions)} regions that use the MXU; no tile among them")
+    other = total - sum(region.bundles for region in regions)
+    return Schedule(tiles["tile"], tiles.get("diagonal", tiles["tile"]), other)
+
+
+def _regions(program: Path, table: Path) -> tuple[int, list[Region]]:
+    """Bundles of a kernel's whole program, and its innermost regions that use the MXU, in program order."""
+    capacities, uses = re.split(r"== UTILIZATION:\s*", table.read_text())
+    slots, capacity = (line.replace(",", " ").split() for line in capacities.strip().splitlines()[-2:])
+    use = [[int(n) for n in line.split()] for line in uses.strip().splitlines()]
+    address, starts, spans = 0, {}, set()
+    for line in program.read_text().splitlines():
+        if found := re.match(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:", line):
+            address = int(found[1], 16)
+        for kind, name in re.findall(r"(Start|End) region (\d+)", line):
+            if kind == "Start":
+                starts[name] = address
+            elif name in starts:
+                spans.add((starts[name], address))
+    regions = []
+    for start, end in sorted(spans):
+        rows = [row for row in use[start : end + 1] if len(row) == len(slots)]
+        holds_another = any(s != (start, end) and start <= s[0] and s[1] <= end and s[1] - s[0] > 100 for s in spans)
+        total = dict(zip(slots, map(sum, zip(*rows, strict=True)), strict=True)) if rows else {}
+        if not holds_another and total.get("MXU"):
+            busy = {slot: total[slot] / len(rows) / int(n) for slot, n in zip(slots, capacity, strict=True)}
+            regions.append(Region(end - start + 1, busy, total["VSTORE:SPILL"]))
+    return address + 1, regions
