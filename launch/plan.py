@@ -5,7 +5,8 @@
 
 Compiles the very step that the trainer runs. Times are estimates: the compiler's cycles for each operation, the
 attention kernels' schedules (a bundle is a cycle), collectives by their bytes over two directions of one link, nothing
-overlapped.
+overlapped; operations for which the compiler gives no cycles count as none. For several slices the plan says what fits,
+and no times: traffic between slices is not priced.
 """
 
 import importlib.util
@@ -52,9 +53,25 @@ def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> dict[str, A
     if "error" in made:
         return {"fits": False, "topology": topology_name, "slices": slices, "error": made["error"]}
     total = sum(made["hbm_bytes"].values())
-    step_ms = sum(made["step_ms_by_part"].values())
     tokens = config.batch_size * config.context_length
-    seconds = config.steps * step_ms / 1e3
+    facts: dict[str, Any] = {
+        "steps": config.steps,
+        "tokens": tokens * config.steps,
+        "checkpoint_bytes": made["state_bytes"],
+        "dataset_bytes_for_one_epoch": tokens * config.steps * (2 if config.model.vocab_size <= 65_536 else 4),
+    }
+    times: dict[str, Any] = {}
+    if slices == 1:
+        step_ms = sum(made["step_ms_by_part"].values())
+        times = {
+            "step_ms": step_ms,
+            "mfu": model_flops(config) / (step_ms / 1e3) / (chips * topology.chip.peak_flops),
+            "tokens_per_second": tokens / (step_ms / 1e3),
+        }
+        seconds = config.steps * step_ms / 1e3
+        facts |= {"days": seconds / 86_400, "chip_hours": seconds / 3_600 * chips}
+    else:
+        del made["step_ms_by_part"], made["collectives"]
     return {
         "fits": total <= topology.chip.hbm_bytes,
         "topology": topology_name,
@@ -63,17 +80,8 @@ def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> dict[str, A
         "hbm_total_bytes": total,
         "hbm_limit_bytes": topology.chip.hbm_bytes,
         "headroom": 1 - total / topology.chip.hbm_bytes,
-        "step_ms": step_ms,
-        "mfu": model_flops(config) / (step_ms / 1e3) / (chips * topology.chip.peak_flops),
-        "tokens_per_second": tokens / (step_ms / 1e3),
-        "run": {
-            "steps": config.steps,
-            "tokens": tokens * config.steps,
-            "days": seconds / 86_400,
-            "chip_hours": seconds / 3_600 * chips,
-            "checkpoint_bytes": made["state_bytes"],
-            "dataset_bytes_for_one_epoch": tokens * config.steps * (2 if config.model.vocab_size <= 65_536 else 4),
-        },
+        "run": facts,
+        **times,
         **made,
     }
 
@@ -96,7 +104,7 @@ def table(result: dict[str, Any], price: float = 0.0) -> str:
         return (
             f"{place}: does NOT fit: {result['error']} of HBM. Try --config.model.remat=block, more fsdp, accumulation."
         )
-    run, tokens = result["run"], f"{result['tokens_per_second']:,.0f}"
+    run = result["run"]
     mesh = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     lines = [f"{place}, {result['chips']} chips, mesh {mesh}", "", "HBM per chip, by the compiler          GiB"]
     lines += [f"  {part:<32}{size / GIB:10.2f}" for part, size in result["hbm_bytes"].items()]
@@ -104,29 +112,38 @@ def table(result: dict[str, Any], price: float = 0.0) -> str:
     lines += [
         f"  {'total':<32}{result['hbm_total_bytes'] / GIB:10.2f}"
         f"   {verdict}: {result['headroom']:.0%} of {result['hbm_limit_bytes'] / GIB:.2f} left",
-        "",
-        "Step time, estimated                    ms",
     ]
-    lines += [f"  {part:<32}{ms:10.2f}" for part, ms in sorted(result["step_ms_by_part"].items(), key=lambda p: -p[1])]
-    lines += [
-        f"  {'total':<32}{result['step_ms']:10.2f}   MFU {result['mfu']:.1%}, {tokens} tokens/s",
-        "",
-        "Collectives in a step                count    MB (results)",
-    ]
-    lines += [
-        f"  {row['kind']:<32}{row['count']:8.0f}{row['bytes'] / 1e6:12.1f}  {row['groups'][:24]}"
-        for row in sorted(result["collectives"], key=lambda row: -row["bytes"])[:8]
-    ]
+    if "step_ms" in result:
+        lines += _times(result)
     lines += [
         "",
-        f"The run: {run['steps']:,} steps, {run['tokens']:,} tokens, {run['days']:.2f} days, "
-        f"{run['chip_hours']:,.0f} chip-hours (estimated)",
-        f"A checkpoint: {run['checkpoint_bytes'] / GIB:.2f} GiB; tokens for one epoch: "
+        f"The run: {run['steps']:,} steps, {run['tokens']:,} tokens",
+        f"A checkpoint: {run['checkpoint_bytes'] / GIB:.2f} GiB; a dataset of one epoch: "
         f"{run['dataset_bytes_for_one_epoch'] / 1e9:,.0f} GB",
     ]
-    if price:
+    if "step_ms" in result:
+        lines.append(f"Estimated: {run['days']:.2f} days, {run['chip_hours']:,.0f} chip-hours")
+    if price and "step_ms" in result:
         lines.append(f"At {price:g} dollars a chip-hour: {price * run['chip_hours']:,.0f} dollars")
     return "\n".join(lines)
+
+
+def _times(result: dict[str, Any]) -> list[str]:
+    parts = sorted(result["step_ms_by_part"].items(), key=lambda part: -part[1])
+    speed = f"MFU {result['mfu']:.1%}, {result['tokens_per_second']:,.0f} tokens/s"
+    collectives = sorted(result["collectives"], key=lambda row: -row["bytes"])
+    return [
+        "",
+        "Step time, estimated                    ms",
+        *(f"  {part:<32}{ms:10.2f}" for part, ms in parts),
+        f"  {'total':<32}{result['step_ms']:10.2f}   {speed}",
+        "",
+        "Collectives in a step                count    MB (results)",
+        *(
+            f"  {row['kind']:<32}{row['count']:8.0f}{row['bytes'] / 1e6:12.1f}  {row['groups'][:24]}"
+            for row in collectives[:8]
+        ),
+    ]
 
 
 def main(argv: list[str]) -> None:

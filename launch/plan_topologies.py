@@ -17,7 +17,7 @@ class Generation:
     cores: int  # TensorCores that share one device's work
     clock: float  # Hz
     peak_flops: float  # FLOP/s in bfloat16
-    hbm_bytes: float  # that a program may use; read off the compiler's message for a program that is too large
+    hbm_bytes: float  # that a program may use: v4's by the compiler's message, the others' an assumption
     link_bandwidth: float  # bytes/s of one ICI link in one direction
     dcn_bandwidth: float  # bytes/s of one chip's share of its host's network
     names_count_cores: bool  # v4-8 has 8 TensorCores, v5e-8 has 8 chips

@@ -96,7 +96,7 @@ def start_pod(start_process: Start) -> Start:
 
     def start(
         workdir: Path, *flags: str, hosts: int = 2, devices: int = 4, pod: tuple[str, ...] = (), **fields: object
-    ):
+    ) -> subprocess.Popen:
         program = ["launch.emulate", f"--hosts={hosts}", f"--devices-per-host={devices}", *pod, "--"]
         return start_process(program, workdir, *flags, **fields)
 
