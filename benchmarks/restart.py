@@ -23,7 +23,7 @@ PROGRAMS = {
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="runs/demo/data", help="a dataset, as `make train` leaves it in runs/demo/data")
+    parser.add_argument("--data", default="runs/demo/data", help="a dataset; `make train` leaves this one")
     parser.add_argument("--vocab-size", type=int, default=2048, help="of that dataset")
     options = parser.parse_args()
     flags = ["--config=configs/demo.py", f"--config.data.path={options.data}", "--config.model.width=4"]
