@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .remat import keep
 from .selection import Keys, Queries, Selection, select, visible
 
 BLOCK = 128  # rows and columns of a tile, at most
@@ -262,7 +263,8 @@ def _attend(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array]:
 
 
 def _attend_forward(rule: _Rule, offset: Array, blocks: _Blocks):
-    out, forgotten, lse, carries = _each_sequence(functools.partial(_attend_sequence, rule, offset), blocks)
+    made = _each_sequence(functools.partial(_attend_sequence, rule, offset), blocks)
+    out, forgotten, lse, carries = map(keep, made)
     return (out, forgotten), (offset, blocks, out, lse, carries)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from . import pallas_tpu
 from .attention import Selection, implementation_module
 
 
@@ -66,6 +67,12 @@ class TransformerConfig:
         mlp_dim = -(-8 * d_model // 3 // 128) * 128 if d_model >= 128 else 128
         sizes: dict[str, Any] = {"num_layers": d, "num_heads": d, "d_model": d_model, "mlp_dim": mlp_dim}
         return cls(vocab_size=vocab_size, max_length=max_length, **{**sizes, **overrides})
+
+    @property
+    def fuses_norm_rotary(self) -> bool:
+        """Whether QK normalisation and rotary positions are one TPU kernel, as attention is."""
+        applies = self.qk_norm and self.positions == "rotary" and self.head_dim % 32 == 0
+        return applies and implementation_module(self.attention) is pallas_tpu
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: embedding, attention, mlp, norms, output (0 if tied), and their total."""

@@ -18,6 +18,7 @@ from jax import Array
 from .config import TransformerConfig
 from .parallel import sharded_selective_attention
 from .reference import BIG_NEGATIVE
+from .remat import rematerialised
 from .selection import Selection
 from .sharding import reshard
 from .transformer import (
@@ -27,7 +28,6 @@ from .transformer import (
     make_parameter,
     make_scale,
     permute,
-    rematerialised,
     rms_norm,
     sequence_order,
 )

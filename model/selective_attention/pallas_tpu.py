@@ -10,7 +10,6 @@ T tiles of L = 128 lanes.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ from jax import Array
 from .blockwise import column_sums
 from .pallas_tpu_backward import backward
 from .pallas_tpu_forward import forward
-from .pallas_tpu_tile import LANES, LOG2_E, Plan, shuffle
+from .pallas_tpu_tile import LANES, LOG2_E, Plan, from_columns, on_platform, pad, round_up, shuffle, to_columns
+from .remat import keep
 from .selection import Keys, Selection
 
 __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
@@ -63,7 +63,7 @@ def attend(
     if q_segment_ids is not None and kv_segment_ids is not None:
         integers |= _segment_rows(plan, q_segment_ids, kv_segment_ids)
     if evict_at is not None:
-        integers["evict_at"] = _pad(evict_at, plan.block_k, 1)[:, None]
+        integers["evict_at"] = pad(evict_at, plan.block_k, 1)[:, None]
     if selection is not Selection.UNPROTECTED_BOS:
         # A key of zeros is never selected, which is all that protects the first token of a segment.
         first_BM = Keys.of(k.shape[1], kv_segment_ids).first
@@ -79,62 +79,60 @@ def _attend(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
 
 def _attend_forward(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
     num_queries = q.shape[1]
-    factor = plan.scale * LOG2_E
-    q_scaled = (q.astype(jnp.float32) * factor).astype(q.dtype)
     operands = {
-        "q": _columns(q_scaled, plan.num_heads, plan.head_dim, plan.block_q),
-        "k": _columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
-        "v": _columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
+        "q": to_columns(q, plan.num_heads, plan.head_dim, plan.block_q),
+        "k": to_columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
+        "v": to_columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
     }
     if plan.selection is not Selection.OFF:
         operands |= {
-            "q_sel": _columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
-            "k_sel": _columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
-            "f_start": _pad(f_start, plan.block_k, 1)[:, None],
+            "q_sel": to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
+            "k_sel": to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
+            "f_start": pad(f_start, plan.block_k, 1)[:, None],
         }
     operands |= {name: rows for name, rows in integers.items() if name != "offset"}
-    scalars = (integers["offset"], _bounded(plan, q_scaled, k))
-    made = _on_platform(functools.partial(forward, plan), operands, scalars)
-    out = _from_columns(made["out"], plan.value_dim, (*q.shape[:3], v.shape[3]))
+    scalars = (integers["offset"], _bounded(plan, q, k))
+    made = jax.tree.map(keep, on_platform(functools.partial(forward, plan), operands, scalars))
+    out = from_columns(made["out"], plan.value_dim, (*q.shape[:3], v.shape[3]))
     forgotten = jnp.zeros(q.shape[:2], jnp.float32)
     if plan.tau is not None and plan.selection is not Selection.OFF:
         forgotten = made["forgotten"][:, 0, 0, :num_queries]
-    residuals = (integers, q_scaled, k, v, q_sel, k_sel, out, made["log_sum"], made.get("f_blocks"))
+    residuals = (integers, q, k, v, q_sel, k_sel, out, made["log_sum"], made.get("f_blocks"))
     return (out, forgotten), residuals
 
 
 def _attend_backward(plan: Plan, residuals, cotangents):
-    integers, q_scaled, k, v, q_sel, k_sel, out, log_sum, f_blocks = residuals
+    integers, q, k, v, q_sel, k_sel, out, log_sum, f_blocks = residuals
     d_out, d_forgotten = cotangents
     delta_BNH = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    delta_BHN = _pad(_pad(delta_BNH.swapaxes(1, 2), plan.num_heads, 1), plan.block_q, 2)
+    delta_BHN = pad(pad(delta_BNH.swapaxes(1, 2), plan.num_heads, 1), plan.block_q, 2)
     operands = {
-        "q": _columns(q_scaled, plan.num_heads, plan.head_dim, plan.block_q),
-        "k": _columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
-        "v": _columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
-        "d_out": _columns(d_out, plan.num_heads, plan.value_dim, plan.block_q),
+        "q": to_columns(q, plan.num_heads, plan.head_dim, plan.block_q),
+        "k": to_columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
+        "v": to_columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
+        "d_out": to_columns(d_out, plan.num_heads, plan.value_dim, plan.block_q),
         "log_sum": log_sum,
         "delta": delta_BHN.reshape(log_sum.shape),
     }
     if plan.selection is not Selection.OFF:
         operands |= {
-            "q_sel": _columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
-            "k_sel": _columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
+            "q_sel": to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
+            "k_sel": to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
             "f_blocks": f_blocks,
         }
         if plan.tau is not None:
-            operands["d_forgotten"] = _pad(d_forgotten, plan.block_q, 1)[:, None]
+            operands["d_forgotten"] = pad(d_forgotten, plan.block_q, 1)[:, None]
     operands |= {name: rows for name, rows in integers.items() if name != "offset"}
     made = _backward_in_chunks(plan, operands, integers["offset"], k.dtype)
 
-    dq = _from_columns(made["dq"], plan.head_dim, q_scaled.shape)
-    dk = _from_columns(made["dk"], plan.head_dim, k.shape).astype(k.dtype)
-    dv = _from_columns(made["dv"], plan.value_dim, v.shape).astype(v.dtype)
+    dq = from_columns(made["dq"], plan.head_dim, q.shape)
+    dk = from_columns(made["dk"], plan.head_dim, k.shape).astype(k.dtype)
+    dv = from_columns(made["dv"], plan.value_dim, v.shape).astype(v.dtype)
     if plan.selection is Selection.OFF:
         selecting = (jnp.zeros_like(q_sel), jnp.zeros_like(k_sel), jnp.zeros(k.shape[:2], jnp.float32))
     else:
         dq_sel, dk_sel = (
-            _from_columns(made[name].sum(1), plan.select_dim, (*x.shape[:2], 1, x.shape[2]))[:, :, 0].astype(x.dtype)
+            from_columns(made[name].sum(1), plan.select_dim, (*x.shape[:2], 1, x.shape[2]))[:, :, 0].astype(x.dtype)
             for name, x in (("dq_sel", q_sel), ("dk_sel", k_sel))
         )
         selecting = (dq_sel, dk_sel, made["df_start"].sum(1)[:, 0, : k.shape[1]])
@@ -157,7 +155,7 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
 
     def run(offset, later, operands, key_dtype):
         operands = operands | ({"later": later} if selecting else {})
-        return _on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, offset)
+        return on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, offset)
 
     if chunks == 1:
         return run(offset, later, operands, dtype)
@@ -208,8 +206,8 @@ def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: 
         value_dim=value_dim,
         select_dim=select_dim,
         head_groups=_head_groups(num_heads, num_kv_heads, head_dim, value_dim, q.shape[0]),
-        block_q=min(block, _round_up(q.shape[1], LANES)),
-        block_k=min(block, _round_up(k.shape[1], LANES)),
+        block_q=min(block, round_up(q.shape[1], LANES)),
+        block_k=min(block, round_up(k.shape[1], LANES)),
         scale=scale,
         selection=selection,
         tau=tau if selection is not Selection.OFF else None,
@@ -230,7 +228,7 @@ def _head_groups(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: in
     return even[0] if batch == 1 and even else small[0]
 
 
-def _bounded(plan: Plan, q_scaled: Array, k: Array) -> Array:
+def _bounded(plan: Plan, q: Array, k: Array) -> Array:
     """Int32 [B]: whether Cauchy-Schwarz bounds all logits of a sequence, so that no running maximum is needed.
 
     F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That holds
@@ -238,44 +236,12 @@ def _bounded(plan: Plan, q_scaled: Array, k: Array) -> Array:
     """
     if plan.selection is Selection.LEAKY or plan.evict:
         return jnp.zeros(k.shape[0], jnp.int32)
-    q_norm, k_norm = (jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1), (1, 2))) for x in (q_scaled, k))
-    return (q_norm * k_norm <= LOGIT_BOUND).astype(jnp.int32)
+    q_norm, k_norm = (jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1), (1, 2))) for x in (q, k))
+    return (q_norm * k_norm * (abs(plan.scale) * LOG2_E) <= LOGIT_BOUND).astype(jnp.int32)
 
 
 def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
     """Segment ids as rows [B, 1, N or M] of which plain equality decides: padding equals nothing."""
-    q_segment = _pad(jnp.where(q_segment_ids < 0, -2, q_segment_ids), plan.block_q, 1, -2)
-    kv_segment = _pad(jnp.where(kv_segment_ids < 0, -1, kv_segment_ids), plan.block_k, 1, -1)
+    q_segment = pad(jnp.where(q_segment_ids < 0, -2, q_segment_ids), plan.block_q, 1, -2)
+    kv_segment = pad(jnp.where(kv_segment_ids < 0, -1, kv_segment_ids), plan.block_k, 1, -1)
     return {"q_segment": shuffle(q_segment, 1)[:, None], "kv_segment": kv_segment[:, None]}
-
-
-def _columns(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:
-    """[B, N, H, D] to columns [B, H * D, N], positions along lanes; N, H and D padded to what the kernel works on."""
-    x_BHDN = _pad(_pad(_pad(jnp.moveaxis(x_BNHD, 1, 3), num_heads, 1), width, 2), block, 3)
-    return x_BHDN.reshape(x_BHDN.shape[0], -1, x_BHDN.shape[3])
-
-
-def _from_columns(x_BCN: Array, width: int, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_columns`; `shape` is [B, N, H, D]."""
-    x_BHDN = x_BCN.reshape(shape[0], -1, width, x_BCN.shape[2])
-    return jnp.moveaxis(x_BHDN[:, : shape[2], : shape[3], : shape[1]], 3, 1)
-
-
-def _pad(x: Array, multiple: int, axis: int, value: Any = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, _round_up(x.shape[axis], multiple) - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _on_platform(kernel, operands, scalars):
-    """Compiled on TPU, interpreted elsewhere: decided by the platform that is lowered for, not by where this runs."""
-    return jax.lax.platform_dependent(
-        operands,
-        scalars,
-        tpu=functools.partial(kernel, interpret=False),
-        default=functools.partial(kernel, interpret=True),
-    )

@@ -51,9 +51,8 @@ SELECTION_LAGS = (3, 6)  # units from a square's last head to the later stages o
 def backward(
     plan: Plan, operands: dict[str, Array], offset: Array, *, key_dtype: jnp.dtype, interpret: bool
 ) -> dict[str, Array]:
-    """Runs the kernel. Gradients come back in the layout of what they belong to, float32 but for dk, dv (`key_dtype`).
-
-    They lack the logits' `scale`, all but dk (q carries `scale * log2(e)`).
+    """Runs the kernel. Gradients come back in the layout of what they belong to: dk, dv in `key_dtype`, dq in q's
+    dtype, those of the selecting head and of F in float32.
     """
     batch, _, num_queries = operands["q"].shape
     num_keys = operands["k"].shape[2]
@@ -180,7 +179,7 @@ def _kernel(plan: Plan, nq: int, nk: int, names: tuple[str, ...], offset_ref, *r
 
     @pl.when(r == nq - 1)
     def _end_of_key_block():
-        ref.dk[0] = (ref.dk_sum[...] * (1 / LOG2_E)).astype(ref.dk.dtype)
+        ref.dk[0] = (ref.dk_sum[...] * plan.scale).astype(ref.dk.dtype)
         ref.dv[0] = ref.dv_sum[...].astype(ref.dv.dtype)
         if selecting:
             ref.dk_sel[...] *= plan.scale
@@ -279,7 +278,7 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
         c, block, head = unit
         logits, d_weights = scores
         at = (0, 0, slice(head, head + 1), lanes(c))
-        weights = jnp.exp2(logits - ref.f[c, lanes(block)] - ref.log_sum[at])
+        weights = jnp.exp2(logits * (plan.scale * LOG2_E) - ref.f[c, lanes(block)] - ref.log_sum[at])
         d_logits = weights * (d_weights - ref.delta[at])
         if plan.selection is not Selection.OFF:
             ref.d_logits[c, lanes(block)] = d_logits if head == 0 else ref.d_logits[c, lanes(block)] + d_logits

@@ -228,10 +228,10 @@ def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_us
 
 
 def _scores(plan: Plan, ref, c: int, head: int, keys: slice) -> Array:
-    """Logits minus F in base 2, [keys, 128]; the factor of the logits is in q."""
+    """Logits in base 2, [keys, 128]."""
     kv_head = plan.kv_head(head)
     q_LL = fill_lanes(ref.q[c][0, head_rows(head, plan.head_dim)], kv_head)
-    return dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), keys], q_LL, (1, 0))
+    return dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), keys], q_LL, (1, 0)) * (plan.scale * LOG2_E)
 
 
 def _weighted_values(plan: Plan, ref, head: int, blocks: Sequence[int], weights: Array) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ C column blocks of 128 queries, Bk keys of a block, L = 128 lanes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +70,38 @@ class Plan:
     def first_block_q(self, block_k_index: Array | int, offset: Array | int) -> Array:
         """Index of the first block of queries that sees anything of a block of keys."""
         return jax.lax.div(jnp.maximum(block_k_index * self.block_k - offset, 0), self.block_q)
+
+
+def to_columns(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:
+    """[B, N, H, D] to columns [B, H * D, N], positions along lanes; N, H and D padded to what the kernel works on."""
+    x_BHDN = pad(pad(pad(jnp.moveaxis(x_BNHD, 1, 3), num_heads, 1), width, 2), block, 3)
+    return x_BHDN.reshape(x_BHDN.shape[0], -1, x_BHDN.shape[3])
+
+
+def from_columns(x_BCN: Array, width: int, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_columns`; `shape` is [B, N, H, D]."""
+    x_BHDN = x_BCN.reshape(shape[0], -1, width, x_BCN.shape[2])
+    return jnp.moveaxis(x_BHDN[:, : shape[2], : shape[3], : shape[1]], 3, 1)
+
+
+def pad(x: Array, multiple: int, axis: int, value: Any = 0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, round_up(x.shape[axis], multiple) - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def on_platform(kernel, operands, scalars):
+    """Compiled on TPU, interpreted elsewhere: decided by the platform that is lowered for, not by where this runs."""
+    return jax.lax.platform_dependent(
+        operands,
+        scalars,
+        tpu=functools.partial(kernel, interpret=False),
+        default=functools.partial(kernel, interpret=True),
+    )
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

@@ -20,7 +20,9 @@ from jax.typing import ArrayLike
 
 from .attention import Selection, selection_mask
 from .config import TransformerConfig
+from .pallas_tpu_rotary import norm_rotary
 from .parallel import SEQUENCE_AXIS, sharded_selective_attention, zigzag_positions
+from .remat import keep, rematerialised
 from .sharding import Axes, partition_spec, reshard
 
 # (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
@@ -38,32 +40,38 @@ def make_scale(shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
 
 
-# Elementwise parts are recomputed in the backward pass: they fuse with what reads them, and their float32
-# intermediates, which XLA would otherwise write out for every layer, cost more memory traffic than arithmetic.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@_recomputed
 def rms_norm(x: Array, scale: Array) -> Array:
     """RMSNorm over the last axis, computed in float32 (or x's dtype, if wider); returns x's dtype."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    normed = wide * keep(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6))
     return (normed * scale).astype(x.dtype)
+
+
+def rotary_angles(position_N: ArrayLike, width: int, base: float) -> tuple[Array, Array]:
+    """Cosine and sine by which the halves of heads of this width are rotated, float32 [(B,) N, D / 2]."""
+    half = width // 2
+    frequency_D = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.asarray(position_N, jnp.float32)[..., None] * frequency_D
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotary(x_BNHD: Array, position_N: ArrayLike, base: float) -> Array:
     """Rotary position embedding, halves rotated as (x1, x2); `position_N` int32 [N] or [B, N]."""
-    half = x_BNHD.shape[-1] // 2
-    frequency_D = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.asarray(position_N, jnp.float32)[..., None, None] * frequency_D  # [(B,) N, 1, D / 2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (angle[..., None, :] for angle in rotary_angles(position_N, x_BNHD.shape[-1], base))
     x1, x2 = jnp.split(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BNHD.dtype)
 
 
-@_recomputed
-def _swiglu(gate_BNF: Array, up_BNF: Array) -> Array:
-    return jax.nn.silu(gate_BNF) * up_BNF
+def fused_norm_rotary(x_BNHD: Array, scale: Array, position_N: ArrayLike, base: float, heads: str | None) -> Array:
+    """`rotary(rms_norm(x, scale), position_N, base)` as a TPU kernel, every device on its own part."""
+    angles = rotary_angles(position_N, x_BNHD.shape[-1], base)
+    spec = partition_spec(("batch", "sequence", heads, None), x_BNHD.shape)
+    if spec is None:
+        return norm_rotary(x_BNHD, scale, *angles)
+    along = partition_spec(("sequence", None), angles[0].shape)
+    specs = spec, jax.P(), along, along
+    local = [jax.reshard(x, s) for x, s in zip((x_BNHD, scale, *angles), specs, strict=True)]
+    return jax.shard_map(norm_rotary, in_specs=specs, out_specs=spec, check_vma=False)(*local)
 
 
 class Block(nnx.Module):
@@ -108,37 +116,37 @@ class Block(nnx.Module):
         """The first half of the layer: x + attention, and what `attend` adds."""
         q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
         out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
-        return x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None), extra
+        return keep(x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)), extra
 
     def mlp(self, x_BNE: Array) -> Array:
         """The second half: x + SwiGLU."""
         h_BNE = rms_norm(x_BNE, self.mlp_norm[...])
         hidden = "batch", "sequence", "mlp"
-        gate_BNF = contract("bne,ef->bnf", h_BNE, self.w_gate, *hidden)
-        h_BNF = _swiglu(gate_BNF, contract("bne,ef->bnf", h_BNE, self.w_up, *hidden))
+        gate_BNF = keep(contract("bne,ef->bnf", h_BNE, self.w_gate, *hidden))
+        h_BNF = jax.nn.silu(gate_BNF) * keep(contract("bne,ef->bnf", h_BNE, self.w_up, *hidden))
         return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None)
 
     def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
         c = self.config
-        q_BNHD = contract("bne,ehd->bnhd", h_BNE, self.w_query, "batch", "sequence", "heads", None)
-        k_BNKD = contract("bne,ekd->bnkd", h_BNE, self.w_key, "batch", "sequence", "kv_heads", None)
-        v_BNKD = contract("bne,ekd->bnkd", h_BNE, self.w_value, "batch", "sequence", "kv_heads", None)
-        q_sel_BND = k_sel_BND = None
-        if c.selection is Selection.OWN_HEAD:
-            q_sel_BND = contract("bne,ed->bnd", h_BNE, self.w_query_sel, "batch", "sequence", None)
-            k_sel_BND = contract("bne,ed->bnd", h_BNE, self.w_key_sel, "batch", "sequence", None)
-        if c.qk_norm:
-            q_BNHD, k_BNKD = rms_norm(q_BNHD, self.query_norm[...]), rms_norm(k_BNKD, self.key_norm[...])
-            if q_sel_BND is not None and k_sel_BND is not None:
-                q_sel_BND = rms_norm(q_sel_BND, self.query_sel_norm[...])
-                k_sel_BND = rms_norm(k_sel_BND, self.key_sel_norm[...])
-        if c.positions == "rotary":
-            q_BNHD = rotary(q_BNHD, position_N, c.rotary_base)
-            k_BNKD = rotary(k_BNKD, position_N, c.rotary_base)
-            if q_sel_BND is not None and k_sel_BND is not None:
-                q_sel_BND = rotary(q_sel_BND[:, :, None], position_N, c.rotary_base)[:, :, 0]
-                k_sel_BND = rotary(k_sel_BND[:, :, None], position_N, c.rotary_base)[:, :, 0]
+        q_BNHD = keep(contract("bne,ehd->bnhd", h_BNE, self.w_query, "batch", "sequence", "heads", None))
+        k_BNKD = keep(contract("bne,ekd->bnkd", h_BNE, self.w_key, "batch", "sequence", "kv_heads", None))
+        v_BNKD = keep(contract("bne,ekd->bnkd", h_BNE, self.w_value, "batch", "sequence", "kv_heads", None))
+
+        def place(x_BNHD: Array, scale: str, heads: str | None) -> Array:
+            if c.fuses_norm_rotary and np.ndim(position_N) == 1:
+                return fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
+            if c.qk_norm:
+                x_BNHD = rms_norm(x_BNHD, getattr(self, scale)[...])
+            return rotary(x_BNHD, position_N, c.rotary_base) if c.positions == "rotary" else x_BNHD
+
+        q_BNHD, k_BNKD = place(q_BNHD, "query_norm", "heads"), place(k_BNKD, "key_norm", "kv_heads")
+        if c.selection is not Selection.OWN_HEAD:
+            return q_BNHD, k_BNKD, v_BNKD, None, None
+        q_sel_BND = keep(contract("bne,ed->bnd", h_BNE, self.w_query_sel, "batch", "sequence", None))
+        k_sel_BND = keep(contract("bne,ed->bnd", h_BNE, self.w_key_sel, "batch", "sequence", None))
+        q_sel_BND = place(q_sel_BND[:, :, None], "query_sel_norm", None)[:, :, 0]
+        k_sel_BND = place(k_sel_BND[:, :, None], "key_sel_norm", None)[:, :, 0]
         return q_BNHD, k_BNKD, v_BNKD, q_sel_BND, k_sel_BND
 
 
@@ -287,10 +295,3 @@ def _lookup(table: nnx.Param, tokens_BN: Array) -> Array:
     if spec is None:
         return table[...][tokens_BN]
     return reshard(table[...], None, None).at[tokens_BN].get(out_sharding=spec)
-
-
-def rematerialised(layer: Callable, remat: str) -> Callable:
-    if remat == "none":
-        return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps XLA from undoing it
