@@ -1,5 +1,6 @@
 """A cloud on this machine for launch/tpu_pod.sh: see fake_gcloud/gcloud.py."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -162,9 +163,10 @@ class Cloud:
     def host_signal(self, host: int, number: int) -> None:
         """To the trainer of a host, wherever it is."""
         for pid in self.host_processes():
-            environment, command = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
-            if f"PROCESS_ID={host}".encode() in environment.split(b"\0") and b"-m\0trainer" in command:
-                os.kill(pid, number)
+            with contextlib.suppress(OSError):  # it has just ended
+                environment, command = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+                if f"PROCESS_ID={host}".encode() in environment.split(b"\0") and b"-m\0trainer" in command:
+                    os.kill(pid, number)
 
     def close(self) -> None:
         for _ in range(3):
