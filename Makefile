@@ -37,7 +37,7 @@ study: train
 test: setup
 	@$(RUN) -m pytest -n 2 -m "not slow" tests
 
-# Real pods on this machine, hosts killed and stopped at random, damaged files, full disks: about ten minutes.
+# Real pods on this machine, hosts killed and stopped at random, damaged files, full disks.
 test-faults: setup
 	@$(RUN) -m pytest -s tests/trainer/test_pod.py tests/trainer/test_checkpoint*.py tests/trainer/test_damage.py tests/trainer/test_bad_numbers.py
 

@@ -1,6 +1,6 @@
 """Time from a process's start to its first step, cold (nothing compiled yet) and warm (a restart of the same run).
 
-    python benchmarks/restart.py --data runs/demo/data
+    python benchmarks/restart.py [--data DATASET --vocab-size N]
 
 Real processes on this machine: one with eight emulated devices, and a pod of 2 x 4. The config is `configs/demo.py` at
 d = 4.
@@ -13,6 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+
+from launch import demo
 
 PROGRAMS = {
     "1 process x 8": ["trainer"],
@@ -23,10 +26,11 @@ PROGRAMS = {
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="runs/demo/data", help="a dataset; `make train` leaves this one")
+    parser.add_argument("--data", help="a dataset; by default that of `make train`, made if need be")
     parser.add_argument("--vocab-size", type=int, default=2048, help="of that dataset")
     options = parser.parse_args()
-    flags = ["--config=configs/demo.py", f"--config.data.path={options.data}", "--config.model.width=4"]
+    data = options.data or demo.prepare_dataset(Path("runs/demo"))
+    flags = ["--config=configs/demo.py", f"--config.data.path={data}", "--config.model.width=4"]
     flags += [f"--config.model.vocab_size={options.vocab_size}", "--config.context_length=64"]
     print(f"{'':<18}{'cold, s':>10}{'warm, s':>10}{'ratio':>8}")
     for name, program in PROGRAMS.items():

@@ -166,7 +166,8 @@ class Run:
                     if self.evaluate(num_eval_batches, "eval") is None:
                         return self.leave()
                     self.last_eval_step = self.step
-                if self.is_due(config.faults.check_replicas_every_steps) or self.step == config.steps:
+                every = config.faults.check_replicas_every_steps
+                if self.is_due(every) or (every and self.step == config.steps):
                     self.log.drain()
                     self.check_replicas(self.state.params, self.step)
                 if self.is_due(config.checkpoint.every_steps):
