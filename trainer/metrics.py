@@ -24,9 +24,7 @@ class MetricsWriter:
     def __init__(self, directory: str, first_step: int, enabled: bool = True) -> None:
         """`first_step`: as `withdraw`, of what earlier processes wrote."""
         self._writer = EventFileWriter(directory) if enabled else None
-        self.withdraw(
-            first_step
-        )  # also from the first step: an earlier process may have died before its first checkpoint
+        self.withdraw(first_step)  # even from step 1: an earlier process may have died before its first checkpoint
 
     def withdraw(self, first_step: int) -> None:
         """What was written from this step on no longer holds, since it will be computed again."""

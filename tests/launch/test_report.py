@@ -178,18 +178,19 @@ def test_the_terminal_table_has_a_line_for_each_run(written, runs):
         assert f"{one.perplexity:.2f}" in line
 
 
-@pytest.mark.parametrize("announced", [True, False], ids=["with a session start", "without"])
-def test_a_restarted_run_shows_the_later_value_of_a_step(tmp_path, announced):
+@pytest.mark.parametrize("first_step", [4, 1], ids=["from a checkpoint", "from the start"])
+def test_a_restarted_run_shows_the_later_value_of_a_step(tmp_path, first_step):
     first = MetricsWriter(str(tmp_path / "tensorboard"), 1)
     for step in range(1, 6):
         first.write(step, {"train/loss": 10.0 + step})
     first.close()
-    second = MetricsWriter(str(tmp_path / "tensorboard"), 4 if announced else 0)
-    for step in range(4, 8):
+    second = MetricsWriter(str(tmp_path / "tensorboard"), first_step)
+    for step in range(first_step, 8):
         second.write(step, {"train/loss": 20.0 + step})
     second.close()
     curve = report.read_scalar(tmp_path, "train/loss")
-    assert curve == Curve([1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 24, 25, 26, 27])
+    values = [(10 if step < first_step else 20) + step for step in range(1, 8)]
+    assert curve == Curve([1, 2, 3, 4, 5, 6, 7], values)
     assert report.read_scalar(tmp_path, "no/such") == Curve([], [])
 
 
