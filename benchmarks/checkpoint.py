@@ -1,22 +1,25 @@
 """What a checkpoint costs the training loop: time of its thread, and memory of the host.
 
-    python benchmarks/checkpoint.py [--batch-size=8] [--context-length=128] [--saves=3]
+    python benchmarks/checkpoint.py [--batch-size=8] [--context-length=128] [--saves=8]
 
 Trains a model of about 100 million parameters (fp32, with AdamW's two moments 12 bytes a parameter) on random tokens
-on one device, saves in between, and prints: a step's time, how long `save` keeps the thread that trains, how long the
-next step takes while the save goes on in the background, how long until the checkpoint is sealed, and by how much the
-process grew over what training without a save needs, as a multiple of the state. The smaller the batch, the harder it
-is to hide a save.
+on one device, and saves again and again: once at rest, and once beside steps that go on until it is sealed. Prints how
+long `save` keeps the thread that trains, how long the next step takes beside it, and by how much the process grew: at
+rest over its resident size right before, beside steps over the peak of the steps right before. The smaller the batch,
+the harder it is to hide a save.
 """
 
 import argparse
+import collections
+import ctypes
+import gc
+import itertools
 import os
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +29,32 @@ from trainer.batches import batch_sharding
 from trainer.checkpoint import Checkpoints, abstract_state
 from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
-from trainer.state import TrainState, init_state, make_optimizer
+from trainer.state import init_state, make_optimizer
 
 PAD_ID = 0
+TIMES = {
+    "a train step": "step",
+    "a save keeps the training thread for": "stall",
+    "the train step beside it": "step beside",
+    "from save to sealed, without steps": "sealed",
+}
+MEMORY = {
+    "beside steps, over the steps' own peak": "memory beside",
+    "at rest, over the process right before": "memory at rest",
+}
 
 
 class PeakMemory:
-    """The largest resident size of this process since `start`, bytes, read every 5 ms."""
+    """The largest resident size of this process between enter and exit, bytes, read every 3 ms.
+
+    What was freed before is given back to the system first: a save that merely used it again would look too cheap.
+    """
 
     def __enter__(self) -> "PeakMemory":
-        self._running, self.before = True, resident_bytes()
-        self.peak = self.before
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        self.before = self.peak = resident_bytes()
+        self._running = True
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
@@ -48,7 +66,7 @@ class PeakMemory:
     def _watch(self) -> None:
         while self._running:
             self.peak = max(self.peak, resident_bytes())
-            time.sleep(0.005)
+            time.sleep(0.003)
 
 
 def resident_bytes() -> int:
@@ -56,17 +74,17 @@ def resident_bytes() -> int:
         return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+def timed(action: Callable[[], None]) -> float:
     start = time.perf_counter()
-    result = jax.block_until_ready(action())
-    return time.perf_counter() - start, result
+    action()
+    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
     parser.add_argument("--context-length", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--saves", type=int, default=3, help="checkpoints that are timed, after one that compiles")
+    parser.add_argument("--saves", type=int, default=8, help="of each kind, after one that compiles")
     arguments = parser.parse_args()
     config = c4.get_config("d12")
     fields = {"batch_size": arguments.batch_size, "context_length": arguments.context_length, "mesh.data": 1}
@@ -88,46 +106,48 @@ def main() -> None:
         state = jax.jit(lambda: init_state(config, optimizer))()
         size = sum(x.nbytes for x in jax.tree.leaves(state))
 
-        def train(state: TrainState) -> TrainState:
-            return step(state, batch, *others)[0]
+        def train() -> None:
+            nonlocal state
+            state = jax.block_until_ready(step(state, batch, *others)[0])
 
-        steps, stalls, during, until_sealed, growth = [], [], [], [], []
-        training_peak = 0
         checkpoints = Checkpoints(workdir, config, "benchmark")
-        for number in range(arguments.saves + 1):
-            with PeakMemory() as of_training:
-                for _ in range(2):
-                    seconds, state = timed(lambda state=state: train(state))
-                    steps.append(seconds)
-            with PeakMemory() as memory:
+        numbers = itertools.count(1)
+
+        def save() -> None:
+            checkpoints.save(next(numbers), state, {}, None)
+
+        columns: dict[str, list[float]] = collections.defaultdict(list)
+        for _ in range(arguments.saves + 1):
+            with PeakMemory() as training:
+                columns["step"] += [timed(train) for _ in range(2)]
+            with PeakMemory() as beside:
+                columns["stall"].append(timed(save))
+                columns["step beside"].append(timed(train))
+                while checkpoints.poll() == "saving":
+                    timed(train)
+            columns["memory beside"].append((beside.peak - training.peak) / size)
+            with PeakMemory() as at_rest:
                 start = time.perf_counter()
-                checkpoints.save(number + 1, state, {}, None)
-                stalls.append(time.perf_counter() - start)
-                seconds, state = timed(lambda state=state: train(state))
-                during.append(seconds)
+                save()
                 checkpoints.wait()
-                until_sealed.append(time.perf_counter() - start)
-            # Before any save: afterwards the allocator may keep what a save has used.
-            training_peak = training_peak or of_training.peak
-            growth.append((memory.peak - training_peak) / size)
+                columns["sealed"].append(time.perf_counter() - start)
+            columns["memory at rest"].append((at_rest.peak - at_rest.before) / size)
             if checkpoints.failure:
                 raise SystemExit(f"error: {checkpoints.failure}")
         checkpoints.close()
-    step_seconds = statistics.median(steps[1:])
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(f"{parameters:,} parameters, state {size / 1e9:.2f} GB, {jax.default_backend()}, ", end="")
-    print(f"batch {config.batch_size} x {config.context_length} tokens; medians of {arguments.saves} saves")
-    print(f"{'':44}{'seconds':>9}{'steps':>8}")
-    rows = {
-        "train step": step_seconds,
-        "first save: the training thread waits": stalls[0],
-        "save: the training thread waits": statistics.median(stalls[1:]),
-        "train step beside a save": statistics.median(during[1:]),
-        "from save to sealed": statistics.median(until_sealed[1:]),
-    }
-    for name, seconds in rows.items():
-        print(f"{name:44}{seconds:9.2f}{seconds / step_seconds:8.2f}")
-    print(f"a save's memory on top of training's, at most: {max(growth):.2f} x the state")
+    print(f"batch {config.batch_size} x {config.context_length} tokens; {arguments.saves} saves of each kind")
+    step_seconds = statistics.median(columns["step"][2:])
+    print(f"{'seconds':42}{'median':>8}{'most':>8}{'median, steps':>16}{'most, steps':>14}")
+    for name, key in TIMES.items():
+        values = columns[key][2 if key == "step" else 1 :]
+        median, most = statistics.median(values), max(values)
+        print(f"{name:42}{median:8.2f}{most:8.2f}{median / step_seconds:16.2f}{most / step_seconds:14.2f}")
+    print(f"the first save, which compiles, keeps the training thread for {columns['stall'][0]:.2f} s")
+    print(f"{'memory of a save, in states':42}{'median':>8}{'most':>8}")
+    for name, key in MEMORY.items():
+        print(f"{name:42}{statistics.median(columns[key][1:]):8.2f}{max(columns[key][1:]):8.2f}")
 
 
 if __name__ == "__main__":
