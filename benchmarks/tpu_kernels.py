@@ -17,7 +17,6 @@ The table comes out the same on every machine.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -27,65 +26,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Topology name, its extra arguments, cores that share one device's work, clock in Hz.
-V4_ARGUMENTS = {
-    "chip_config_name": "megacore",
-    "chips_per_host_bounds": (2, 2, 1),
-    "num_slices": 1,
-    "wrap": (False,) * 3,
-}
-GENERATIONS = {
-    "v4": ("v4:2x2x1", V4_ARGUMENTS, 2, 1.05e9),
-    "v5p": ("v5p:2x2x1", V4_ARGUMENTS, 2, 1.75e9),
-    "v5e": ("v5e:2x2", {}, 1, 1.5e9),
-    "v6e": ("v6e:2x2", {}, 1, 1.75e9),
-}
-KERNELS = {  # the kernels of a program, as the compiler names them, and which of their large regions are tiles
-    "selective": {
-        "selective_attention_forward": ("diagonal", "tile"),
-        "selective_attention_backward": ("diagonal", "tile"),
-    },
-    "splash": {"splash_mha_fwd": ("tile",), "splash_mha_dkv": ("tile",), "splash_mha_dq": ("tile",)},
+from launch.plan import schedule, topologies
+
+SLICES = {"v4": "v4-8", "v5p": "v5p-8", "v5e": "v5e-4", "v6e": "v6e-4"}  # what is compiled for, of each generation
+KERNELS = {  # of a program, as the compiler names them
+    "selective": ("selective_attention_forward", "selective_attention_backward"),
+    "splash": ("splash_mha_fwd", "splash_mha_dkv", "splash_mha_dq"),
 }
 KERNELS["standard"] = KERNELS["selective"]
 SPLASH_BLOCK, OUR_BLOCK = 512, 256
 ITEM_BYTES = {"f32": 4, "s32": 4, "bf16": 2, "s8": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Region:
-    """A stretch of a kernel's program that runs as a whole."""
-
-    bundles: int
-    busy: dict[str, float]  # share of a slot's capacity that is used
-    spills: int
-
-
-def read_schedule(folder: Path, kernel: str) -> tuple[int, list[Region]]:
-    """Bundles of a kernel's whole program, and its innermost regions that use the MXU, in program order."""
-    program = next(p for p in sorted(folder.glob(f"*{kernel}*-final_bundles.txt")) if "analysis" not in p.name)
-    table = next(folder.glob(f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt")).read_text()
-    capacities, uses = re.split(r"== UTILIZATION:\s*", table)
-    slots, capacity = (line.replace(",", " ").split() for line in capacities.strip().splitlines()[-2:])
-    use = [[int(n) for n in line.split()] for line in uses.strip().splitlines()]
-    address, starts, spans = 0, {}, set()
-    for line in program.read_text().splitlines():
-        if found := re.match(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:", line):
-            address = int(found[1], 16)
-        for kind, name in re.findall(r"(Start|End) region (\d+)", line):
-            if kind == "Start":
-                starts[name] = address
-            elif name in starts:
-                spans.add((starts[name], address))
-    regions = []
-    for start, end in sorted(spans):
-        rows = [row for row in use[start : end + 1] if len(row) == len(slots)]
-        holds_another = any(s != (start, end) and start <= s[0] and s[1] <= end and s[1] - s[0] > 100 for s in spans)
-        total = dict(zip(slots, map(sum, zip(*rows, strict=True)), strict=True)) if rows else {}
-        if not holds_another and total.get("MXU"):
-            busy = {slot: total[slot] / len(rows) / int(n) for slot, n in zip(slots, capacity, strict=True)}
-            regions.append(Region(end - start + 1, busy, total["VSTORE:SPILL"]))
-    return address + 1, regions
 
 
 def vmem_bytes(folder: Path, kernel: str) -> int:
@@ -138,10 +88,9 @@ def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> l
     """Compiles in this process, whose environment `measure` has set, and reads the schedules: one row per kernel."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
-    topology, extra, cores, clock = GENERATIONS[arguments.generation]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra).devices
+    topology = topologies.find(SLICES[arguments.generation])
+    devices, chip = topology.describe(1).devices, topology.chip
     shape = (arguments.batch, arguments.length, arguments.heads, arguments.width)
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     function = attention(program, arguments.length, arguments.heads)
@@ -154,13 +103,10 @@ def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> l
     heads_per_step = 1 if program == "splash" else arguments.heads
     blocks = math.ceil(arguments.length / block)
     rows = []
-    for kernel, kinds in KERNELS[program].items():
-        total, regions = read_schedule(folder, kernel)
-        tiles = dict(zip(kinds, regions, strict=False))
-        tile, diagonal = tiles["tile"], tiles.get("diagonal", tiles["tile"])
-        other = total - sum(region.bundles for region in regions)
-        cycles = blocks * (blocks - 1) // 2 * tile.bundles + blocks * diagonal.bundles + blocks**2 * other
-        cycles *= arguments.batch * arguments.heads / heads_per_step / cores
+    for kernel in KERNELS[program]:
+        found = schedule.read_schedule(folder, f"{kernel}*", kernel)
+        tile, diagonal = found.tile, found.diagonal
+        cycles = found.cycles(blocks, blocks) * arguments.batch * arguments.heads / heads_per_step / chip.cores
         logits = block**2 * heads_per_step / 1024
         rows.append(
             {
@@ -169,13 +115,13 @@ def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> l
                 "kernel": kernel,
                 "bundles": tile.bundles / logits,
                 "bundles_diagonal": diagonal.bundles / logits,
-                "bundles_other": other,
+                "bundles_other": found.other,
                 "busy": dict(sorted(tile.busy.items(), key=lambda item: -item[1])[:3]),
                 "spills": tile.spills,
                 "vmem": vmem_bytes(folder, kernel),
                 "hbm": hbm_bytes(hlo, kernel),
                 "largest_array": largest_array(hlo),
-                "milliseconds": 1e3 * cycles / clock,
+                "milliseconds": 1e3 * cycles / chip.clock,
             }
         )
     return rows
@@ -184,14 +130,7 @@ def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> l
 def measure(program: str, generation: str, arguments: argparse.Namespace) -> list[dict]:
     """Compiles in a process of its own: libtpu reads its options once, when JAX first loads it."""
     with tempfile.TemporaryDirectory() as folder:
-        options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "LIBTPU_INIT_ARGS": options,
-        }
+        environment = schedule.environment(folder, passes=".*(final_|original).*")
         flags = [f"--{name}={getattr(arguments, name)}" for name in ("length", "heads", "width", "batch")]
         command = [sys.executable, __file__, f"--compile={program}:{generation}:{folder}", *flags]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
@@ -202,7 +141,7 @@ def measure(program: str, generation: str, arguments: argparse.Namespace) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", default="v4", help=f"of {', '.join(GENERATIONS)}; comma-separated")
+    parser.add_argument("--generations", default="v4", help=f"of {', '.join(SLICES)}; comma-separated")
     parser.add_argument("--programs", default="selective,standard,splash", help="comma-separated")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--heads", type=int, default=12)

@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1  # batch rows, parameters sharded
     c.mesh.context = 1  # positions of the sequence
     c.mesh.tensor = 1  # heads, SwiGLU width and vocabulary
+    c.mesh.topology = "v4-32"  # slice that these sizes are meant for: what launch.plan compiles for by default
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1_000  # steps between checkpoints

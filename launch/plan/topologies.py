@@ -17,7 +17,8 @@ class Generation:
     cores: int  # TensorCores that share one device's work
     clock: float  # Hz
     peak_flops: float  # FLOP/s in bfloat16
-    hbm_bytes: float  # that a program may use: v4's by the compiler's message, the others' an assumption
+    hbm_bytes: float  # that a program may use: by the compiler, when a program needs more
+    hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s of one ICI link in one direction
     dcn_bandwidth: float  # bytes/s of one chip's share of its host's network
     names_count_cores: bool  # v4-8 has 8 TensorCores, v5e-8 has 8 chips
@@ -32,10 +33,10 @@ CUBES = (
 SQUARES = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 GENERATIONS = {
     # The DCN share of v4 is not published per chip: v5p's is assumed.
-    "v4": Generation(2, 1.05e9, 275e12, 30.75 * GIB, 50e9, 6.25e9, True, 4, CUBES),
-    "v5p": Generation(2, 1.75e9, 459e12, 95.74 * GIB, 100e9, 6.25e9, True, 4, CUBES),
-    "v5e": Generation(1, 1.5e9, 197e12, 15.75 * GIB, 50e9, 3.125e9, False, 16, SQUARES),
-    "v6e": Generation(1, 1.75e9, 918e12, 31.25 * GIB, 100e9, 12.5e9, False, 16, SQUARES),
+    "v4": Generation(2, 1.05e9, 275e12, 30.75 * GIB, 1228e9, 50e9, 6.25e9, True, 4, CUBES),
+    "v5p": Generation(2, 1.75e9, 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, True, 4, CUBES),
+    "v5e": Generation(1, 1.5e9, 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, False, 16, SQUARES),
+    "v6e": Generation(1, 1.75e9, 918e12, 31.25 * GIB, 1640e9, 100e9, 12.5e9, False, 16, SQUARES),
 }
 
 

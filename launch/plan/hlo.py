@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
-_ARRAY = re.compile(r"\b(pred|s8|u8|bf16|f16|s16|u16|f32|s32|u32|f64)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|s8|u8|bf16|f16|s16|u16|f32|s32|u32|f64)\[([\d,]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*)")
 
 
@@ -20,6 +20,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
+    space: int = 0  # 0 is HBM; others are on the chip
 
     @property
     def bytes(self) -> int:
@@ -49,6 +50,10 @@ class Instruction:
         """The compiler's estimate, per chip; 0 where it makes none."""
         return int(_group(r'"estimated_cycles":"(\d+)"', self.text) or 0)
 
+    def operands(self) -> list[str]:
+        """The names of the instructions whose results it takes."""
+        return re.findall(r"%([^\s,)]+)", self.text.split(")", 1)[0])
+
     def called(self) -> list[str]:
         """Computations that it runs, but for the functions of reductions."""
         found = re.findall(r"(?:calls|body|true_computation|false_computation)=%([^\s,)}]+)", self.text)
@@ -72,7 +77,10 @@ class Operation:
 
 def arrays(text: str) -> list[Array]:
     """The arrays of a type, such as (f32[2,3], bf16[4])."""
-    return [Array(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in _ARRAY.findall(text)]
+    found = _ARRAY.findall(text)
+    return [
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), int(space or 0)) for dtype, shape, space in found
+    ]
 
 
 class Program:
@@ -135,18 +143,19 @@ class Program:
     def _flops(self, instruction: Instruction) -> float:
         if instruction.opcode not in ("convolution", "dot"):
             return 0.0
-        operands = [self._shape(name) for name in re.findall(r"%([^\s,)]+)", instruction.text.split(")", 1)[0])]
+        operands = [self.result(name).shape for name in instruction.operands()]
         output = instruction.arrays[0].shape
         if instruction.opcode == "dot":
             contracted = _group(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text).split(",")
             return 2.0 * math.prod(output) * math.prod(operands[0][int(n)] for n in contracted if n)
         return _convolution_flops(instruction.text, operands[0], operands[1], output)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if not hasattr(self, "_shapes"):
+    def result(self, name: str) -> Array:
+        """What the instruction of this name gives, the first array if several."""
+        if not hasattr(self, "_results"):
             everything = itertools.chain.from_iterable(self.computations.values())
-            self._shapes = {i.name: i.arrays[0].shape for i in everything if i.arrays}
-        return self._shapes[name]
+            self._results = {i.name: i.arrays[0] for i in everything if i.arrays}
+        return self._results[name]
 
 
 def _instruction(name: str, rest: str) -> Instruction:

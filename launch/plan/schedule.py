@@ -1,12 +1,15 @@
 """What a Pallas kernel costs by the TPU compiler's own schedule of it.
 
-XLA's text gives no cycles for such kernels. With `dump_options` the compiler writes the final VLIW programs: one bundle
+XLA's text gives no cycles for such kernels. With `environment` the compiler writes the final VLIW programs: one bundle
 takes at least one cycle, so the bundles of the region that runs per tile, times the tiles, and what remains of the
 program, times the grid's steps, are a lower bound that is close where the schedule is the limit.
 """
 
+import base64
 import dataclasses
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 # The kernels of a program, as the compiler names them, and which of their large regions are tiles, in program order.
@@ -17,7 +20,6 @@ KERNELS = {
     "splash_mha_dkv": ("tile",),
     "splash_mha_dq": ("tile",),
 }
-OUR_BLOCK = {"bf16": 256, "f32": 128}  # queries, and keys, of one tile of this project's kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,27 +50,84 @@ class Schedule:
         return whole * self.tile.bundles + query_blocks * self.diagonal.bundles + steps * self.other
 
 
-def dump_options(folder: str | Path, passes: str = ".*final_.*") -> str:
-    """Options for LIBTPU_INIT_ARGS that write schedules into `folder`; `passes` is a pattern of what to write."""
-    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={passes}"
+def environment(folder: str | Path, passes: str = ".*final_.*") -> dict[str, str]:
+    """Variables for a process that compiles for TPUs without one and writes schedules into `folder`.
+
+    `passes` is a pattern of what to write. libtpu reads these once, when JAX first loads it, so that every compilation
+    needs a process of its own.
+    """
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={passes}"
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "LIBTPU_INIT_ARGS": dump,
+    }
+
+
+def kernel_cycles(folder: Path, calls: Sequence[str], body: str) -> float:
+    """Cycles of one call of a kernel on one core, from the schedule in `folder` and its program in Mosaic's bytecode.
+
+    `calls` are the names of all calls of the same program: the compiler writes the schedule of some of them.
+
+    An attention kernel, whose grid is (sequences, groups of heads, blocks of queries, blocks of keys), runs the tiles
+    below the diagonal; the mean over chunks where the queries are one chunk of the keys' sequence. Of any other kernel
+    all of the program runs in each step of the grid.
+
+    Raises:
+      ValueError: there is no schedule of any of them.
+    """
+    steps = grid(body)
+    call = next((call for call in calls if list(folder.glob(f"*-{call}-*final_bundles.txt"))), calls[0])
+    name = call.split(".", 1)[0]
+    if name in KERNELS and len(steps) == 4:
+        batch, groups, query_blocks, key_blocks = steps
+        schedule = read_schedule(folder, call, name)
+        return batch * groups * schedule.cycles(query_blocks, key_blocks, (key_blocks - query_blocks) / 2)
+    return math.prod(steps) * _regions(*_files(folder, call))[0]
+
+
+def grid(body: str) -> tuple[int, ...]:
+    """The grid of a Pallas kernel, from the base64 of its program in the text of a compiled step.
+
+    Raises:
+      ValueError: it says none.
+    """
+    from jaxlib.mlir import ir
+    from jaxlib.mosaic.python import tpu
+
+    with ir.Context() as context:
+        context.allow_unregistered_dialects = True
+        tpu.register_dialect(context)
+        text = str(ir.Module.parse(base64.b64decode(body)))
+    found = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)
+    if found is None:
+        raise ValueError("a Pallas kernel of the program does not say its grid; is this the jaxlib of constraints.txt?")
+    return tuple(int(n) for n in found[1].split(","))
 
 
 def read_schedule(folder: Path, kernel: str, name: str) -> Schedule:
-    """The schedule of the kernel called `name` (one of KERNELS), whose files in `folder` hold `kernel`.
+    """The schedule of the kernel `name` (one of KERNELS), as the program calls it `kernel` (a pattern of files).
 
     Raises:
       ValueError: there is none, or it has no region that looks like a tile.
     """
-    programs = [p for p in sorted(folder.glob(f"*{kernel}-*-final_bundles.txt")) if "analysis" not in p.name]
-    tables = sorted(folder.glob(f"*{kernel}-*-final_hlo-static-per-bundle-utilization.txt"))
-    if not programs or not tables:
-        raise ValueError(f"the compiler wrote no schedule of {kernel}")
-    total, regions = _regions(programs[0], tables[0])
+    total, regions = _regions(*_files(folder, kernel))
     tiles = dict(zip(KERNELS[name], regions, strict=False))
     if "tile" not in tiles:
         raise ValueError(f"the schedule of {kernel} has {len(regions)} regions that use the MXU; no tile among them")
     other = total - sum(region.bundles for region in regions)
     return Schedule(tiles["tile"], tiles.get("diagonal", tiles["tile"]), other)
+
+
+def _files(folder: Path, kernel: str) -> tuple[Path, Path]:
+    """A kernel's program and its table of slots."""
+    programs = [p for p in sorted(folder.glob(f"*-{kernel}[-.]*final_bundles.txt")) if "analysis" not in p.name]
+    tables = sorted(folder.glob(f"*-{kernel}[-.]*final_hlo-static-per-bundle-utilization.txt"))
+    if not programs or not tables:
+        raise ValueError(f"the compiler wrote no schedule of {kernel}")
+    return programs[0], tables[0]
 
 
 def _regions(program: Path, table: Path) -> tuple[int, list[Region]]:

@@ -1,0 +1,126 @@
+"""What a run will do on a slice that you don't have, by the TPU compiler: estimates, before anything is paid for.
+
+    python -m launch.plan --config=configs/c4.py:d12 [--topology=v4-32] [--slices=2] [--mesh=data=4,fsdp=4]
+        [--json=OUT] [--hlo=OUT] [--price-per-chip-hour=DOLLARS] [--config.key=value]
+    python -m launch.plan --config=configs/c4.py:d12 --topology=v4-32 --sweep [--mesh=tensor=1]
+    python -m launch.plan --config=configs/c4.py:d12 --topology=v4-8,v4-16,v4-32 [--png=OUT]
+
+Compiles the very step that the trainer runs. The first form says whether it fits and how long a step should take, and
+tries what would make it fit; the second ranks meshes, `--mesh` holding axes fixed; the third shows how speed scales.
+How times are estimated: launch/plan/times.py. Exit codes: 0, 2 a mistake in the command, 3 does not fit.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from launch.plan import chart, scaling, tables
+from launch.plan.estimate import plan
+from launch.plan.remedies import try_remedies
+from launch.plan.sweep import sweep, workers
+from trainer.__main__ import CONFIG, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
+from trainer.config import check_config
+from trainer.errors import ConfigError
+from trainer.mesh import AXES
+
+TOPOLOGY = flags.DEFINE_list("topology", [], "Slices by their public names; by default the config's mesh.topology.")
+SLICES = flags.DEFINE_integer("slices", 1, "How many slices, joined by their hosts' network.", lower_bound=1)
+MESH = flags.DEFINE_string("mesh", "", "Sizes of axes, e.g. data=4,fsdp=2,tensor=2; by default the config's.")
+SWEEP = flags.DEFINE_bool("sweep", False, "Compile all sensible meshes, and rank them.")
+JSON = flags.DEFINE_string("json", "", "File for the result as JSON.")
+HLO = flags.DEFINE_string("hlo", "", "File for the optimised program of a single plan.")
+PNG = flags.DEFINE_string("png", "", "File for a picture of how several topologies scale.")
+PRICE = flags.DEFINE_float("price-per-chip-hour", 0.0, "Dollars.", lower_bound=0.0)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; values are given as --config.key=value")
+    if importlib.util.find_spec("libtpu") is None:
+        _mistake("the TPU compiler is not installed; run: pip install -e '.[tpu]'")
+    config = CONFIG.value
+    try:
+        names = [name.strip() for name in TOPOLOGY.value] or [config.mesh.topology]
+        _check_flags(names)
+        fixed = parse_mesh(MESH.value)
+        config.mesh.update(fixed)
+        check_config(config)
+        code = _run(config, names, fixed)
+    except ConfigError as error:
+        _mistake(str(error))
+    sys.exit(code)
+
+
+def _run(config: ConfigDict, names: list[str], fixed: dict[str, int]) -> int:
+    """Plans what the flags ask for, writes and prints it; the exit code."""
+    slices = SLICES.value
+    if SWEEP.value:
+        plans = sweep(config, names[0], slices, fixed, plan)
+        _write({"topology": names[0], "slices": slices, "plans": plans})
+        print(f"{names[0]}, batch {config.batch_size} x {config.context_length} tokens\n\n{tables.sweep_table(plans)}")
+        return 0 if plans[0]["fits"] else EXIT_OUT_OF_MEMORY
+    if len(names) > 1:
+        rows = scaling.scale(config, names, slices, plan)
+        _write({"scaling": rows})
+        if PNG.value:
+            chart.draw(rows, PNG.value)
+        print(tables.scaling_table(rows))
+        return 0 if any("error" not in row for row in rows) else EXIT_OUT_OF_MEMORY
+    made = plan(config, names[0], slices)
+    hlo = made.pop("hlo", "")
+    if HLO.value and hlo:
+        Path(HLO.value).write_text(hlo)
+    if not made["fits"]:
+        print("It does not fit; compiling what might", file=sys.stderr)
+        made["remedies"] = try_remedies(config, made, plan, workers())
+    _write(made)
+    print(tables.plan_table(made, PRICE.value))
+    return 0 if made["fits"] else EXIT_OUT_OF_MEMORY
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes of axes in a value of `--mesh`.
+
+    Raises:
+      ConfigError: it has no such form, or no such axis.
+    """
+    sizes = {}
+    for item in filter(None, text.split(",")):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not size.removeprefix("-").isdigit():
+            raise ConfigError(f"--mesh: {item!r} is not AXIS=SIZE with an axis of {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _check_flags(names: list[str]) -> None:
+    if SWEEP.value and len(names) > 1:
+        raise ConfigError(f"--sweep takes one --topology, got {', '.join(names)}")
+    single = not SWEEP.value and len(names) == 1
+    if HLO.value and not single:
+        raise ConfigError("--hlo is for a single plan; leave out --sweep, and give one --topology")
+    if PNG.value and (SWEEP.value or len(names) == 1):
+        raise ConfigError("--png is for several topologies, such as --topology=v4-8,v4-16,v4-32")
+    for path in filter(None, (JSON.value, HLO.value, PNG.value)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"there is no folder {Path(path).parent} to write {path} to")
+
+
+def _write(result: dict[str, Any]) -> None:
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _mistake(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_MISTAKE)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,66 @@
+"""What would make a step fit that does not: changes to the config, each of them compiled."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from launch.plan.estimate import Change, Planner, changed
+from trainer.errors import ConfigError
+
+
+def flags(change: Change) -> str:
+    """A change as the trainer takes it."""
+    return " ".join(f"--config.{name}={value}" for name, value in change.items())
+
+
+def candidates(config: ConfigDict, mesh: dict[str, int], slices: int) -> tuple[list[Change], list[Change]]:
+    """Single changes, and after them all together: recompute layers, shard the state over more chips, split the batch.
+
+    `mesh` has the sizes of the axes. Sharding never leaves a slice.
+    """
+    single: list[Change] = []
+    if config.model.remat != "block":
+        single.append({"model.remat": "block"})
+    fsdp = mesh["data"] * mesh["fsdp"] // slices
+    if fsdp > mesh["fsdp"]:
+        single.append({"mesh.data": slices, "mesh.fsdp": fsdp})
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.accumulation)
+    if rows % 2 == 0:
+        single.append({"accumulation": config.accumulation * 2})
+    together: Change = {name: value for change in single for name, value in change.items()}
+    combined = [together] if len(single) > 1 else []
+    if rows % 4 == 0:
+        most = rows & -rows  # the largest power of two that divides the rows of a chip
+        combined.append(together | {"accumulation": config.accumulation * most})
+    return single, combined
+
+
+def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner, workers: int) -> list[dict[str, Any]]:
+    """One row for each change that was compiled: `change`, `step_ms` and `headroom` where it fits, else `needs`.
+
+    Changes together are compiled only where none alone is enough.
+    """
+    single, combined = candidates(config, failed["mesh"], failed["slices"])
+    rows = _try(config, single, failed, planner, workers)
+    if not any("step_ms" in row for row in rows):
+        rows += _try(config, combined, failed, planner, workers)
+    return rows
+
+
+def _try(
+    config: ConfigDict, changes: Sequence[Change], failed: dict[str, Any], planner: Planner, workers: int
+) -> list[dict[str, Any]]:
+    def attempt(change: Change) -> dict[str, Any]:
+        row: dict[str, Any] = {"change": flags(change)}
+        try:
+            made = planner(changed(config, change), failed["topology"], failed["slices"])
+        except ConfigError as error:
+            return row | {"needs": str(error)}
+        if not made["fits"]:
+            return row | {"needs": made.get("error") or "more HBM than the chip has"}
+        return row | {"step_ms": made["step_ms"], "headroom": made["headroom"]}
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(attempt, changes))

@@ -1,0 +1,53 @@
+"""How the estimate scales over several topologies: the same batch (strong), and as much for each chip (weak)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from launch.plan import topologies
+from launch.plan.estimate import Planner, changed, check_rows
+from launch.plan.sweep import compile_all
+from trainer.errors import ConfigError
+
+
+def scale(config: ConfigDict, names: Sequence[str], slices: int, planner: Planner) -> list[dict[str, Any]]:
+    """Rows of `scaling` ("weak" or "strong"), `topology`, `chips`, `batch_size` and `error`, or the plan's figures
+    with `efficiency`: tokens/s of a chip, relative to the first topology of this kind that fits.
+
+    The weak batch is the config's on the first topology. What both kinds share is compiled once.
+
+    Raises:
+      ConfigError: there is no such topology.
+    """
+    try:
+        chips = [topologies.find(name).num_chips * slices for name in names]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    weak = [(name, config.batch_size * n // chips[0]) for name, n in zip(names, chips, strict=True)]
+    strong = [(name, config.batch_size) for name in names]
+    jobs = list(dict.fromkeys(weak + strong))
+
+    def one(job: tuple[str, int]) -> dict[str, Any]:
+        name, batch_size = job
+        try:
+            candidate = changed(config, {"batch_size": batch_size})
+            check_rows(candidate, name, topologies.find(name).num_chips * slices)
+            made = planner(candidate, name, slices)
+        except ConfigError as error:
+            return {"error": str(error)}
+        if not made["fits"]:
+            return {"error": made.get("error") or "does not fit"}
+        return {key: made[key] for key in ("step_ms", "mfu", "tokens_per_second", "headroom", "step_ms_by_part")}
+
+    made = dict(zip(jobs, compile_all(one, jobs, f"{len(jobs)} programs"), strict=True))
+    rows = []
+    for kind, points in (("weak", weak), ("strong", strong)):
+        base = 0.0
+        for (name, batch_size), n in zip(points, chips, strict=True):
+            row = {"scaling": kind, "topology": name, "chips": n, "batch_size": batch_size, **made[name, batch_size]}
+            if "tokens_per_second" in row:
+                base = base or row["tokens_per_second"] / n
+                row["efficiency"] = row["tokens_per_second"] / n / base
+            rows.append(row)
+    return rows

@@ -1,0 +1,117 @@
+"""Plans as text for a terminal of 80 columns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.mesh import AXES
+
+GIB = 2**30
+LEFT_OUT = "Estimates: input, host and network jitter left out; nothing overlaps."
+
+
+def plan_table(plan: dict[str, Any], price: float = 0.0) -> str:
+    """One plan, whether it fits or not."""
+    mesh = ",".join(f"{axis}={plan['mesh'][axis]}" for axis in AXES)
+    lines = [f"{_place(plan)}, mesh {mesh}, batch {plan['batch_size']}", *_memory(plan)]
+    if "error" in plan:
+        return "\n".join([*lines, *_remedies(plan)])
+    lines += ["", f"{'Step time, estimated':<34}{'ms':>10}"]
+    parts = sorted(plan["step_ms_by_part"].items(), key=lambda part: -part[1])
+    lines += [f"  {part:<32}{ms:10.2f}" for part, ms in parts]
+    speed = f"MFU {plan['mfu']:.1%}, {plan['tokens_per_second']:,.0f} tokens/s"
+    lines += [f"  {'total':<32}{plan['step_ms']:10.2f}   {speed}"]
+    if plan["collectives"]:
+        lines += ["", f"{'Collectives in a step':<36}{'chips':>6}{'by':>5}{'count':>8}{'MB':>12}{'ms':>10}"]
+        for row in plan["collectives"]:
+            what = f"{row['kind']} over {row['axes']}"
+            sizes = f"{row['count']:8,.0f}{row['bytes'] / 1e6:12,.1f}{row['milliseconds']:10.2f}"
+            lines.append(f"  {what:<34}{row['size']:6}{row['network']:>5}{sizes}")
+    return "\n".join([*lines, "", *_run(plan["run"], price), *_remedies(plan), "", LEFT_OUT])
+
+
+def sweep_table(plans: Sequence[dict[str, Any]]) -> str:
+    """Meshes, the fastest first."""
+    lines = [
+        f"{'data':>6}{'fsdp':>6}{'context':>9}{'tensor':>8}{'step ms':>10}{'MFU':>8}{'collectives':>13}{'HBM left':>10}"
+    ]
+    for plan in plans:
+        mesh = plan["mesh"]
+        line = f"{mesh['data']:6}{mesh['fsdp']:6}{mesh['context']:9}{mesh['tensor']:8}"
+        if "error" in plan:
+            lines.append(f"{line}  {plan['error'][:50]}")
+        elif not plan["fits"]:
+            lines.append(f"{line}  does not fit")
+        else:
+            moving = plan["step_ms_by_part"].get("collectives", 0.0) / plan["step_ms"]
+            lines.append(f"{line}{plan['step_ms']:10.2f}{plan['mfu']:8.1%}{moving:13.0%}{plan['headroom']:10.0%}")
+    return "\n".join([*lines, LEFT_OUT])
+
+
+def scaling_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Weak scaling, then strong."""
+    titles = {"weak": "Weak scaling: as much for each chip", "strong": "Strong scaling: the same batch"}
+    lines: list[str] = []
+    for kind, title in titles.items():
+        head = f"{'chips':>6}{'batch':>8}{'step ms':>10}{'MFU':>8}{'tokens/s':>14}{'efficiency':>12}"
+        lines += [title, f"  {'':<10}{head}"]
+        for row in (row for row in rows if row["scaling"] == kind):
+            line = f"  {row['topology']:<10}{row['chips']:6}{row['batch_size']:8}"
+            if "error" in row:
+                lines.append(f"{line}  {_short(row['error'])}")
+                continue
+            speed = f"{row['mfu']:8.1%}{row['tokens_per_second']:14,.0f}{row['efficiency']:12.0%}"
+            lines.append(f"{line}{row['step_ms']:10.2f}{speed}")
+        lines.append("")
+    return "\n".join([*lines, LEFT_OUT])
+
+
+def _place(plan: dict[str, Any]) -> str:
+    slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
+    return f"{slices}{plan['topology']}: {plan['chips']} chips"
+
+
+def _memory(plan: dict[str, Any]) -> list[str]:
+    lines = ["", f"{'HBM of each chip, by the compiler':<34}{'GiB':>10}"]
+    lines += [f"  {part:<32}{size / GIB:10.2f}" for part, size in plan["hbm_bytes"].items()]
+    limit = plan["hbm_limit_bytes"] / GIB
+    if "error" in plan:
+        return [*lines, f"  does NOT fit: {plan['error']}"]
+    verdict = f"fits: {plan['headroom']:.0%} of {limit:.2f} left" if plan["fits"] else f"does NOT fit {limit:.2f}"
+    return [*lines, f"  {'total':<32}{plan['hbm_total_bytes'] / GIB:10.2f}   {verdict}"]
+
+
+def _run(run: dict[str, Any], price: float) -> list[str]:
+    every = run["checkpoint_every_seconds"]
+    lines = [
+        f"The run: {run['steps']:,} steps, {run['tokens']:,} tokens",
+        f"  estimated: {run['days']:.2f} days, {run['chip_hours']:,.0f} chip-hours",
+        f"  a checkpoint: {run['checkpoint_bytes'] / GIB:.2f} GiB every {every / 60:.1f} minutes (estimated); "
+        f"{run['checkpoints_kept']} kept: {run['checkpoints_kept_bytes'] / GIB:,.0f} GiB",
+        f"  data for one epoch: {run['dataset_bytes_for_one_epoch'] / 1e9:,.0f} GB",
+    ]
+    if "epochs" in run:
+        lines[-1] += f"; this dataset of {run['dataset_tokens']:,} tokens: {run['epochs']:,.1f} epochs"
+    if price:
+        lines.append(f"  at {price:g} dollars a chip-hour: {price * run['chip_hours']:,.0f} dollars")
+    return lines
+
+
+def _remedies(plan: dict[str, Any]) -> list[str]:
+    if "remedies" not in plan:
+        return []
+    lines = ["", "What would make it fit, each compiled:"]
+    for row in plan["remedies"]:
+        verdict = (
+            _short(row["needs"])
+            if "needs" in row
+            else (f"fits, {row['headroom']:.0%} left, estimated {row['step_ms']:.1f} ms a step")
+        )
+        lines += [f"  {row['change']}", f"      {verdict}"]
+    if not any("step_ms" in row for row in plan["remedies"]):
+        lines.append("Nothing of this is enough: choose a larger slice, or a smaller --config.batch_size.")
+    return lines
+
+
+def _short(text: str) -> str:
+    """Enough of an error for a table: up to its first colon or semicolon after the first words."""
+    return text if len(text) <= 72 else f"{text[:69]}..."

@@ -1,0 +1,75 @@
+"""How long a step takes, by part: an estimate from what the compiler says of its program.
+
+Operations of XLA's by the compiler's cycles; Pallas kernels by their schedule, a cycle for each bundle, or by what they
+read and write of HBM where that takes longer; collectives by their bytes over the links. Nothing overlaps, and what the
+compiler gives no cycles for (asynchronous copies, for one) counts as none.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.plan.collectives import Collective, Network
+from launch.plan.hlo import Operation, Program
+from launch.plan.schedule import kernel_cycles
+from launch.plan.topologies import Generation
+
+MOVES = {"copy", "transpose", "reshape", "pad", "slice", "broadcast", "bitcast", "parameter", "constant", "tuple"}
+MOVES |= {"dynamic-slice", "dynamic-update-slice", "get-tuple-element", "concatenate", "iota", "convert", "fusion"}
+
+
+@dataclasses.dataclass
+class Times:
+    """Of one step on one chip."""
+
+    milliseconds: dict[str, float]  # by part
+    collectives: list[Collective]
+
+
+def estimate(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
+    """`dump` is the folder of the kernels' schedules."""
+    chip = network.topology.chip
+    parts: dict[str, float] = collections.defaultdict(float)
+    found: list[Collective] = []
+    calls: dict[str, list[str]] = collections.defaultdict(list)
+    for operation in operations:
+        if body := _kernel(operation):
+            calls[body].append(operation.instruction.name)
+    for operation in operations:
+        part, milliseconds = part_of(operation), 1e3 * operation.instruction.cycles / chip.clock
+        if body := _kernel(operation):
+            part = "attention kernel" if operation.instruction.name.startswith("selective_att") else "other kernels"
+            cycles = kernel_cycles(dump, calls[body], body) / chip.cores
+            milliseconds = 1e3 * max(cycles / chip.clock, _hbm_seconds(program, operation, chip))
+        parts[part] += operation.times * milliseconds
+        here = network.collectives(operation)
+        parts["collectives"] += sum(c.times * c.milliseconds for c in here)
+        found += here
+    return Times(dict(parts), found)
+
+
+def part_of(operation: Operation) -> str:
+    """Which part of the step an operation of XLA's belongs to, by what it computes and where it was traced."""
+    if operation.flops:
+        return "matmuls"
+    where = operation.instruction.op_name
+    if "jvp(" not in where:
+        return "optimizer"
+    if {i.opcode for i in operation.everything()} <= MOVES:
+        return "data movement"
+    return "elementwise in layers" if "while/body" in where.split("jvp(", 1)[1] else "loss and embedding"
+
+
+def _kernel(operation: Operation) -> str:
+    """The base64 of a Pallas kernel's program; empty if it is none."""
+    found = re.search(r'"body":"([^"]+)"', operation.instruction.text)
+    return found[1] if found else ""
+
+
+def _hbm_seconds(program: Program, operation: Operation, chip: Generation) -> float:
+    """What a kernel reads and writes of HBM, each array once, at the published bandwidth."""
+    operands = [program.result(name) for name in dict.fromkeys(operation.instruction.operands())]
+    moved = sum(a.bytes for a in (*operation.instruction.arrays, *operands) if a.space == 0)
+    return moved / chip.hbm_bandwidth
