@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from trainer.errors import ReplicaError
+from trainer.integrity import shard_digest
 from trainer.mesh import AXES
 
 
@@ -26,7 +27,7 @@ def make_replica_check(params: nnx.State, mesh: Mesh) -> Callable[[nnx.State, in
     specs = [leaf.sharding.spec for _, leaf in leaves]
 
     def digests(*shards: Array) -> Array:
-        own = jnp.stack([_digest(shard) for shard in shards])
+        own = jnp.stack([shard_digest(shard, (0,) * shard.ndim, shard.shape) for shard in shards])
         return jax.lax.all_gather(own, AXES)
 
     digest = jax.jit(jax.shard_map(digests, mesh=mesh, in_specs=tuple(specs), out_specs=jax.P(), check_vma=False))
@@ -54,9 +55,3 @@ def make_replica_check(params: nnx.State, mesh: Mesh) -> Callable[[nnx.State, in
                 )
 
     return check
-
-
-def _digest(x: Array) -> Array:
-    # Odd weights: no single bit cancels, and exchanged elements show.
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
