@@ -23,7 +23,7 @@ from launch.plan import chart, scaling, tables
 from launch.plan.estimate import plan
 from launch.plan.remedies import try_remedies
 from launch.plan.sweep import sweep, workers
-from trainer.__main__ import CONFIG, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
+from trainer.__main__ import CONFIG, EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
 from trainer.config import check_config
 from trainer.errors import ConfigError
 from trainer.mesh import AXES
@@ -53,6 +53,9 @@ def main(argv: list[str]) -> None:
         code = _run(config, names, fixed)
     except ConfigError as error:
         _mistake(str(error))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_FAILED
     sys.exit(code)
 
 

@@ -119,7 +119,7 @@ def _compile(config: ConfigDict, topology: topologies.Topology, slices: int, dum
         "argument_bytes": memory.argument_size_in_bytes,
         "step_ms_by_part": estimate.milliseconds,
         "collectives": _rows(estimate.collectives),
-        "largest_moved_shapes": sorted({c.shapes for c in estimate.collectives}, key=_size, reverse=True)[:5],
+        "moved_shapes": sorted({shape for c in estimate.collectives for shape in c.shapes}),
         "matmul_flops": sum(o.flops * o.times for o in operations),
         "unscaled_matmul_flops": sum(o.flops for o in program.operations(scale=False)),
         "compiler_flops": cost["flops"],
@@ -154,10 +154,6 @@ def _rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row["bytes"] += c.times * c.bytes
         row["milliseconds"] += c.times * c.milliseconds
     return sorted(rows.values(), key=lambda row: -row["milliseconds"])
-
-
-def _size(shapes: tuple[tuple[int, ...], ...]) -> int:
-    return max((math.prod(shape) for shape in shapes), default=0)
 
 
 if __name__ == "__main__":

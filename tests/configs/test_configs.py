@@ -3,6 +3,7 @@
 import pytest
 
 from configs import base, c4, demo
+from trainer.state import model_config
 
 
 @pytest.mark.parametrize("width", c4.WIDTHS)
@@ -16,6 +17,11 @@ def test_c4_has_the_papers_hyperparameters_at_every_width(width):
 
 def test_context_size_family_trains_at_batch_128():
     assert {n: c4.get_config(f"d12,n{n}").batch_size for n in (512, 1024, 2048)} == {512: 128, 1024: 128, 2048: 128}
+
+
+def test_twice_the_heads_are_twice_the_attention_parameters():
+    one, two = (model_config(c4.get_config(f"d12,standard{option}")).parameter_counts() for option in ("", ",heads2x"))
+    assert two["attention"] == 2 * one["attention"] and two["mlp"] == one["mlp"]
 
 
 def test_baseline_differs_from_the_selective_run_in_the_mask_alone():

@@ -1,0 +1,73 @@
+"""Real plans, each compiled once for all tests and all of pytest's processes."""
+
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+TINY = ["--config.model.width=2", "--config.model.num_layers=2", "--config.batch_size=8", "--config.context_length=256"]
+TINY += ["--config.mesh.fsdp=2", "--topology=v4-8"]
+PLANS = {
+    "d8": ["--config=configs/c4.py:d8"],
+    "d12": ["--config=configs/c4.py:d12"],
+    "two slices": ["--config=configs/c4.py:d8", "--topology=v4-8", "--slices=2"],
+    "tiny": ["--config=configs/c4.py:d8", *TINY, "--config.model.vocab_size=512"],
+    "tiny, changed": [
+        *("--config=configs/c4.py:d8", *TINY, "--config.model.vocab_size=1024"),
+        "--config.optimizer.b2=0.6875",
+    ],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A finished `python -m launch.plan`."""
+
+    exit_code: int
+    output: str
+    errors: str
+    folder: Path
+
+    @functools.cached_property
+    def plan(self) -> dict[str, Any]:
+        return json.loads((self.folder / "plan.json").read_text())
+
+    @functools.cached_property
+    def hlo(self) -> str:
+        return (self.folder / "hlo").read_text()
+
+
+def run_plan(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.plan", *flags]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=1500)
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Planned]:
+    """The plan of that name in PLANS, or of a variant of configs/c4.py."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    @functools.cache
+    def plan(name: str) -> Planned:
+        folder = shared / f"plan-{name.replace(' ', '-')}"
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = folder / "done.json"
+            if not done.exists():
+                flags = PLANS.get(name, [f"--config=configs/c4.py:{name}"])
+                made = run_plan(*flags, f"--json={folder}/plan.json", f"--hlo={folder}/hlo")
+                done.write_text(json.dumps([made.returncode, made.stdout, made.stderr]))
+        return Planned(*json.loads(done.read_text()), folder)
+
+    return plan

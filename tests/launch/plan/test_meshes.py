@@ -1,0 +1,114 @@
+"""Which meshes and topologies there are, and how they are compared; the planner here is a formula."""
+
+import math
+
+import pytest
+from PIL import Image
+
+from configs import c4
+from launch.plan import chart, topologies
+from launch.plan.compiler import out_of_memory
+from launch.plan.remedies import candidates, try_remedies
+from launch.plan.scaling import scale
+from launch.plan.sweep import sensible_meshes, sweep
+from launch.plan.tables import plan_table, scaling_table, sweep_table
+from trainer.errors import ConfigError
+
+V4_32 = {"data": 16, "fsdp": 1, "context": 1, "tensor": 1}
+
+
+def ideal(config, topology, slices):
+    """A plan of a machine that takes a millisecond for each sequence of a chip, and more for each part of fsdp."""
+    chips = topologies.find(topology).num_chips * slices
+    step_ms = config.batch_size / chips + config.mesh.fsdp
+    facts = {"step_ms": step_ms, "mfu": 0.5, "headroom": 0.5, "step_ms_by_part": {"matmuls": step_ms}}
+    facts |= {"mesh": config.mesh.to_dict(), "tokens_per_second": 1e3 * config.batch_size / step_ms}
+    return {"fits": config.batch_size / chips <= 128, "topology": topology, "slices": slices, **facts}
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"), [("v4-8", 4), ("v4-2048", 1024), ("v5p-8", 4), ("v5e-16", 16), ("v6e-256", 256)]
+)
+def test_a_public_name_has_its_chips(name, chips):
+    assert topologies.find(name).num_chips == chips
+
+
+def test_an_unknown_name_lists_the_valid_ones():
+    with pytest.raises(ValueError, match=r"'v3-8' is not a slice; choose one of v4-8, v4-16.*v6e-256"):
+        topologies.find("v3-8")
+
+
+def test_sensible_meshes_use_all_chips_and_divide_what_they_shard():
+    meshes = sensible_meshes(c4.get_config("d12"), "v4-32", 1, {})
+    assert all(math.prod(mesh.values()) == 16 and 12 % mesh["tensor"] == 0 for mesh in meshes)
+    assert {mesh["context"] for mesh in meshes} == {1}  # 512 tokens are too few to split
+    assert len(meshes) == 5 + 4 + 3  # fsdp 1 to 16, 1 to 8, 1 to 4 at tensor 1, 2, 4
+    assert {m["context"] for m in sensible_meshes(c4.get_config("d12,n2048"), "v4-32", 1, {})} == {1, 2}
+
+
+def test_a_sweep_keeps_fixed_axes_and_slices():
+    meshes = sensible_meshes(c4.get_config("d12"), "v4-32", 2, {"tensor": 1})
+    assert [(mesh["data"], mesh["fsdp"]) for mesh in meshes] == [(32, 1), (16, 2), (8, 4), (4, 8), (2, 16)]
+
+
+def test_a_sweep_without_a_mesh_says_so():
+    with pytest.raises(ConfigError, match="no mesh of 1024 chips divides batch_size=256"):
+        sensible_meshes(c4.get_config("d12"), "v4-2048", 1, {"tensor": 1})
+
+
+def test_a_sweep_ranks_by_time():
+    plans = sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
+    assert [plan["mesh"]["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
+    table = sweep_table(plans)
+    assert max(map(len, table.splitlines())) <= 80 and table.count("50%") >= 5
+
+
+def test_scaling_is_relative_to_the_first_topology_that_fits():
+    config = c4.get_config("d12")
+    config.batch_size = 1024
+    rows = scale(config, ["v4-8", "v4-32", "v4-64", "v4-2048"], 1, ideal)
+    weak, strong = ([row for row in rows if row["scaling"] == kind] for kind in ("weak", "strong"))
+    assert [row["batch_size"] for row in weak] == [1024, 4096, 8192, 262_144] and all("error" in row for row in weak)
+    assert "error" in strong[0] and strong[1]["efficiency"] == 1
+    assert strong[2]["efficiency"] == pytest.approx((64 + 4) / (32 + 4) / 2)
+    assert max(map(len, scaling_table(rows).splitlines())) <= 80
+
+
+def test_the_picture_has_both_kinds_of_scaling(tmp_path):
+    rows = scale(c4.get_config("d12"), ["v4-8", "v4-16", "v4-128"], 1, ideal)
+    chart.draw(rows, str(tmp_path / "x.png"))
+    with Image.open(tmp_path / "x.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
+    assert {tuple(bytes.fromhex(c[1:])) for c in chart.COLOURS.values()} <= colours
+
+
+MESSAGES = [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (78.03G) exceeds "
+     "available HBM (30.75G).", 78.03),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 31.50G of "
+     "30.75G hbm. Exceeded hbm capacity by 768.00M.", 31.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "gib"), MESSAGES)
+def test_every_message_about_memory_becomes_one_line(message, gib):
+    found = out_of_memory(message)
+    assert found["needed_bytes"] == pytest.approx(gib * 2**30)
+    assert found["error"] == f"needs at least {gib:.2f} GiB of HBM on each chip, which has 30.75"
+
+
+def test_remedies_shard_within_a_slice_and_split_what_can_be_split():
+    config = c4.get_config("d12")
+    single, combined = candidates(config, V4_32, 2)
+    assert single == [{"model.remat": "block"}, {"mesh.data": 2, "mesh.fsdp": 8}, {"accumulation": 2}]
+    assert combined[-1] == {"model.remat": "block", "mesh.data": 2, "mesh.fsdp": 8, "accumulation": 16}
+
+
+def test_remedies_go_together_only_where_none_alone_is_enough():
+    failed = {"mesh": V4_32, "topology": "v4-32", "slices": 1, "chips": 16, "batch_size": 256, "hbm_limit_bytes": 2**30}
+    failed |= {"hbm_bytes": {"parameters": 1}, "error": "needs more", "fits": False}
+    rows = try_remedies(c4.get_config("d12"), failed, ideal, 2)
+    assert rows[0]["change"] == "--config.model.remat=block" and len(rows) == 3
+    rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"}, 2)
+    assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
+    assert "choose a larger slice" in plan_table(failed | {"remedies": rows})

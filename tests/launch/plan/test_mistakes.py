@@ -1,0 +1,41 @@
+"""A mistake in the command is one line that says what to do, before anything is compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ROOT, run_plan
+
+D8 = "--config=configs/c4.py:d8"
+MISTAKES = {
+    "unknown topology": ([D8, "--topology=v4-33"], "choose one of v4-8, v4-16, v4-32"),
+    "batch too small": ([D8, "--topology=v4-32", "--config.batch_size=8"], "--config.batch_size=16"),
+    "no such axis": ([D8, "--mesh=rows=2"], "'rows=2' is not AXIS=SIZE"),
+    "mesh does not fit": ([D8, "--topology=v4-32", "--mesh=data=3"], "does not fit the 16 devices"),
+    "sweep of two": ([D8, "--topology=v4-8,v4-16", "--sweep"], "--sweep takes one --topology"),
+    "picture of one": ([D8, "--png=x.png"], "--png is for several topologies"),
+    "no folder": ([D8, "--json=/no/such/folder/x"], "there is no folder /no/such/folder"),
+    "misspelt flag": ([D8, "--topolgy=v4-8"], "topology"),
+    "no such config": (["--config=configs/c5.py"], "there is no file configs/c5.py"),
+}
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(flags, message):
+    done = run_plan(*flags)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line and "Traceback" not in done.stderr
+
+
+def test_without_the_compiler_it_says_how_to_install_it():
+    program = f"import sys, runpy; sys.modules['libtpu'] = None; sys.argv = ['plan', '{D8}']; "
+    program += "runpy.run_module('launch.plan', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: the TPU compiler is not installed; run: pip install -e '.[tpu]'"

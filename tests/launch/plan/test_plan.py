@@ -1,0 +1,174 @@
+"""Plans of the trainer's own step, by the real TPU compiler."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import c4
+from launch.plan.estimate import changed, matmul_flops, model_flops
+from launch.plan.schedule import environment
+
+from .conftest import PLANS, ROOT, run_plan
+
+pytestmark = pytest.mark.tpu_compile
+FAST = ["d8", "d12", "two slices"]
+SLOW = [f"d{width}" for width in c4.WIDTHS if width not in (8, 12)]
+SLOW += [f"d12,{option}" for option in ("n512", "n1024", "n2048", "memory", "standard", "vocab32k")]
+SLOW += [f"d{width},standard,heads2x" for width in c4.WIDTHS] + ["d28,n2048", "d28,vocab32k"]
+SHIPPED = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+shipped = pytest.mark.parametrize("name", SHIPPED)
+
+
+def config_of(name: str) -> ConfigDict:
+    return c4.get_config(PLANS[name][0].partition(":")[2] if name in PLANS else name)
+
+
+@shipped
+def test_a_shipped_config_fits_the_slice_that_it_names_with_a_tenth_to_spare(planned, name):
+    made = planned(name)
+    assert made.exit_code == 0, made.output + made.errors
+    assert made.plan["fits"] and made.plan["headroom"] >= 0.1
+    if name not in PLANS or len(PLANS[name]) == 1:
+        assert made.plan["topology"] == config_of(name).mesh.topology
+
+
+@shipped
+def test_arguments_are_the_state_sharded_over_fsdp(planned, name):
+    plan = planned(name).plan
+    assert plan["mesh"]["fsdp"] > 1
+    assert plan["argument_bytes"] == pytest.approx(
+        plan["state_bytes"] / plan["mesh"]["fsdp"], rel=0.15
+    )  # tiles' padding
+
+
+@shipped
+def test_no_collective_moves_an_array_of_n_by_n(planned, name):
+    plan, length = planned(name).plan, config_of(name).context_length
+    assert plan["collectives"] and plan["moved_shapes"]
+    assert not [shape for shape in plan["moved_shapes"] if shape.count(length) > 1]
+
+
+@shipped
+def test_parts_add_up_to_the_totals(planned, name):
+    plan = planned(name).plan
+    assert plan["step_ms"] == pytest.approx(sum(plan["step_ms_by_part"].values()))
+    assert plan["hbm_total_bytes"] == sum(plan["hbm_bytes"].values())
+    assert plan["step_ms_by_part"]["collectives"] == pytest.approx(sum(c["milliseconds"] for c in plan["collectives"]))
+
+
+@shipped
+def test_matmuls_of_the_program_are_those_of_the_formula(planned, name):
+    plan = planned(name).plan
+    assert plan["matmul_flops"] * plan["chips"] == pytest.approx(matmul_flops(config_of(name)), rel=0.05)
+
+
+@shipped
+def test_flops_counted_once_a_loop_are_the_compilers(planned, name):
+    plan = planned(name).plan
+    assert plan["unscaled_matmul_flops"] == pytest.approx(plan["compiler_flops"], rel=0.05)
+
+
+@shipped
+def test_mfu_is_the_models_flops_over_what_the_chips_can_do(planned, name):
+    plan = planned(name).plan
+    per_second = model_flops(config_of(name)) / (plan["step_ms"] / 1e3)
+    assert plan["mfu"] == pytest.approx(per_second / (275e12 * plan["chips"]))
+    assert 0 < plan["mfu"] < 1
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_table_fits_a_terminal_and_says_that_it_estimates(planned, name):
+    made = planned(name)
+    assert max(map(len, made.output.splitlines())) <= 80
+    assert "Estimates:" in made.output and f"{made.plan['step_ms']:.2f}" in made.output
+
+
+def test_only_gradients_cross_between_slices(planned):
+    plan = planned("two slices").plan
+    dcn = [row for row in plan["collectives"] if row["network"] == "DCN"]
+    assert dcn and all(row["size"] == 2 and row["axes"] == "data" for row in dcn)
+    # Each chip sends its part of the gradients, in float32 at most, and a few scalars.
+    assert sum(row["bytes"] for row in dcn) <= 1.1 * plan["hbm_bytes"]["parameters"]
+    assert not [row for row in planned("d8").plan["collectives"] if row["network"] == "DCN"]
+
+
+def test_a_changed_size_changes_the_plan_by_as_much(planned):
+    before, after = (planned(name).plan["hbm_bytes"] for name in ("tiny", "tiny, changed"))
+    assert after["parameters"] - before["parameters"] == 512 * 128 * 4 / 2  # rows of the embedding, float32, fsdp=2
+    assert after["optimizer"] - before["optimizer"] == 2 * 512 * 128 * 4 / 2
+
+
+def test_the_program_has_the_configs_hyperparameters(planned):
+    before, after = (planned(name).hlo for name in ("tiny", "tiny, changed"))
+    assert before.startswith("HloModule") and after.startswith("HloModule")
+    assert "constant(0.6875)" in after and "constant(0.6875)" not in before
+
+
+COMPILE = """
+import json, sys
+import jax
+from ml_collections import ConfigDict
+from launch.plan import topologies
+from trainer.checkpoint import abstract_state
+from trainer.loop import compile_train_step
+from trainer.mesh import make_mesh
+from trainer.state import init_state, make_optimizer
+config = ConfigDict(json.loads(sys.argv[1]))
+mesh = make_mesh(config.mesh, list(topologies.find("v4-8").describe(1).devices))
+with jax.set_mesh(mesh):
+    state = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+m = compile_train_step(config, 0, state, mesh).memory_analysis()
+print(m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes,
+      m.generated_code_size_in_bytes)
+"""
+
+
+def test_memory_is_the_compilers_own_account(planned, tmp_path):
+    sizes = {"model.width": 2, "model.num_layers": 2, "model.vocab_size": 512, "model.attention": "pallas"}
+    config = changed(c4.get_config("d8"), sizes | {"batch_size": 8, "context_length": 256, "mesh.fsdp": 2})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, config.to_json()],
+        cwd=ROOT,
+        env=os.environ | environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    arguments, outputs, aliased, temporaries, program = map(int, done.stdout.split())
+    plan = planned("tiny").plan
+    assert plan["hbm_bytes"]["activations and temporaries"] == temporaries
+    assert plan["argument_bytes"] == arguments
+    assert plan["hbm_total_bytes"] == arguments + outputs - aliased + temporaries + program
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_says_so_and_tries_what_would(tmp_path):
+    flags = ["--config=configs/c4.py:d28", "--topology=v4-8", "--mesh=data=-1,fsdp=1", f"--json={tmp_path}/plan.json"]
+    done = run_plan(*flags)
+    assert done.returncode == 3, done.stdout + done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert (tmp_path / "plan.json").read_text().count('"fits"') == 1 and plan["fits"] is False
+    assert "does NOT fit" in done.stdout and "RESOURCE_EXHAUSTED" not in done.stdout
+    changes = {row["change"]: row for row in plan["remedies"]}
+    assert "--config.model.remat=block" in changes and "--config.accumulation=2" in changes
+    assert all(("step_ms" in row) != ("needs" in row) for row in plan["remedies"])
+
+
+@pytest.mark.slow
+def test_a_sweep_ranks_real_meshes(tmp_path):
+    flags = [
+        "--config=configs/c4.py:d8",
+        "--topology=v4-8",
+        "--sweep",
+        "--mesh=tensor=1",
+        f"--json={tmp_path}/sweep.json",
+    ]
+    done = run_plan(*flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plans = json.loads((tmp_path / "sweep.json").read_text())["plans"]
+    assert {(p["mesh"]["data"], p["mesh"]["fsdp"]) for p in plans} == {(4, 1), (2, 2), (1, 4)}
+    assert [p["step_ms"] for p in plans] == sorted(p["step_ms"] for p in plans)
