@@ -21,7 +21,7 @@ from jax import Array
 from trainer.storage import retried, root_cause
 
 SUFFIX = ".checksums.json"
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 20
 _THREADS = 8
 _BLOCK_ROWS = 256
 
@@ -135,8 +135,13 @@ def digest(state: Any) -> dict[str, int]:
     All hosts must call it alike, for the arrays span them.
     """
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    digests = jax.device_get([_digest(leaf) for leaf in jax.tree.leaves(state)])
-    return dict(zip(names, map(int, digests), strict=True))
+    leaves = jax.tree.leaves(state)
+    shardings = [leaf.sharding for leaf in leaves]
+    if all(isinstance(sharding, jax.NamedSharding) for sharding in shardings):
+        digests = _mesh_digests(shardings[0].mesh, tuple(sharding.spec for sharding in shardings))(leaves)
+    else:
+        digests = _device_digests(leaves)
+    return dict(zip(names, jax.device_get(digests).tolist(), strict=True))
 
 
 def shard_digest(x: Array, starts: Sequence[Array | int], shape: Sequence[int]) -> Array:
@@ -170,31 +175,34 @@ def shard_digest(x: Array, starts: Sequence[Array | int], shape: Sequence[int]) 
     return jnp.sum(jax.lax.map(block_digest, blocks), dtype=jnp.uint32)
 
 
-def _digest(x: Array) -> Array:
-    if isinstance(x.sharding, jax.NamedSharding):
-        return _mesh_digest(x.sharding.mesh, x.sharding.spec)(x)
-    return _device_digest(x)
-
-
 @jax.jit
-def _device_digest(x: Array) -> Array:
-    return shard_digest(x, (0,) * x.ndim, x.shape)
+def _device_digests(leaves: list[Array]) -> Array:
+    return jnp.stack([shard_digest(x, (0,) * x.ndim, x.shape) for x in leaves])
 
 
 @functools.cache
-def _mesh_digest(mesh: jax.sharding.Mesh, spec: jax.P) -> Callable[[Array], Array]:
-    def digest_of(x: Array) -> Array:
-        def local(shard: Array) -> Array:
-            axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
-            axes += [()] * (x.ndim - len(axes))
-            starts = [
-                jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, shard.shape, strict=True)
+def _mesh_digests(mesh: jax.sharding.Mesh, specs: tuple[jax.P, ...]) -> Callable[[list[Array]], Array]:
+    def digests(leaves: list[Array]) -> Array:
+        def local(shards: list[Array]) -> Array:
+            found = [
+                _first_replica_digest(x, spec, leaf.shape) for x, spec, leaf in zip(shards, specs, leaves, strict=True)
             ]
-            return jax.lax.psum(shard_digest(shard, starts, x.shape), sum(axes, ()))
+            return jax.lax.psum(jnp.stack(found), mesh.axis_names)
 
-        return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=jax.P(), check_vma=False)(x)
+        return jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=jax.P(), check_vma=False)(leaves)
 
-    return jax.jit(digest_of)
+    return jax.jit(digests)
+
+
+def _first_replica_digest(shard: Array, spec: jax.P, shape: tuple[int, ...]) -> Array:
+    """Inside `shard_map`: of this device's shard, 0 on all but the first of the devices that hold it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    axes += [()] * (len(shape) - len(axes))
+    starts = [jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, shard.shape, strict=True)]
+    others = tuple(name for name in mesh.axis_names if name not in sum(axes, ()))
+    value = shard_digest(shard, starts, shape)
+    return jnp.where(jax.lax.axis_index(others) == 0, value, 0) if others else value
 
 
 def _checksum(path: epath.Path) -> Checksum:
