@@ -9,7 +9,6 @@ size is timed with its static cache, by benchmarks/peers/transformers_decode.py.
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import subprocess
@@ -21,27 +20,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
+from inference_budget.generation import decode
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
-from selective_attention.decoding import decode_step
+from selective_attention.decoding import unstacked
 
 LENGTH, VOCAB = 2_048, 8_192
 
 
 def step_time(model: Transformer, cache: Cache, batch: int, steps: int) -> float:
-    """Median seconds a step, after two that do not count."""
-    graph, parameters = nnx.split(model)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(parameters, cache, tokens_B):
-        logits_BV, cache = decode_step(nnx.merge(graph, parameters), cache, tokens_B)
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
-
-    tokens_B, times = jnp.full(batch, 5, jnp.int32), []
-    for _ in range(2 + steps):
+    """Seconds a step of what `generate` runs, a scan of `steps`: the median of three runs after the first."""
+    graph, parameters = nnx.split(unstacked(model))
+    logits_BV, times = jnp.zeros((batch, VOCAB)), []
+    keys = jax.random.split(jax.random.key(0), steps)
+    for _ in range(4):
         start = time.perf_counter()
-        tokens_B, cache = jax.block_until_ready(step(parameters, cache, tokens_B))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+        tokens_NB, logits_BV, cache = decode(
+            graph, parameters, logits_BV, cache, keys, 0.0, 1.0, top_k=None, nucleus=False
+        )
+        jax.block_until_ready((tokens_NB, logits_BV, cache))
+        times.append((time.perf_counter() - start) / steps)
+    return statistics.median(times[1:])
 
 
 def pruned(config: TransformerConfig, batch: int, budget: int) -> Cache:
@@ -59,13 +57,16 @@ def pruned(config: TransformerConfig, batch: int, budget: int) -> Cache:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", help="a Python with torch and transformers")
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--layers", type=int, default=12, help="fewer, for a quick look")
     options = parser.parse_args()
     config = TransformerConfig.from_width(12, vocab_size=VOCAB, max_length=LENGTH, dtype="float32")
+    config = dataclasses.replace(config, num_layers=options.layers)
     model = Transformer(config, rngs=nnx.Rngs(params=0))
     standard = Transformer(dataclasses.replace(config, selection=Selection.OFF), rngs=nnx.Rngs(params=0))
     print(f"{'batch':>5}  {'cache':<24}{'bytes':>15}  {'ms a step':>10}  {'tokens/s':>9}")
-    for batch in (1, 32):
+    for batch in options.batch:
 
         def show(name: str, size: int, seconds: float, batch: int = batch) -> None:
             print(f"{batch:>5}  {name:<24}{size:>15,}  {1e3 * seconds:>10.1f}  {batch / seconds:>9.1f}", flush=True)
@@ -81,7 +82,7 @@ def main() -> None:
             show(f"1/{part}: {LENGTH // part} slots a layer", size, step_time(model, cache, batch, options.steps))
         if options.peer:
             script = Path(__file__).parent / "peers/transformers_decode.py"
-            command = [options.peer, str(script), "--batch", str(batch), "--steps", str(options.steps)]
+            command = [options.peer, str(script), "--batch", str(batch), "--layers", str(options.layers)]
             peer = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
             show(f"transformers {peer['version']}", peer["bytes"], peer["seconds"])
 

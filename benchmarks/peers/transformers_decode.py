@@ -1,7 +1,7 @@
 """Hugging Face transformers' decoding with a static cache, timed; `benchmarks/decode.py --peer PYTHON` runs it.
 
     pip install torch transformers        # in an environment of its own
-    python benchmarks/peers/transformers_decode.py --batch 32 --steps 8
+    python benchmarks/peers/transformers_decode.py --batch 32
 
 A Llama of the size of our d = 12, eager, float32, N = 2,048. Prints a JSON object: the median seconds a step.
 """
@@ -19,13 +19,14 @@ LENGTH = 2_048
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch", type=int, required=True)
-parser.add_argument("--steps", type=int, required=True)
+parser.add_argument("--layers", type=int, default=12)
+parser.add_argument("--steps", type=int, default=24, help="steps that are timed")
 options = parser.parse_args()
 config = LlamaConfig(
     vocab_size=8_192,
     hidden_size=768,
     intermediate_size=2_048,
-    num_hidden_layers=12,
+    num_hidden_layers=options.layers,
     num_attention_heads=12,
     max_position_embeddings=LENGTH,
     tie_word_embeddings=True,

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer
-from selective_attention.decoding import decode_step
+from selective_attention.decoding import check_sampling, decode_step, draw, unstacked
 
 from .budgets import Budgets
 from .policies import EvictionPolicy
@@ -57,27 +56,18 @@ def generate(
     Raises:
       ValueError: an empty prompt, too many tokens, or sampling options out of range.
     """
-    c = model.config
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty; it needs at least <BOS>")
     longest = max((len(prompt) for prompt in prompts), default=0)
-    if not longest or num_tokens < 1 or longest + num_tokens > c.max_length:
-        raise ValueError(
-            f"num_tokens must be from 1 to {c.max_length - longest}, what the model's context of {c.max_length} leaves "
-            f"after a prompt of {longest}; got {num_tokens}"
-        )
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= c.vocab_size:
-        raise ValueError(f"top_k must be from 1 to vocab_size={c.vocab_size}, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not longest:
+        raise ValueError("there is no prompt")
+    check_sampling(model.config, longest, num_tokens, temperature, top_k, top_p)
     tokens_BN = np.zeros((len(prompts), longest), np.int32)
     for row_N, prompt in zip(tokens_BN, prompts, strict=True):
         row_N[: len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    graph, parameters = nnx.split(model)
+    graph, parameters = nnx.split(_unstacked(model))
     logits_BV, cache = _prefill(
         graph, parameters, tokens_BN, lengths_B, budgets=budgets, policy=policy, dtype=dtype, block=block
     )
@@ -87,7 +77,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
     for chunk_keys in keys:
-        tokens_NB, logits_BV, cache = _decode(
+        tokens_NB, logits_BV, cache = decode(
             graph, parameters, logits_BV, cache, chunk_keys, temperature, top_p or 1.0, top_k=top_k, nucleus=bool(top_p)
         )
         new: list[list[int]] = [[] for _ in prompts]
@@ -104,33 +94,23 @@ def generate(
     return outputs
 
 
+_unstacked = jax.jit(unstacked)
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("budgets", "policy", "dtype", "block"))
 def _prefill(graph, parameters, tokens_BN, lengths_B, **options):
     return prefill(nnx.merge(graph, parameters), tokens_BN, lengths_B, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "nucleus"), donate_argnums=(2, 3))
-def _decode(graph, parameters, logits_BV, cache, keys, temperature, top_p, *, top_k: int | None, nucleus: bool):
+def decode(graph, parameters, logits_BV, cache, keys, temperature, top_p, *, top_k: int | None, nucleus: bool):
     """Draws and takes in one token a key: (tokens [keys, B], the next logits, the cache)."""
     model = nnx.merge(graph, parameters)
 
     def step(carry, key):
         logits_BV, cache = carry
-        tokens_B = _draw(logits_BV, key, temperature, top_k, top_p if nucleus else None)
+        tokens_B = draw(logits_BV, key, temperature, top_k, top_p if nucleus else None)
         return decode_step(model, cache, tokens_B), tokens_B
 
     (logits_BV, cache), tokens_NB = jax.lax.scan(step, (logits_BV, cache), keys)
     return tokens_NB, logits_BV, cache
-
-
-def _draw(logits_BV: Array, key: Array, temperature: Array, top_k: int | None, top_p: Array | None) -> Array:
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
-    if top_k is not None:
-        logits_BV = jnp.where(logits_BV < jax.lax.top_k(logits_BV, top_k)[0][:, -1:], -jnp.inf, logits_BV)
-    if top_p is not None:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jnp.where(temperature > 0, jax.random.categorical(key, logits_BV), greedy_B).astype(jnp.int32)

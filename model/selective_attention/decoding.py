@@ -22,7 +22,7 @@ from .attention import Selection, implementation_module, selective_attention
 from .config import TransformerConfig
 from .reference import BIG_NEGATIVE
 from .selection import allowed, rectified
-from .transformer import Attend, Transformer, rms_norm
+from .transformer import Attend, Block, Transformer, rms_norm
 
 
 class LayerCache(Protocol):
@@ -196,41 +196,66 @@ def sample(
     Raises:
       ValueError: a length, temperature or top_k out of range.
     """
-    c = model.config
-    if num_tokens < 1 or prompt_BN.shape[1] + num_tokens > c.max_length:
-        raise ValueError(
-            f"num_tokens must be from 1 to {c.max_length - prompt_BN.shape[1]}, what max_length={c.max_length} leaves "
-            f"after a prompt of {prompt_BN.shape[1]}; got {num_tokens}"
-        )
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= c.vocab_size:
-        raise ValueError(f"top_k must be from 1 to vocab_size={c.vocab_size}, got {top_k}")
+    check_sampling(model.config, prompt_BN.shape[1], num_tokens, temperature, top_k)
     graph, parameters = nnx.split(model)
     return _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, num_tokens=num_tokens, top_k=top_k)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
 def _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, *, num_tokens: int, top_k: int | None) -> Array:
-    model = nnx.merge(graph, parameters)
-
-    def draw(logits_BV: Array, key: Array) -> Array:
-        greedy_B = jnp.argmax(logits_BV, axis=-1)
-        if top_k is not None:
-            least_kept_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-            logits_BV = jnp.where(logits_BV < least_kept_B1, -jnp.inf, logits_BV)
-        drawn_B = jax.random.categorical(key, logits_BV / jnp.where(temperature > 0, temperature, 1.0))
-        return jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+    model = unstacked(nnx.merge(graph, parameters))
 
     def step(carry, key):
         logits_BV, cache = carry
-        tokens_B = draw(logits_BV, key)
+        tokens_B = draw(logits_BV, key, temperature, top_k)
         return decode_step(model, cache, tokens_B), tokens_B
 
     keys = jax.random.split(key, num_tokens)
     start = prefill(model, prompt_BN, lengths_B, length=prompt_BN.shape[1] + num_tokens)
     (logits_BV, _), tokens_NB = jax.lax.scan(step, start, keys[:-1])  # the last token need not be taken in
-    return jnp.concatenate([tokens_NB, draw(logits_BV, keys[-1])[None]]).T
+    return jnp.concatenate([tokens_NB, draw(logits_BV, keys[-1], temperature, top_k)[None]]).T
+
+
+def check_sampling(
+    config: TransformerConfig,
+    prompt_length: int,
+    num_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None = None,
+) -> None:
+    """Raises ValueError for what cannot be drawn."""
+    left = config.max_length - prompt_length
+    if not 1 <= num_tokens <= left:
+        raise ValueError(
+            f"num_tokens must be from 1 to {left}, what max_length={config.max_length} leaves after a prompt of "
+            f"{prompt_length}; got {num_tokens}"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k must be from 1 to vocab_size={config.vocab_size}, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def draw(
+    logits_BV: Array, key: Array, temperature: Array | float, top_k: int | None = None, top_p: Array | None = None
+) -> Array:
+    """One token a row, int32 [B]: from the `top_k` likeliest, and of these from the fewest that have a probability of
+    `top_p` together. A temperature of 0 takes the likeliest.
+    """
+    greedy_B = jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
+    if top_k is not None:
+        logits_BV = jnp.where(logits_BV < jax.lax.top_k(logits_BV, top_k)[0][:, -1:], -jnp.inf, logits_BV)
+    if top_p is not None:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        p_BV = jax.nn.softmax(sorted_BV)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jnp.where(temperature > 0, jax.random.categorical(key, logits_BV), greedy_B).astype(jnp.int32)
 
 
 def run_layers(
@@ -241,13 +266,29 @@ def run_layers(
     Not scanned, since caches may differ in shape from layer to layer and are updated in place this way.
     `position` is int32 [N] or [B, N].
     """
-    graph, parameters = nnx.split(model.blocks)
     extras = []
-    for number, attend in enumerate(attends):
-        block = nnx.merge(graph, jax.tree.map(lambda p, number=number: p[number], parameters))
+    for block, attend in zip(_blocks(model), attends, strict=True):
         x_BNE, extra = block(x_BNE, position, attend)
         extras.append(extra)
     return x_BNE, tuple(extras)
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The model with arrays of its own for each layer's parameters, for `decode_step` and `prefill` only.
+
+    Of stacked ones, XLA's CPU backend copies every layer's slice at every step, which costs more than the step.
+    """
+    alone = nnx.merge(*nnx.split(model))
+    alone.blocks = nnx.List(_blocks(model))  # type: ignore[assignment]
+    return alone
+
+
+def _blocks(model: Transformer) -> Sequence[Block]:
+    if isinstance(model.blocks, nnx.List):
+        return model.blocks
+    graph, parameters = nnx.split(model.blocks)
+    number_of_layers = range(model.config.num_layers)
+    return [nnx.merge(graph, jax.tree.map(lambda p, n=n: p[n], parameters)) for n in number_of_layers]
 
 
 def attend_slots(
@@ -307,7 +348,11 @@ def write(slots_BKMD: Array, new_BKD: Array, slot_B: Array) -> Array:
     """The slots with each row's `slot_B` replaced, in the way that is fast on the platform."""
 
     def scatter(slots_BKMD, new_BKD, slot_B):
-        return slots_BKMD.at[jnp.arange(slot_B.shape[0]), :, slot_B].set(new_BKD, unique_indices=True)
+        # Heads as rows, and without a check of bounds: in any other form XLA's CPU backend copies the cache of one row.
+        (batch, heads), slots = slots_BKMD.shape[:2], slots_BKMD.reshape(-1, *slots_BKMD.shape[2:])
+        here = slots.at[jnp.arange(batch * heads), jnp.repeat(slot_B, heads)]
+        new = new_BKD.reshape(-1, new_BKD.shape[2])
+        return here.set(new, unique_indices=True, mode="promise_in_bounds").reshape(slots_BKMD.shape)
 
     def choose(slots_BKMD, new_BKD, slot_B):  # fuses into the attention that reads it; a scatter would copy the cache
         here_BM = jnp.arange(slots_BKMD.shape[2]) == slot_B[:, None]

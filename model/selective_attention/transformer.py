@@ -116,7 +116,8 @@ class Block(nnx.Module):
         """The first half of the layer: x + attention, and what `attend` adds."""
         q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
         out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
-        return keep(x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)), extra
+        # h and w, since einsum contracts letters in their order, and d before h would transpose the weights on CPUs.
+        return keep(x_BNE + contract("bnhw,hwe->bne", out_BNHD, self.w_out, "batch", "sequence", None)), extra
 
     def mlp(self, x_BNE: Array) -> Array:
         """The second half: x + SwiGLU."""

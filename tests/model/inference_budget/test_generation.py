@@ -66,7 +66,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(name, changes):
     ("prompts", "options", "message"),
     [
         ([[2, 5], []], {}, "prompt 1 is empty"),
-        ([[2] * 20], {}, "num_tokens must be from 1 to 4, .*context of 24 leaves after a prompt of 20; got 5"),
+        ([[2] * 20], {}, "num_tokens must be from 1 to 4, what max_length=24 leaves after a prompt of 20; got 5"),
         ([[2]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ([[2]], {"top_k": 41}, "top_k must be from 1 to vocab_size=40, got 41"),
     ],
