@@ -24,15 +24,17 @@ train: setup
 	@$(RUN) -m launch.demo --workdir runs/demo --report report
 
 # Budgets for the models of make train, and for one with the memory loss: every policy, then one page about all.
-POLICIES := selective tova oldest h2o sinks random
+POLICIES := tova oldest h2o sinks random
+SEARCHES := $(foreach model,selective memory,$(addprefix $(model)-,selective $(POLICIES))) \
+            $(addprefix standard-,h2o-per-head $(POLICIES))
 study: train
 	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m trainer --config=configs/demo.py \
 	    --workdir=runs/demo/memory --config.data.path=runs/demo/data --config.memory_loss.epsilon=0.1
-	@for model in selective memory; do for policy in $(POLICIES); do echo "== $$model, $$policy"; \
-	    $(RUN) -m inference_budget search --checkpoint runs/demo/$$model --data runs/demo/data --policy $$policy \
-	    --target-checkpoint runs/demo/standard --windows 32 --first-step 32 --step 2 \
-	    --output runs/demo/$$model-$$policy.json || exit 1; done; done
-	@$(RUN) -m inference_budget report runs/demo/*-*.json --output report/budgets.html
+	@for search in $(SEARCHES); do echo "== $$search"; JAX_PLATFORMS=cpu $(RUN) -m inference_budget search \
+	    --checkpoint runs/demo/$${search%%-*} --data runs/demo/data --policy $${search#*-} \
+	    --target-checkpoint runs/demo/standard --windows 32 --first-step 32 --step 1 \
+	    --output runs/demo/$$search.json || exit 1; done
+	@$(RUN) -m inference_budget report $(SEARCHES:%=runs/demo/%.json) --output report/budgets.html
 
 test: setup
 	@$(RUN) -m pytest -n 2 -m "not slow" tests

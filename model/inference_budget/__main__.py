@@ -23,7 +23,7 @@ from .generation import generate
 from .inputs import Data, InputError, load_model, model_fingerprint
 from .perplexity import Evaluator, Losses, Windows
 from .policies import POLICIES
-from .report import write_report
+from .report import table, write_report
 from .result import Journal, budgets_of, point_json, points_json, read_json, write_json
 from .search import Found, Point, baselines, search
 
@@ -216,7 +216,10 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    write_report([read_json(path) for path in options.files], options.output)
+    searches = [read_json(path) for path in options.files]
+    write_report(searches, options.output)
+    for row in table(searches):
+        print(" | ".join(row))
     print(options.output)
 
 

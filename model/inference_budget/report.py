@@ -11,14 +11,25 @@ import numpy as np
 
 from .inputs import Data, InputError, load_model, model_fingerprint
 from .perplexity import eviction_times
+from .policies import POLICIES
 from .result import budgets_of
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 SAMPLE = 96  # tokens of the sample that are shown
+HEADINGS = [
+    "model, policy",
+    "factor found",
+    "full budgets",
+    "pruned",
+    "last quarter",
+    "nats above target (or full)",
+    "standard error",
+    "largest factor at target here",
+]
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h2{margin-top:2.5rem}svg{max-width:100%}table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;
-border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}.tokens span{white-space:pre-wrap;
-border-radius:2px}.tokens{font-family:monospace;line-height:1.7}p.note{color:#666}"""
+border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left;white-space:nowrap}
+.tokens span{white-space:pre-wrap;border-radius:2px}.tokens{font-family:monospace;line-height:1.7}p.note{color:#666}"""
 
 
 def write_report(searches: Sequence[dict[str, Any]], output: str | Path) -> None:
@@ -39,70 +50,93 @@ def write_report(searches: Sequence[dict[str, Any]], output: str | Path) -> None
         f"<style>{STYLE}</style><h1>Memory budgets</h1>",
         "<p>A layer holds as many tokens as its budget; when it is full, each new token evicts one for good. The ",
         "memory factor is L N / sum of budgets. Evict, then attend; &lt;BOS&gt; is protected under every policy.</p>",
-        _table(searches),
+        _table_html(searches),
         "<h2>Perplexity against memory factor</h2><p class=note>On the search's training windows. Solid: found ",
-        "greedily; dashed: uniform budgets; dotted: PyramidKV's line at equal totals.</p>",
+        "greedily, its dot what meets the target; dashed: uniform budgets; dotted: PyramidKV's line at equal ",
+        "totals.</p>",
         _curves(searches),
         "<h2>Budgets by layer</h2><p class=note>Tokens that each layer holds at the target.</p>",
-        *(_bars(search, colour) for search, colour in zip(searches, _colours(searches), strict=True)),
+        *map(_bars, searches),
         _survivors(searches[0]),
     ]
     Path(output).write_text("".join(parts), encoding="utf-8")
 
 
+def _model(search: dict[str, Any]) -> str:
+    path = Path(search["checkpoint"]["path"])
+    return path.parent.parent.name if path.parent.name == "export" else path.name  # an exported step: its run's name
+
+
 def _name(search: dict[str, Any]) -> str:
-    return f"{Path(search['checkpoint']['path']).name}, {search['policy']}"
+    return f"{_model(search)}, {search['policy']}"
 
 
-def _colours(searches: Sequence[dict[str, Any]]) -> list[str]:
-    return [COLOURS[n % len(COLOURS)] for n in range(len(searches))]
+def _colour(search: dict[str, Any]) -> str:
+    return COLOURS[list(POLICIES).index(search["policy"])]
 
 
-def _table(searches: Sequence[dict[str, Any]]) -> str:
-    rows = []
+def table(searches: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What the searches found at their targets, measured on held-out windows; the first row has the headings."""
+    rows = [HEADINGS]
     for search in searches:
         held_out = search["validation"]
         against = held_out.get("pruned_minus_target", held_out["pruned_minus_full"])
         holding = held_out.get("largest_at_target")
         rows.append(
-            f"<tr><td>{html.escape(_name(search))}<td>{search['memory_factor']:.2f}"
-            f"<td>{held_out['full']['perplexity']:.2f}<td>{held_out['pruned']['perplexity']:.2f}"
-            f"<td>{held_out['pruned']['last_quarter_perplexity']:.2f}"
-            f"<td>{against['nats']:+.4f} &plusmn; {against['standard_error']:.4f}"
-            f"<td>{'' if holding is None else format(holding['memory_factor'], '.2f')}"
+            [
+                _name(search),
+                f"{search['memory_factor']:.2f}",
+                f"{held_out['full']['perplexity']:.2f}",
+                f"{held_out['pruned']['perplexity']:.2f}",
+                f"{held_out['pruned']['last_quarter_perplexity']:.2f}",
+                f"{against['nats']:+.4f}",
+                f"{against['standard_error']:.4f}",
+                "" if holding is None else f"{holding['memory_factor']:.2f}",
+            ]
         )
-    return (
-        "<h2>At the target, on held-out windows</h2><table><tr><th>model, policy<th>factor found<th>full budgets<th>"
-        "pruned<th>last quarter<th>nats above target (or full)<th>largest factor at target here"
-        + "".join(rows)
-        + "</table>"
-    )
+    return rows
+
+
+def _table_html(searches: Sequence[dict[str, Any]]) -> str:
+    head, *rows = (map(html.escape, row) for row in table(searches))
+    parts = ["<h2>At the target, on held-out windows</h2><table><tr><th>", "<th>".join(head)]
+    parts += ["<tr><td>" + "<td>".join(row) for row in rows]
+    return "".join(parts) + "</table>"
 
 
 def _curves(searches: Sequence[dict[str, Any]]) -> str:
-    width, height, left, bottom = 900, 420, 60, 40
+    """A chart for each model, all with the same axes, and a colour for each policy."""
     everything = [point for search in searches for points in _lines(search).values() for point in points]
     most = max(point["memory_factor"] for point in everything)
     low = min(point["perplexity"] for point in everything)
     high = max(point["perplexity"] for search in searches for point in search["curve"]) * 1.03
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for search in searches:
+        by_model.setdefault(_model(search), []).append(search)
+    return "".join(
+        f"<h3>{html.escape(model)}</h3>{_chart(of_model, most, low, high)}" for model, of_model in by_model.items()
+    )
+
+
+def _chart(searches: Sequence[dict[str, Any]], most: float, low: float, high: float) -> str:
+    width, height, left, right, bottom = 900, 360, 60, 140, 40
 
     def x(factor: float) -> float:
-        return left + (width - left - 10) * math.log(factor) / max(math.log(most), 1e-9)
+        return left + (width - left - right) * math.log(factor) / max(math.log(most), 1e-9)
 
     def y(perplexity: float) -> float:
         return 10 + (height - bottom - 10) * (1 - (min(perplexity, high) - low) / max(high - low, 1e-9))
 
-    parts = [f'<svg viewBox="0 0 {width} {height + 22 * len(searches)}" role=img>']
-    factor = 1
-    while factor <= most:
+    parts = [f'<svg viewBox="0 0 {width} {height}" role=img>']
+    for factor in (2**n for n in range(int(math.log2(most)) + 1)):
         parts.append(
             f'<line x1={x(factor):.1f} x2={x(factor):.1f} y1=10 y2={height - bottom} stroke="#eee" />'
             f"<text x={x(factor):.1f} y={height - 20} text-anchor=middle font-size=13>{factor}x</text>"
         )
-        factor *= 2
     for tick in np.linspace(low, high, 5):
         parts.append(f"<text x={left - 8} y={y(tick) + 4:.1f} text-anchor=end font-size=13>{tick:.1f}</text>")
-    for n, (search, colour) in enumerate(zip(searches, _colours(searches), strict=True)):
+    for n, search in enumerate(searches):
+        colour = _colour(search)
         for dash, points in _lines(search).items():
             ordered = sorted(points, key=lambda point: point["memory_factor"])
             path = " ".join(f"{x(p['memory_factor']):.1f},{y(p['perplexity']):.1f}" for p in ordered)
@@ -110,12 +144,11 @@ def _curves(searches: Sequence[dict[str, Any]]) -> str:
                 f'<polyline points="{path}" fill=none stroke="{colour}" stroke-width=2 stroke-dasharray="{dash}" />'
             )
         found = search["found"]
+        place = f"cx={x(found['memory_factor']):.1f} cy={y(found['perplexity']):.1f}"
         parts.append(
-            f'<circle cx={x(found["memory_factor"]):.1f} cy={y(found["perplexity"]):.1f} r=5 fill="{colour}" />'
-        )
-        parts.append(
-            f'<text x={left} y={height + 16 + 22 * n} font-size=14 fill="{colour}">&#9632; '
-            f"{html.escape(_name(search))}</text>"
+            f'<circle {place} r=5 fill="{colour}" />'
+            f'<text x={width - right + 30} y={24 + 22 * n} font-size=14 fill="{colour}">&#9632; '
+            f"{html.escape(search['policy'])}</text>"
         )
     return "".join(parts) + "</svg>"
 
@@ -125,8 +158,8 @@ def _lines(search: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {"none": search["curve"], "8 5": others["uniform"], "2 4": others["pyramid"]}
 
 
-def _bars(search: dict[str, Any], colour: str) -> str:
-    budgets, length = search["budgets"], search["context_length"]
+def _bars(search: dict[str, Any]) -> str:
+    budgets, length, colour = search["budgets"], search["context_length"], _colour(search)
     parts = [f"<h3>{html.escape(_name(search))}: {search['memory_factor']:.2f}x</h3>"]
     parts.append(f'<svg viewBox="0 0 900 {20 * len(budgets) + 4}" role=img>')
     for layer, budget in enumerate(budgets):
