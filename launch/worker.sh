@@ -12,12 +12,13 @@ host=$(<"$home/host") attempt=$(<"$home/attempt") url=$(<"$home/url")
 log=$home/log status=$home/status code=- restarts=0 state=running detail=''
 value_of() { sed -n "s/^$1=//p" "$home/run"; }
 workdir=$(value_of WORKDIR) data=$(value_of DATA)
-# Seconds: before the first restart (doubled each time), between writes to the bucket, for a save after SIGTERM, that
-# a trainer must live for its earlier failures to be forgotten, before a slice that is done deletes itself.
-backoff=${WORKER_BACKOFF_SECONDS:-15} beat_seconds=${WORKER_BEAT_SECONDS:-60} save_seconds=150
-healthy_seconds=${WORKER_HEALTHY_SECONDS:-900} idle_seconds=${WORKER_IDLE_SECONDS:-1800}
+# Seconds: before the first restart (doubled each time), between writes to the bucket, for a save after SIGTERM, from
+# a second SIGTERM to SIGKILL, that a trainer must live for its earlier failures to be forgotten, before a slice that
+# is done deletes itself.
+backoff=${WORKER_BACKOFF_SECONDS:-15} beat_seconds=${WORKER_BEAT_SECONDS:-60} save_seconds=${WORKER_SAVE_SECONDS:-150}
+kill_seconds=${WORKER_KILL_SECONDS:-10} healthy_seconds=${WORKER_HEALTHY_SECONDS:-900} idle_seconds=${WORKER_IDLE_SECONDS:-1800}
 max_crashes=5 max_losses=20
-trainer='' stop_why='' shipper='' killer=''
+trainer='' stop_why='' shipper='' killer='' signalled=''
 
 say() { printf 'worker: %s\n' "$*" >>"$log"; }
 
@@ -68,17 +69,19 @@ report() {
   esac
 }
 
-# First SIGTERM: the trainer saves and leaves with 75, on all hosts. One that hangs is told again, then killed.
+# At SIGTERM the trainer saves and leaves with 75, on all hosts. A second one would end it unsaved, and preemption is
+# told in two ways at once, so it is passed on once. A trainer that hangs is told again after a while, then killed.
 pass_on() {
-  [ -n "$stop_why" ] || stop_why=$1
-  [ -n "$trainer" ] || return 0
+  signalled=1
+  # To be stopped outweighs maintenance, after which the trainer would be started again.
+  [ "$stop_why" = stop ] || stop_why=$1
+  [ -n "$trainer" ] && [ -z "$killer" ] || return 0
   kill -TERM "$trainer" 2>/dev/null
-  [ -z "$killer" ] || return 0
   (
     trap - TERM INT USR1
     sleep "$save_seconds"
     kill -TERM "$trainer"
-    sleep 10
+    sleep "$kill_seconds"
     kill -KILL -- "-$trainer"
   ) 2>/dev/null &
   killer=$!
@@ -138,13 +141,13 @@ run_trainer() {
     "--workdir=$workdir" "--config.data.path=$path" >>"$log" 2>&1 </dev/null &
   trainer=$!
   [ -z "$stop_why" ] || pass_on "$stop_why"
-  # A trap ends wait early, with the signal's number; then the trainer is waited for again.
-  code=0
-  while :; do
+  # A trap ends wait early, with the signal's number; then the trainer is waited for again. 127: it was already.
+  signalled=1
+  while [ -n "$signalled" ]; do
+    signalled=''
     wait "$trainer"
     got=$?
     [ "$got" = 127 ] || code=$got
-    kill -0 "$trainer" 2>/dev/null || break
   done
   kill -KILL -- "-$trainer" 2>/dev/null
   trainer=''
@@ -166,6 +169,7 @@ judge() {
     *) if [[ $output == *RESOURCE_EXHAUSTED* ]]; then state=out_of_memory; else state=crashed; fi ;;
   esac
   detail=$(printf '%s\n' "$output" | grep -E '^(error:|[A-Za-z_.]*(Error|Exception):)|RESOURCE_EXHAUSTED' | tail -n 1)
+  if [ -z "$detail" ] && [ "$code" -gt 128 ]; then detail="ended by SIG$(kill -l "$code" 2>/dev/null)"; fi
   # The trainer's own words for a disk or bucket that is full are RESOURCE_EXHAUSTED too, and mean something else.
   if [ "$state" = out_of_memory ] && [ "$code" != 3 ] && [[ $detail == *"No space left"* || $detail == *uota* ]]; then
     state=crashed

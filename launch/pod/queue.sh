@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # The queued resource: one per run, under the run's name, which is what makes creating it idempotent.
 
+LOGIN_EXPIRED="gcloud's login has expired; run gcloud auth login. The slice is left as it is (and bills if it is up); \
+this goes on by itself"
+
 create_command() {
   CREATE=(compute tpus queued-resources create "$NAME" "--project=$PROJECT" "--zone=$ZONE"
     "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME" "--labels=run=$NAME")
@@ -26,15 +29,17 @@ delete_command() {
   DELETE=(compute tpus queued-resources delete "$NAME" "--project=$PROJECT" "--zone=$ZONE" --force --quiet)
 }
 
-# Sets QUEUE: the state, ABSENT only on an explicit "not found", else UNKNOWN with the reason in ERROR.
+# Sets QUEUE: the state, ABSENT only on an explicit "not found", else UNKNOWN with the reason in QUEUE_TROUBLE.
 queue_state() {
   describe_command
+  QUEUE_TROUBLE=''
   if ask "${DESCRIBE[@]}" '--format=value(state.state)'; then
     QUEUE=${OUT:-UNKNOWN}
   elif [ "$KIND" = absent ]; then
     QUEUE=ABSENT
   else
-    QUEUE=UNKNOWN
+    QUEUE=UNKNOWN QUEUE_TROUBLE="cannot see the slice: $(reason)"
+    [ "$KIND" != auth ] || QUEUE_TROUBLE=$LOGIN_EXPIRED
   fi
 }
 
@@ -54,6 +59,7 @@ create_slice() {
   still_ours
   if [ "$REFUSALS" = 0 ]; then
     [ "$ATTEMPT" -lt "$MAX_ATTEMPTS" ] || fail "$ATTEMPT attempts are used up; submit again with a higher --max-attempts"
+    hours_are_left || fail "$NO_HOURS"
     # Written before, so that an attempt whose creation was cut short is found again.
     event attempt "$((ATTEMPT + 1))" || {
       say "cannot write the run's history, so nothing is created: $(reason)"
@@ -71,7 +77,7 @@ create_slice() {
   case $KIND in
     exists) say "the slice is there already" ;;
     network | rate | capacity) say "cannot tell or not now, will look again: $(reason)" ;;
-    auth) say_login ;;
+    auth) say "$LOGIN_EXPIRED" ;;
     quota) fail "quota: $(reason); delete other slices or ask for more quota, then submit again" ;;
     no-quota) fail "no quota at all of this kind in $ZONE: $(reason); another zone or tier, or ask for quota" ;;
     permission) fail "not allowed: $(reason); you need the role TPU Admin in $PROJECT" ;;

@@ -6,16 +6,16 @@ show_status() {
   load_events
   queue_state
   echo "run       $NAME: $SLICES x $TYPE ($TIER) in $ZONE, project $PROJECT"
-  echo "slice     $QUEUE$([ "$QUEUE" != UNKNOWN ] || echo " ($(reason))")"
+  echo "slice     $QUEUE${QUEUE_TROUBLE:+ ($QUEUE_TROUBLE)}"
   echo "attempts  $ATTEMPT of $MAX_ATTEMPTS"
   if ask storage cat "$RUN_URL/watch"; then echo "watcher   $(printable "$OUT")"; else echo "watcher   none ($KIND)"; fi
   progress
   seconds=$(billed_seconds)
-  awk -v s="$seconds" -v chips="$((CHIPS * SLICES))" -v price="$PRICE" 'BEGIN {
+  awk -v s="$seconds" -v chips="$((CHIPS * SLICES))" -v price="$PRICE" \
+    -v now="$(if slice_is_up; then echo one is up; else echo none is up now; fi)" 'BEGIN {
     printf "cost      slices were up for %.2f h = %.1f chip-hours", s / 3600, s / 3600 * chips
     if (price != "") printf " = $%.2f at $%s per chip-hour", s / 3600 * chips * price, price
-    else printf "; submit --price USD_PER_CHIP_HOUR to see dollars"
-    print slice} ' slice="$(if slice_is_up; then echo ', and one is up'; else echo ', none is up now'; fi)"
+    print ", and " now (price == "" ? "; submit --price USD_PER_CHIP_HOUR to see dollars" : "") }'
   read_workers || echo "workers   cannot be read ($KIND)"
   while read -r host state code restarts _ _ detail; do
     [ -z "$host" ] || echo "host $host    $state, exit code $code, $restarts restarts${detail:+: $detail}"
@@ -54,8 +54,12 @@ show_logs() {
     printf '%s\n' "$OUT" | LC_ALL=C tr -d '\000-\010\013-\037\177'
     return
   fi
-  LOG_SEEN=0
+  local attempt=''
   while :; do
+    load_events
+    # Another slice begins another log.
+    [ "$ATTEMPT" = "$attempt" ] || LOG_SEEN=0
+    attempt=$ATTEMPT
     read_workers
     follow_log "$host"
     pause "$POLL_SECONDS"
@@ -82,7 +86,12 @@ open_tensorboard() {
   "$PYTHON" -c 'import tensorboard' 2>/dev/null || die "$PYTHON has no TensorBoard; run make setup, or set PYTHON"
   mkdir -p "$LOCAL/tensorboard"
   call storage rsync --recursive --quiet "$WORKDIR/tensorboard" "$LOCAL/tensorboard" || die "no events yet: $(reason)"
-  (while sleep 60; do call storage rsync --recursive --quiet "$WORKDIR/tensorboard" "$LOCAL/tensorboard"; done) &
+  (
+    trap 'kill $!; exit' TERM
+    while pause 60; do call storage rsync --recursive --quiet "$WORKDIR/tensorboard" "$LOCAL/tensorboard"; done
+  ) &
+  # In the background Ctrl-C is not heard.
+  trap 'kill %1; rm -rf "$TEMPORARY"' EXIT
   "$PYTHON" -m tensorboard.main --logdir "$LOCAL/tensorboard"
 }
 

@@ -25,7 +25,7 @@ watch_run() {
       PROVISIONING) wait_for_slice ;;
       ACTIVE) tend_slice ;;
       SUSPENDED | FAILED) replace_slice ;;
-      UNKNOWN) if [ "$KIND" = auth ]; then say_login; else say "cannot see the slice"; fi ;;
+      UNKNOWN) say "$QUEUE_TROUBLE" ;;
         # CREATING, ACCEPTED and WAITING_FOR_RESOURCES do not bill; SUSPENDING and DELETING end by themselves.
     esac
     pause "$POLL_SECONDS"
@@ -40,8 +40,12 @@ judge_failure() {
     diverged) give_up "the training diverged, again after a rollback; no retry cures it ($RESULT_DETAIL)" ;;
     crashed) give_up "the trainer crashed again and again ($RESULT_DETAIL)" ;;
   esac
-  [ "$(billed_seconds)" -lt $((MAX_HOURS * 3600)) ] ||
-    give_up "slices were up for $MAX_HOURS hours in all; submit again with a higher --max-hours"
+  hours_are_left || give_up "$NO_HOURS"
+}
+
+hours_are_left() {
+  NO_HOURS="slices were up for $MAX_HOURS hours in all; submit again with a higher --max-hours"
+  [ "$(billed_seconds)" -lt $((MAX_HOURS * 3600)) ]
 }
 
 # A stop, a delete or another watcher wrote to the lock: then this one ends, and changes nothing.
@@ -52,16 +56,12 @@ still_ours() {
     holds_lock || code=$?
     [ "$code" != 0 ] || return 0
     [ "$code" = 2 ] || break
-    if [ "$KIND" = auth ]; then say_login; else say "cannot reach the bucket: $(reason)"; fi
+    if [ "$KIND" = auth ]; then say "$LOGIN_EXPIRED"; else say "cannot reach the bucket: $(reason)"; fi
     pause "$POLL_SECONDS"
   done
   ask storage cat "$RUN_URL/watch" || OUT='somebody else has it'
   say "this watcher ends: $OUT"
   exit 0
-}
-
-say_login() {
-  say "gcloud's login has expired; run gcloud auth login. The slice is left as it is (and bills if it is up); this goes on by itself"
 }
 
 next_attempt() {

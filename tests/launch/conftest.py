@@ -79,6 +79,10 @@ class Cloud:
         self.script["environment"] |= {k: str(v) for k, v in environment.items()}
         self.write("script.json", self.script)
 
+    def script_now(self) -> dict[str, Any]:
+        """What is left to happen."""
+        return json.loads((self.folder / "script.json").read_text())
+
     def attempts(self, *states: list[str]) -> None:
         """What the requests go through, the first one's states first; the last stays."""
         self.script["attempts"] = list(states)
@@ -137,28 +141,56 @@ class Cloud:
         path = self.folder / "buckets/bucket/runs/run" / name
         return path.read_text() if path.exists() else ""
 
+    def put(self, name: str, content: str) -> None:
+        """Writes an object of the run."""
+        path = self.folder / "buckets/bucket/runs/run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f"{path.name}.generation").write_text(str(time.time_ns()))
+        path.with_name(f"{path.name}.test").write_text(content)
+        path.with_name(f"{path.name}.test").replace(path)
+
     def wait_for(self, condition: Callable[[], object], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                pytest.fail(f"never came true\n{self.host_logs()}")
+                last = "\n".join(" ".join(call) for call in self.calls()[-12:])
+                pytest.fail(f"never came true\n{self.host_logs()}\n== the last calls\n{last}")
             time.sleep(0.1)
+
+    def preempt(self, name: str = "run") -> None:
+        """The machines go away without a word, and the request follows."""
+
+        def reclaim(state: dict[str, Any]) -> None:
+            state["requests"][name]["states"] = ["SUSPENDING", "SUSPENDED"]
+
+        self.change(reclaim)
+        self.close()
+
+    def host_log(self, host: int) -> str:
+        path = self.folder / f"hosts/run-{host}/runs/run/log"
+        return path.read_text() if path.exists() else ""
 
     def host_logs(self) -> str:
         logs = sorted(self.folder.glob("hosts/*/runs/run/log")) + sorted(self.folder.glob("hosts/*/unit.log"))
         return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in logs)
 
-    def host_processes(self) -> list[int]:
-        """Those that run on the hosts; a host's environment marks them."""
+    def processes(self, on_hosts: bool) -> list[int]:
+        """Those that run on the hosts, or those of the launcher; their environment marks them."""
         found, mark = [], f"FAKE_CLOUD={self.folder}".encode()
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = path.read_bytes().split(b"\0")
             except OSError:
                 continue
-            if mark in variables and any(v.startswith(b"FAKE_HOST=") for v in variables):
+            if mark in variables and any(v.startswith(b"FAKE_HOST=") for v in variables) == on_hosts:
                 found.append(int(path.parent.name))
         return found
+
+    def host_processes(self) -> list[int]:
+        return self.processes(on_hosts=True)
+
+    def launcher_processes(self) -> list[int]:
+        return self.processes(on_hosts=False)
 
     def host_signal(self, host: int, number: int) -> None:
         """To the trainer of a host, wherever it is."""
@@ -169,6 +201,7 @@ class Cloud:
                     os.kill(pid, number)
 
     def close(self) -> None:
+        """Every host loses its power."""
         for _ in range(3):
             for pid in self.host_processes():
                 try:

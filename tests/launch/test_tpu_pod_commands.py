@@ -76,13 +76,18 @@ def test_plan_that_does_not_fit_ends_it(cloud):
     assert code == 2 and "does not fit v4-16" in output and not cloud.calls("create")
 
 
-@pytest.mark.skipif(not SDK_TABLE.exists(), reason="no installation of the Google Cloud SDK")
-@pytest.mark.parametrize("command", flags.COMMANDS)
-def test_table_of_flags_is_that_of_the_installed_sdk(command):
+@pytest.fixture(scope="module")
+def sdk_tree():
     spec = importlib.util.spec_from_file_location("gcloud_completions", SDK_TABLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    node = module.STATIC_COMPLETION_CLI_TREE
+    return module.STATIC_COMPLETION_CLI_TREE
+
+
+@pytest.mark.skipif(not SDK_TABLE.exists(), reason="no installation of the Google Cloud SDK")
+@pytest.mark.parametrize("command", flags.COMMANDS)
+def test_table_of_flags_is_that_of_the_installed_sdk(sdk_tree, command):
+    node = sdk_tree
     for word in command.split():
         node = node["commands"][word]
     assert flags.COMMANDS[command]["flags"] <= set(node["flags"])

@@ -194,9 +194,8 @@ def ssh(state, script, positionals, options):
     }
 
     def run():
-        return subprocess.run(
-            ["bash", "-c", options["--command"]], env=environment, cwd=folder, stdin=subprocess.DEVNULL
-        ).returncode
+        command = ["bash", "-c", options["--command"]] if "--command" in options else ["bash"]
+        return subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL).returncode
 
     return run
 
@@ -272,6 +271,13 @@ def object_describe(state, script, positionals, options):
     print(generation(local(positionals[0])))
 
 
+def rsync(state, script, positionals, options):
+    if not os.path.isdir(local(positionals[0])):
+        fail(f"ERROR: (gcloud.storage.rsync) The following URLs matched no objects or files:\n{positionals[0]}")
+    ignore = shutil.ignore_patterns("*.generation")
+    shutil.copytree(local(positionals[0]), positionals[1], dirs_exist_ok=True, ignore=ignore)
+
+
 ACTIONS = {
     "auth list": auth_list,
     "config get": config_get,
@@ -284,6 +290,7 @@ ACTIONS = {
     "storage cat": cat,
     "storage cp": cp_many,
     "storage objects describe": object_describe,
+    "storage rsync": rsync,
 }
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,0 +1,175 @@
+"""The worker alone on a host: what it restarts, what it does not and how it says so, and which signals it passes on."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from .conftest import FAKE, ROOT
+
+RUN = "NAME=run\nPROJECT=my-project\nZONE=us-central2-b\nDATA=gs://bucket/data/demo\nWORKDIR=gs://bucket/runs/run/workdir\n"
+
+
+class Worker:
+    """The worker of host 0 as a process, with the stand-in for the trainer."""
+
+    def __init__(self, cloud, **environment) -> None:
+        self.cloud, self.home = cloud, cloud.folder / "hosts/run-0/runs/run"
+        python = self.home / "venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to(FAKE / "trainer")
+        (cloud.folder / "hosts/run-0/metadata").mkdir()
+        for name, content in {"host": "0", "attempt": "1", "url": "gs://bucket/runs/run", "run": RUN}.items():
+            (self.home / name).write_text(content + "\n")
+        (self.home / "trainer.args").write_text("--config=configs/demo.py\n--config.note=$(id) 'a' \\b\n")
+        self.environment = {
+            **cloud.environment,
+            "HOME": str(cloud.folder / "hosts/run-0"),
+            "FAKE_HOST": str(cloud.folder / "hosts/run-0"),
+            "PROCESS_ID": "0",
+            "PATH": f"{FAKE}/host_bin:{FAKE}:{os.environ['PATH']}",
+            "WORKER_BACKOFF_SECONDS": "0",
+            "WORKER_BEAT_SECONDS": "30",
+            "WORKER_IDLE_SECONDS": "600",
+            **environment,
+        }
+
+    def start(self) -> subprocess.Popen:
+        command = ["bash", ROOT / "launch/worker.sh", self.home]
+        return subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def run_to(self, words: str) -> str:
+        """Starts the worker, and its log when the words are in it."""
+        self.start()
+        self.cloud.wait_for(lambda: words in self.log())
+        return self.log()
+
+    def log(self) -> str:
+        return (self.home / "log").read_text() if (self.home / "log").exists() else ""
+
+    def starts(self) -> list[str]:
+        path = self.cloud.folder / "starts-0"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def reported(self) -> str:
+        """What the bucket knows of the worker."""
+        return self.cloud.object("attempts/1/host-0.status")
+
+
+FOR_GOOD = {
+    "0": "finished",
+    "2 error: batch_size=3 must be a multiple of 8": "mistake",
+    "3 error: the step does not fit the devices' memory": "out_of_memory",
+    "1 jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate": "out_of_memory",
+    "4 error: loss is nan at step 7, again after a rollback": "diverged",
+}
+
+
+@pytest.mark.parametrize("end", FOR_GOOD)
+def test_what_no_retry_cures_is_named_and_not_restarted(cloud, end):
+    cloud.trainer(end, "0")
+    worker, state = Worker(cloud), FOR_GOOD[end]
+    code, _, words = end.partition(" ")
+    line = f"worker: {state}{': ' + words if words else ''} (exit code {code})\n"
+    worker.run_to(line)
+    cloud.wait_for(lambda: worker.reported().startswith(f"0 {state} {code} 0 "))
+    assert worker.reported().endswith(f" {words}\n")
+    assert len(worker.starts()) == 1
+
+
+AGAIN = {
+    "75": "interrupted (exit code 75)",
+    "70 host 1 has left": "lost (exit code 70)",
+    "134": "lost: ended by SIGABRT (exit code 134)",
+    "137": "crashed: ended by SIGKILL (exit code 137)",
+    "1 ValueError: broken": "crashed: ValueError: broken (exit code 1)",
+    "1 OSError: RESOURCE_EXHAUSTED: No space left on device": "crashed: OSError: RESOURCE_EXHAUSTED: No space left",
+}
+
+
+@pytest.mark.parametrize("end", AGAIN)
+def test_what_a_restart_may_cure_is_restarted(cloud, end):
+    cloud.trainer(end, "0")
+    worker = Worker(cloud)
+    log = worker.run_to("worker: finished")
+    assert f"worker: {AGAIN[end]}" in log and "starting again in 0 s" in log
+    assert len(worker.starts()) == 2
+
+
+def test_crashes_in_a_row_have_a_limit_and_longer_and_longer_pauses(cloud):
+    cloud.trainer("1 ValueError: broken", "1 ValueError: broken", "2 error: enough")
+    log = Worker(cloud, WORKER_BACKOFF_SECONDS="1").run_to("worker: mistake")
+    assert "starting again in 1 s" in log and "starting again in 2 s" in log
+
+
+def test_crashes_far_apart_are_forgotten(cloud):
+    cloud.trainer(*["1 ValueError: broken"] * 7, "0")
+    worker = Worker(cloud, WORKER_HEALTHY_SECONDS="0")
+    worker.run_to("worker: finished")
+    assert len(worker.starts()) == 8
+
+
+def test_arguments_reach_the_trainer_as_they_were_given(cloud):
+    cloud.trainer("0")
+    worker = Worker(cloud)
+    worker.run_to("worker: finished")
+    workdir, data = "--workdir=gs://bucket/runs/run/workdir", f"--config.data.path={worker.home}/data"
+    assert worker.starts() == [f"-m trainer --config=configs/demo.py --config.note=$(id) 'a' \\b {workdir} {data}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", "TRUE")]
+)
+def test_announced_maintenance_and_preemption_save_at_once_and_training_goes_on(cloud, key, value):
+    cloud.trainer("-", "0")
+    worker = Worker(cloud)
+    worker.run_to("step 1 ")
+    (cloud.folder / "hosts/run-0/metadata" / key).write_text(value)
+    cloud.wait_for(lambda: "worker: finished" in worker.log())
+    assert "interrupted and saved\nworker: interrupted (exit code 75); starting again" in worker.log()
+
+
+def test_sigterm_is_passed_on_once_and_ends_the_worker(cloud):
+    # A preempted machine says so in its metadata and by SIGTERM; at a second one the trainer would not save.
+    cloud.trainer("-", "0")
+    worker = Worker(cloud, FAKE_SAVE_SECONDS="1")
+    process = worker.start()
+    cloud.wait_for(lambda: "step 1 " in worker.log())
+    process.send_signal(signal.SIGUSR1)
+    cloud.wait_for(lambda: "SIGTERM 1" in worker.log())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert "SIGTERM 2" not in worker.log() and "interrupted and saved" in worker.log()
+    assert worker.reported().startswith("0 stopped 75 ")
+    assert len(worker.starts()) == 1
+
+
+def test_trainer_that_hangs_after_sigterm_is_killed(cloud):
+    cloud.trainer("hang", "0")
+    worker = Worker(cloud, WORKER_SAVE_SECONDS="1", WORKER_KILL_SECONDS="1")
+    process = worker.start()
+    cloud.wait_for(lambda: "step 1 " in worker.log())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert "SIGTERM 2" in worker.log()
+    assert worker.reported().startswith("0 stopped 137 ")
+
+
+def test_worker_that_comes_back_after_a_reboot_knows_how_it_ended(cloud):
+    cloud.trainer("0", "0")
+    worker = Worker(cloud)
+    process = worker.start()
+    cloud.wait_for(lambda: "finished" in worker.reported())
+    process.kill()
+    process.wait()
+    worker.start()
+    cloud.wait_for(lambda: worker.log().count("worker: finished") == 2)
+    assert len(worker.starts()) == 1
+
+
+def test_idle_slice_that_nobody_deletes_deletes_itself(cloud):
+    cloud.change(lambda s: s["requests"].update(run={"states": ["ACTIVE"], "hosts": 1, "port": 1, "nodes": {}}))
+    cloud.trainer("0")
+    Worker(cloud, WORKER_IDLE_SECONDS="1").run_to("nobody deleted the slice in 1 s")
+    cloud.wait_for(lambda: cloud.state()["requests"] == {})
