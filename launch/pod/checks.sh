@@ -45,23 +45,36 @@ check_config() {
   esac
 }
 
-# What the TPU compiler says of this config on this slice, without one.
+# What the TPU compiler says of this config on this slice, without one. Its exit codes: 0 fits, 2 a mistake, 3 does not.
 check_plan() {
   [ -n "$PLAN" ] || return 0
-  local fits code=0
-  plan_command "$TEMPORARY/plan.json"
-  (cd "$ROOT" && "$PYTHON" "${PLAN_COMMAND[@]}") \
-    >"$TEMPORARY/plan.txt" 2>&1 || code=$?
-  fits=$(sed -n 's/.*"fits": *\([a-z]*\).*/\1/p' "$TEMPORARY/plan.json" 2>/dev/null)
-  case $fits in
-    true) say "the plan says that it fits" ;;
-    false) die "the plan says that this config does not fit $TYPE; take a larger slice, --config.model.remat=block or --config.accumulation=2 (--no-plan skips this)" ;;
-    *) die "launch.plan failed (exit code $code): $(tail -n 1 "$TEMPORARY/plan.txt"); make setup EXTRAS=dev,tpu, or --no-plan" ;;
+  local code=0 mistake key
+  plan_command
+  key=$(printf '%s\n' "$TREE" "${PLAN_COMMAND[@]}" | cksum)
+  if [ "$(cat "$LOCAL/planned" 2>/dev/null)" = "$key" ]; then
+    say "the plan of an earlier submit says that it fits"
+    return
+  fi
+  say "asking the TPU compiler whether it fits: about a minute, --no-plan skips it"
+  (cd "$ROOT" && "$PYTHON" "${PLAN_COMMAND[@]}") >"$TEMPORARY/plan.txt" 2>"$TEMPORARY/plan.stderr" || code=$?
+  mistake=$(sed -n 's/^error: //p' "$TEMPORARY/plan.stderr" | tail -n 1)
+  case $code in
+    0)
+      sed -n '1p; /^  total /p; /^  estimated: /p' "$TEMPORARY/plan.txt"
+      printf '%s\n' "$key" >"$LOCAL/planned"
+      ;;
+    3)
+      cat "$TEMPORARY/plan.txt" >&2
+      die "by the plan this config does not fit $SLICES x $TYPE; change what the plan names, or the slice (--no-plan skips it)"
+      ;;
+    *) die "launch.plan failed (exit code $code): ${mistake:-$(tail -n 1 "$TEMPORARY/plan.stderr")}; mend it, or --no-plan" ;;
   esac
 }
 
 plan_command() {
-  PLAN_COMMAND=(-m launch.plan "--topology=$TYPE" "--slices=$SLICES" --json "$1" "${TRAINER_ARGS[@]}")
+  PLAN_COMMAND=(-m launch.plan "--topology=$TYPE" "--slices=$SLICES")
+  [ -z "$PRICE" ] || PLAN_COMMAND+=("--price-per-chip-hour=$PRICE")
+  PLAN_COMMAND+=("${TRAINER_ARGS[@]}")
 }
 
 # The code of the run: HEAD with the uncommitted changes of tracked files, as a tree of git. Sets TREE and COMMIT.

@@ -165,7 +165,7 @@ fill_defaults() {
 choose_run() {
   if [ -z "$NAME" ] && [ -f "$STATE/last" ]; then
     NAME=$(<"$STATE/last")
-    local runs=("$STATE"/runs/*/)
+    local runs=("$STATE"/runs/*/run)
     [ -z "$1" ] || [ ${#runs[@]} = 1 ] || die "there are ${#runs[@]} runs; say which: $COMMAND --name $NAME"
   fi
   [ -n "$NAME" ] || die "no run was submitted from this machine; give --name NAME --bucket gs://BUCKET"

@@ -12,8 +12,8 @@ submit() {
   check_cloud
   choose_code
   check_config
-  check_plan
   mkdir -p "$LOCAL"
+  check_plan
   if [ -n "$DETACH" ]; then detach; fi
   trap 'interrupted INT' INT
   trap 'interrupted TERM' TERM
@@ -86,7 +86,7 @@ dry_run() {
   show gcloud auth list '--filter=status:ACTIVE' '--format=value(account)'
   show gcloud compute tpus accelerator-types describe "$TYPE" "--zone=$ZONE" "--project=$PROJECT" '--format=value(type)'
   [[ $DATA != gs://* ]] || show gcloud storage cat "$DATA/manifest.json"
-  plan_command plan.json
+  plan_command
   [ -z "$PLAN" ] || show python "${PLAN_COMMAND[@]}"
   echo "# --- record the run and its code (TREE is that of git)"
   show gcloud storage cp --quiet --if-generation-match=0 watch "$RUN_URL/watch"

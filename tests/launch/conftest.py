@@ -66,7 +66,10 @@ class Cloud:
         (folder / "hosts").mkdir()
         (dataset / "manifest.json").write_text("{}")
         (folder / "preflight").write_text("mesh data=8\nbatch 16\n")
-        (folder / "plan").write_text('{"fits": true}')
+        (folder / "plan").write_text(
+            "v4-16: 8 chips, mesh data=8, batch 16\n  total   4.66   fits: 85% of 30.75 left\n"
+        )
+        (folder / "plan.code").write_text("0")
         self.write("state.json", {"requests": {}, "created": 0})
         self.host(FAKE_TRAINER=FAKE / "trainer", WORKER_BACKOFF_SECONDS=0, WORKER_BEAT_SECONDS=0.5)
 

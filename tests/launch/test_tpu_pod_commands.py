@@ -1,6 +1,7 @@
 """What submit prints and refuses before anything is created, and what gcloud takes."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -70,10 +71,44 @@ def test_type_that_the_zone_lacks_is_said(cloud):
     assert code == 2 and "zone us-central2-b has no v5p-8" in output
 
 
-def test_plan_that_does_not_fit_ends_it(cloud):
-    (cloud.folder / "plan").write_text('{"fits": false}')
+def test_plan_that_does_not_fit_ends_it_with_the_plan(cloud):
+    (cloud.folder / "plan").write_text("  total   48.12   does NOT fit 30.75\n")
+    (cloud.folder / "plan.code").write_text("3")
     code, output = cloud.submit()
-    assert code == 2 and "does not fit v4-16" in output and not cloud.calls("create")
+    assert code == 2 and "does NOT fit 30.75\nerror: by the plan this config does not fit 1 x v4-16" in output
+    assert not cloud.calls("create")
+
+
+def test_plan_that_cannot_be_made_says_why_and_how_to_go_on_without(cloud):
+    (cloud.folder / "plan.stderr").write_text(
+        "error: the TPU compiler is not installed; run: pip install -e '.[tpu]'\n"
+    )
+    (cloud.folder / "plan.code").write_text("2")
+    code, output = cloud.submit()
+    reason = "the TPU compiler is not installed; run: pip install -e '.[tpu]'; mend it, or --no-plan"
+    assert code == 2 and f"error: launch.plan failed (exit code 2): {reason}\n" in output
+
+
+def test_plan_is_made_once_for_one_code_and_one_set_of_flags(cloud):
+    cloud.error("queued-resources create", "ERROR: (gcloud) INVALID_ARGUMENT: no", times=2)
+    assert "asking the TPU compiler" in cloud.submit()[1]
+    (cloud.folder / "plan.code").write_text("3")
+    assert "the plan of an earlier submit says that it fits" in cloud.submit()[1]
+    assert "does not fit" in cloud.run("submit", *replaced("--type", "v4-8"), "--watch", *TRAINER)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("kind", "config", "code", "words"),
+    [("v4-32", "d12", 0, r"  total +\d+\.\d\d   fits: \d+% of 30.75 left\n"), ("v4-8", "d28", 2, "does NOT fit 30.75")],
+)
+def test_plan_of_the_tpu_compiler_is_understood(cloud, kind, config, code, words):
+    cloud.trainer("0")
+    options = [*replaced("--type", kind), "--watch", "--data", "/data/c4", "--", f"--config=configs/c4.py:{config}"]
+    process = cloud.start("submit", *options, PYTHON=sys.executable)
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == code and re.search(words, output), output
 
 
 @pytest.fixture(scope="module")
