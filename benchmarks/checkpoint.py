@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=8, help="of each kind, after one that compiles")
     arguments = parser.parse_args()
     config = c4.get_config("d12")
-    fields = {"batch_size": arguments.batch_size, "context_length": arguments.context_length, "mesh.data": 1}
+    fields = {"batch_size": arguments.batch_size, "context_length": arguments.context_length, "mesh.fsdp": 1}
     config.update_from_flattened_dict(fields | {"model.vocab_size": 16_384, "model.dtype": "float32"})
     mesh, optimizer = make_mesh(config.mesh, jax.devices()[:1]), make_optimizer(config)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
