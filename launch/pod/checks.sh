@@ -86,8 +86,12 @@ choose_code() {
   cp "$(git -C "$ROOT" rev-parse --absolute-git-dir)/index" "$TEMPORARY/index"
   GIT_INDEX_FILE=$TEMPORARY/index git -C "$ROOT" add -u
   TREE=$(GIT_INDEX_FILE=$TEMPORARY/index git -C "$ROOT" write-tree) || die "git could not write a tree of $ROOT"
-  secrets=$(git -C "$ROOT" grep -l -I -E 'BEGIN [A-Z ]*PRIVATE[ ]KEY|"private[_]key"' "$TREE" -- | head -n 1)
-  [ -z "$secrets" ] || die "${secrets#*:} holds a private key, which must not be uploaded; take it out of git"
+  secrets=$(git -C "$ROOT" grep -l -I -E "$SECRET_PATTERN" "$TREE" -- | head -n 1)
+  [ -z "$secrets" ] || die "${secrets#*:} holds a key or token, which must not be uploaded; take it out of git"
+  git -C "$ROOT" diff --binary "$COMMIT" "$TREE" >"$TEMPORARY/uncommitted.patch"
+  # Lines that were taken out are in the patch still.
+  ! grep -a -q -E "$SECRET_PATTERN" "$TEMPORARY/uncommitted.patch" ||
+    die "the uncommitted changes take a key or token out, and are recorded with the run; commit them first"
   untracked=$(git -C "$ROOT" ls-files --others --exclude-standard | wc -l | tr -d ' ')
   [ "$untracked" = 0 ] || say "$untracked files that git does not track are not part of the run; git add those that are"
   [ "$TREE" = "$(git -C "$ROOT" rev-parse 'HEAD^{tree}')" ] || say "uncommitted changes are part of the run and recorded with it"
@@ -97,7 +101,6 @@ upload_code() {
   local archive=$TEMPORARY/$TREE.tar.gz
   git -C "$ROOT" archive --format=tar.gz -o "$archive" "$TREE" || stop "git archive failed"
   put_surely "$archive" "$RUN_URL/code/$TREE.tar.gz" || stop "cannot upload the code: $(reason)"
-  git -C "$ROOT" diff --binary "$COMMIT" "$TREE" >"$TEMPORARY/uncommitted.patch"
   put_surely "$TEMPORARY/uncommitted.patch" "$RUN_URL/code/$TREE.patch" || stop "cannot upload the patch: $(reason)"
   printf '%s\n' "${TRAINER_ARGS[@]}" >"$LOCAL/trainer.args"
   put_surely "$LOCAL/trainer.args" "$RUN_URL/trainer.args" || stop "cannot upload the trainer's flags: $(reason)"

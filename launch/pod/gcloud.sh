@@ -43,6 +43,11 @@ classify() {
   esac
 }
 
+# printable TEXT: on one line, without terminal controls: others write to the bucket too.
+printable() {
+  printf '%s' "$1" | LC_ALL=C tr -d '\000-\010\012-\037\177'
+}
+
 # The line of gcloud's error that says what is wrong, without terminal controls.
 reason() {
   local line

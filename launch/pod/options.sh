@@ -82,10 +82,17 @@ matches() {
   [[ $1 != *$'\n'* && $1 =~ ^($2)$ ]]
 }
 
+NAME_PATTERN='[a-z]([a-z0-9-]{0,38}[a-z0-9])?'
+ZONE_PATTERN='[a-z]+-[a-z]+[0-9]+-[a-z]'
+PROJECT_PATTERN='([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]'
 BUCKET_PATTERN='gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]*)*'
+FOLDER_PATTERN="$BUCKET_PATTERN|(/[A-Za-z0-9_.-]+)+"
+PRICE_PATTERN='[0-9]{1,4}(\.[0-9]{1,6})?'
+# What nobody wants to find in a bucket: private keys, and tokens that say by themselves what they are.
+SECRET_PATTERN='BEGIN [A-Z ]*PRIVATE[ ]KEY|"private[_]key"|(hf|ghp)_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}'
 
 check_name() {
-  matches "$NAME" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' ||
+  matches "$NAME" "$NAME_PATTERN" ||
     die "--name=${NAME@Q} must be 1 to 40 of a-z, 0-9 and -, start with a letter and end without -; choose another"
 }
 
@@ -100,8 +107,8 @@ check_options() {
   check_name
   describe_type "$TYPE" ||
     die "--type=${TYPE@Q} is not a slice type; e.g. v4-8, v4-32, v5p-16, v5litepod-16 or v6e-16"
-  matches "$ZONE" '[a-z]+-[a-z]+[0-9]+-[a-z]' || die "--zone=${ZONE@Q} is not a zone; e.g. --zone us-central2-b"
-  matches "$PROJECT" '([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]' ||
+  matches "$ZONE" "$ZONE_PATTERN" || die "--zone=${ZONE@Q} is not a zone; e.g. --zone us-central2-b"
+  matches "$PROJECT" "$PROJECT_PATTERN" ||
     die "--project=${PROJECT@Q} is not a project id; gcloud projects list shows yours"
   check_bucket
   matches "$SLICES" '[1-9][0-9]{0,2}' || die "--slices=${SLICES@Q} must be a whole number from 1 to 999"
@@ -109,7 +116,7 @@ check_options() {
   [ "$TIER" = spot ] || [ "$TIER" = reserved ] || [ "$TIER" = on-demand ] || die "the tier ${TIER@Q} is not one"
   matches "$MAX_ATTEMPTS" '[1-9][0-9]{0,3}' || die "--max-attempts=${MAX_ATTEMPTS@Q} must be a whole number from 1 to 9999"
   matches "$MAX_HOURS" '[1-9][0-9]{0,4}' || die "--max-hours=${MAX_HOURS@Q} must be a whole number of hours, at least 1"
-  [ -z "$PRICE" ] || matches "$PRICE" '[0-9]{1,4}(\.[0-9]{1,6})?' ||
+  [ -z "$PRICE" ] || matches "$PRICE" "$PRICE_PATTERN" ||
     die "--price=${PRICE@Q} must be dollars per chip and hour, e.g. --price 1.25"
   [ -z "$VALID_UNTIL" ] || matches "$VALID_UNTIL" '([0-9]{1,5}[smhd])+' ||
     die "--valid-until=${VALID_UNTIL@Q} is not a duration; e.g. --valid-until 6h"
@@ -121,9 +128,9 @@ check_options() {
   check_trainer_args
   RUN_URL=$BUCKET/runs/$NAME
   [ -n "$WORKDIR" ] || WORKDIR=$RUN_URL/workdir
-  matches "$WORKDIR" "$BUCKET_PATTERN|(/[A-Za-z0-9_.-]+)+" ||
+  matches "$WORKDIR" "$FOLDER_PATTERN" ||
     die "--workdir=${WORKDIR@Q} must be gs://BUCKET/FOLDER, or an absolute path that all hosts share"
-  matches "$DATA" "$BUCKET_PATTERN|(/[A-Za-z0-9_.-]+)+" ||
+  matches "$DATA" "$FOLDER_PATTERN" ||
     die "--data=${DATA@Q} must be gs://BUCKET/FOLDER of a prepared dataset, or a path that all hosts have"
 }
 
@@ -139,6 +146,8 @@ check_trainer_args() {
       --workdir=*) die "--workdir belongs before --; by default it is in the bucket" ;;
       --config.data.path=*) die "give the dataset as --data gs://BUCKET/FOLDER before --, not as --config.data.path" ;;
     esac
+    [[ ! $argument =~ $SECRET_PATTERN ]] ||
+      die "the value of ${argument%%=*} looks like a secret; flags are stored and logged, so the trainer must read it elsewhere"
     shopt -s nocasematch
     if [[ ${argument%%=*} =~ (token|secret|passw|credential|api_?key)s?$ ]]; then
       shopt -u nocasematch

@@ -15,10 +15,22 @@ write_record() {
 # load_record FILE: sets the variables of RECORD_KEYS. The file is data: nothing of it is executed, and every value
 # is one that the options would have allowed.
 load_record() {
-  local key value
+  local key value pattern
   while IFS='=' read -r key value; do
-    [[ " $RECORD_KEYS " == *" $key "* ]] || continue
-    matches "$value" '[A-Za-z0-9:/@._-]*' || die "the record $1 holds ${key}=${value@Q}, which no submit wrote; delete that file"
+    case $key in
+      NAME) pattern=$NAME_PATTERN ;;
+      PROJECT) pattern=$PROJECT_PATTERN ;;
+      ZONE) pattern=$ZONE_PATTERN ;;
+      BUCKET) pattern=$BUCKET_PATTERN ;;
+      WORKDIR | DATA) pattern=$FOLDER_PATTERN ;;
+      TYPE) pattern='[a-z0-9]+-[0-9]+' ;;
+      TIER) pattern='spot|reserved|on-demand' ;;
+      SLICES | MAX_ATTEMPTS | MAX_HOURS) pattern='[1-9][0-9]{0,4}' ;;
+      PRICE) pattern="($PRICE_PATTERN)?" ;;
+      TREE | COMMIT) pattern='[0-9a-f]{40,64}' ;;
+      *) continue ;;
+    esac
+    matches "$value" "$pattern" || die "the record $1 holds ${key}=${value@Q}, which no submit wrote; delete that file"
     printf -v "$key" '%s' "$value"
   done <"$1"
   RUN_URL=$BUCKET/runs/$NAME
@@ -51,7 +63,7 @@ old_place_is_empty() {
   ask compute tpus queued-resources describe "$NAME" "--project=$project" "--zone=$zone" '--format=value(state.state)' ||
     [ "$KIND" = absent ] || stop "cannot tell whether the run's slice in $zone is gone: $(reason)"
   [ "$KIND" = absent ] ||
-    die "run $NAME has a slice ($OUT) with $1=$2 in $zone; launch/tpu_pod.sh delete --name $NAME first, or choose another --name"
+    die "run $NAME has a slice ($OUT) with $1=$(printable "$2") in $zone; launch/tpu_pod.sh delete --name $NAME first, or choose another --name"
 }
 
 # Takes the run's lock; refuses while somebody else may be watching.
@@ -61,7 +73,7 @@ take_lock() {
   if ask storage objects describe "$RUN_URL/watch" '--format=value(generation)'; then
     LOCK_GENERATION=$OUT
     ask storage cat "$RUN_URL/watch" || stop "cannot read $RUN_URL/watch: $(reason)"
-    read -r holder host pid _ <<<"$OUT" || true
+    read -r holder host pid _ <<<"$(printable "$OUT")" || true
     if [ "$holder" = watched ] && ! { [ "$host" = "$(uname -n)" ] && [ -n "$pid" ] && ! is_watcher "$pid"; }; then
       [ -n "$TAKE_OVER" ] ||
         die "run $NAME is being watched by process $pid on $host; if that is gone, add --take-over"

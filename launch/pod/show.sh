@@ -40,10 +40,6 @@ progress() {
   fi
 }
 
-printable() {
-  printf '%s' "$1" | LC_ALL=C tr -d '\000-\010\012-\037\177'
-}
-
 show_logs() {
   local host=${HOST:-0}
   check_host

@@ -60,7 +60,7 @@ still_ours() {
     pause "$POLL_SECONDS"
   done
   ask storage cat "$RUN_URL/watch" || OUT='somebody else has it'
-  say "this watcher ends: $OUT"
+  say "this watcher ends: $(printable "$OUT")"
   exit 0
 }
 

@@ -1,17 +1,23 @@
 """What submit prints and refuses before anything is created, and what gcloud takes."""
 
 import importlib.util
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from .conftest import SUBMIT, TRAINER
+from .conftest import SUBMIT, TRAINER, git
 from .fake_gcloud import flags
 
 GOLDEN = Path(__file__).parent / "golden"
+REAL_GCLOUD = shutil.which("gcloud")
 SDK_TABLE = Path("/usr/lib/google-cloud-sdk/data/cli/gcloud_completions.py")
 
 
@@ -46,6 +52,7 @@ BAD = {
     "no such config": (SUBMIT, ["--", "--config=configs/c5.py"], "there is no file configs/c5.py"),
     "workdir twice": (SUBMIT, [*TRAINER, "--workdir=/x"], "--workdir belongs before --"),
     "a secret": (SUBMIT, [*TRAINER, "--wandb_api_key=x"], "looks like a secret"),
+    "a token": (SUBMIT, [*TRAINER, "--config.note=hf_" + 34 * "x"], "the value of --config.note looks like a secret"),
     "no dataset": ([*SUBMIT, "--data", "gs://bucket/nothing"], TRAINER, "holds no manifest.json"),
     "no such bucket": (replaced("--bucket", "gs://other"), TRAINER, "does not exist"),
 }
@@ -126,6 +133,92 @@ def test_table_of_flags_is_that_of_the_installed_sdk(sdk_tree, command):
     for word in command.split():
         node = node["commands"][word]
     assert flags.COMMANDS[command]["flags"] <= set(node["flags"])
+
+
+@pytest.fixture
+def changed(cloud, repository, tmp_path):
+    """The cloud, and a checkout of its own that a test may change."""
+    cloud.repository = tmp_path / "checkout"
+    shutil.copytree(repository, cloud.repository)
+    return cloud
+
+
+def test_uncommitted_changes_are_part_of_the_run_and_recorded_but_not_untracked_files(changed):
+    changed.trainer("0")
+    with (changed.repository / "trainer/loop.py").open("a") as file:
+        file.write("# changed\n")
+    (changed.repository / "key.json").write_text("{}")
+    code, output = changed.submit()
+    assert code == 0, output
+    assert "1 files that git does not track are not part of the run" in output
+    assert "uncommitted changes are part of the run and recorded with it" in output
+    uploaded = changed.folder / "buckets/bucket/runs/run/code"
+    (patch,), (archive,) = uploaded.glob("*.patch"), uploaded.glob("*.tar.gz")
+    assert "+# changed" in patch.read_text()
+    with tarfile.open(archive) as files:
+        assert files.extractfile("trainer/loop.py").read().endswith(b"# changed\n")
+        assert "key.json" not in files.getnames()
+
+
+KEY = "-----BEGIN RSA PRIVATE " + "KEY-----\nMIIEpAIBAAKCAQEA\n"
+
+
+def test_private_key_in_git_is_never_uploaded(changed):
+    (changed.repository / "configs/key.pem").write_text(KEY)
+    git(changed.repository, "add", "-A")
+    code, output = changed.submit()
+    assert (
+        code == 2 and "configs/key.pem holds a key or token, which must not be uploaded; take it out of git" in output
+    )
+    # Taken out without a commit it would be in the recorded patch.
+    git(changed.repository, "commit", "-q", "-m", "key")
+    (changed.repository / "configs/key.pem").unlink()
+    code, output = changed.submit()
+    assert code == 2 and "the uncommitted changes take a key or token out" in output
+    assert not (changed.folder / "buckets/bucket/runs/run/code").exists()
+
+
+@pytest.mark.parametrize("line", ["NAME=--flags-file=/etc/passwd", "SLICES=a[$(id)]", "ZONE=x y", "TYPE=v4-$(id)"])
+def test_record_in_the_bucket_that_no_submit_wrote_is_refused(cloud, line):
+    good = {"NAME": "run", "PROJECT": "my-project", "ZONE": "us-central2-b", "TYPE": "v4-16", "SLICES": "1"}
+    good |= {"TIER": "spot", "BUCKET": "gs://bucket", "MAX_HOURS": "1", "MAX_ATTEMPTS": "1"}
+    key, _, value = line.partition("=")
+    cloud.put("run", "".join(f"{k}={v}\n" for k, v in (good | {key: value}).items()))
+    code, output = cloud.run("status", "--name", "run", "--bucket", "gs://bucket")
+    assert code == 2 and f"holds {key}='{value}', which no submit wrote" in output
+    assert [call for call in cloud.calls() if "tpus" in call] == []
+
+
+def dry_run_calls() -> list[list[str]]:
+    """One call of each form in the dry runs, and those that no dry run shows."""
+    place = ["--project=my-project", "--zone=us-central2-b"]
+    calls = [
+        [*["compute", "tpus", "queued-resources", "create", "run", *place, "--accelerator-type=v4-8", "--quiet"],
+         *["--runtime-version=tpu-ubuntu2204-base", "--node-id=run", "--reserved", "--valid-until-duration=6h"],
+         *["--network=n", "--subnetwork=s", "--service-account=a@b.iam.gserviceaccount.com", "--internal-ips"]],
+        ["compute", "tpus", "tpu-vm", "ssh", "run", *place, "--worker=1", "--internal-ip"],
+        ["storage", "cat", "--range=4-7", "gs://bucket/log"],
+        ["storage", "objects", "describe", "gs://bucket/watch", "--format=value(generation)"],
+        ["storage", "rsync", "--recursive", "--quiet", "gs://bucket/tensorboard", "/tmp"],
+    ]  # fmt: skip
+    lines = "".join((GOLDEN / f"{name}.txt").read_text() for name in ("v4-8-x1", "v4-32-x2")).splitlines()
+    calls += [shlex.split(line)[1:] for line in lines if line.startswith("gcloud ") and "auth list" not in line]
+    forms = {(flags.split(call)[0], *sorted(a.partition("=")[0] for a in call if a[0] == "-")): call for call in calls}
+    return list(forms.values())
+
+
+@pytest.mark.skipif(not REAL_GCLOUD, reason="no installation of the Google Cloud SDK")
+def test_real_gcloud_takes_every_call_up_to_the_login(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)}
+    environment |= {"CLOUDSDK_CORE_CHECK_GCE_METADATA": "false", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
+
+    def said(call: list[str]) -> str:
+        done = subprocess.run([REAL_GCLOUD, *call], env=environment, capture_output=True, text=True, timeout=120)
+        return done.stderr
+
+    assert "unrecognized arguments: --sport" in said([*dry_run_calls()[0], "--sport"])
+    for call in dry_run_calls():
+        assert "You do not currently have an active account selected" in said(call), call
 
 
 def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cloud):

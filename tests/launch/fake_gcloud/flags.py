@@ -2,7 +2,7 @@
 """What gcloud accepts of the commands that the launcher uses, and where that was read.
 
 SDK: the source of Google Cloud SDK 528.0.0 (the public reference pages are made from the same files); a table of it
-comes with each installation, against which `test_tpu_pod_flags.py` holds this one where there is an installation.
+comes with each installation, against which `test_tpu_pod_commands.py` holds this one where there is an installation.
 """
 
 # Read in lib/surface/...; beside each the file.
