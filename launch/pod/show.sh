@@ -128,12 +128,14 @@ delete_run() {
 }
 
 list_runs() {
-  local record
+  local record none=1
   # Of this machine; the bucket knows the others.
   for record in "$STATE"/runs/*/run; do
     [ -f "$record" ] || continue
+    none=''
     load_record "$record"
     queue_state
     printf '%-24s %s x %-12s %-16s %s\n' "$NAME" "$SLICES" "$TYPE" "$ZONE" "$QUEUE"
   done
+  [ -z "$none" ] || echo "no run was submitted from this machine"
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .conftest import SUBMIT, TRAINER, git
+from .conftest import ROOT, SUBMIT, TRAINER, git
 from .fake_gcloud import flags
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -219,6 +219,17 @@ def test_real_gcloud_takes_every_call_up_to_the_login(tmp_path):
     assert "unrecognized arguments: --sport" in said([*dry_run_calls()[0], "--sport"])
     for call in dry_run_calls():
         assert "You do not currently have an active account selected" in said(call), call
+
+
+def test_messages_of_the_readme_are_those_of_the_scripts():
+    table = (ROOT / "launch/README.md").read_text().partition("## When something goes wrong")[2].partition("##")[0]
+    messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    scripts = "".join(path.read_text() for path in (ROOT / "launch").rglob("*.sh"))
+    assert len(messages) > 15
+    for message in messages:
+        # What stands for a value, and the quotation of a service's own words
+        fixed = max(re.split(r"\.\.\.|N: setup|\bN\b|6h|FAILED: 13", message), key=len).strip(" :")
+        assert fixed in scripts or not fixed, message
 
 
 def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cloud):

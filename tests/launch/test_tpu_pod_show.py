@@ -143,6 +143,10 @@ def test_delete_that_cannot_be_made_sure_of_says_so_in_capitals(training):
     assert code == 1 and "run IS NOT KNOWN TO BE GONE AND MAY STILL BILL" in output
 
 
+def test_list_without_runs_says_so(cloud):
+    assert cloud.run("list") == (0, "no run was submitted from this machine\n")
+
+
 def test_list_shows_every_run_of_this_machine(training):
     stop_watcher(training)
     training.change(lambda state: state.update(requests={}))
