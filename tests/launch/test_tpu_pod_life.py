@@ -76,6 +76,30 @@ def test_interrupted_watcher_is_continued_by_the_same_submit(cloud, number):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.parametrize("moment", ["submitted", "attempt", "ready"])
+def test_watcher_killed_at_any_moment_leaves_nothing_that_is_made_twice(cloud, moment):
+    cloud.attempts(QUEUED)
+    cloud.trainer("0")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: moment in cloud.object("events"))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+
+
+def test_network_errors_of_every_call_are_outlived(cloud):
+    cloud.trainer("0")
+    calls = ["runs/run/events", "objects describe", "tpu-vm describe", "tpu-vm ssh", "queued-resources delete"]
+    for call in [*calls, "queued-resources describe", "host-*.status", "storage cat"]:
+        cloud.error(call, NETWORK)
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+    assert [error["times"] for error in cloud.script_now()["errors"]] == [0] * 8
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_network_error_while_creating_makes_no_second_slice(cloud, after):
     cloud.error("queued-resources create", NETWORK, after=after)

@@ -230,10 +230,13 @@ def cp(state, script, positionals, options):
     if wanted is not None and int(wanted) != (generation(path) if os.path.exists(path) else 0):
         fail("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    shutil.copyfile(source, path)
     new = generation(path) + 1 if generation(path) else time.time_ns()
-    with open(f"{path}.generation", "w") as file:
+    # Whole or not at all, should this process be killed.
+    shutil.copyfile(source, f"{CLOUD}/upload")
+    with open(f"{CLOUD}/upload.generation", "w") as file:
         file.write(str(new))
+    os.replace(f"{CLOUD}/upload.generation", f"{path}.generation")
+    os.replace(f"{CLOUD}/upload", path)
 
 
 def cp_many(state, script, positionals, options):
