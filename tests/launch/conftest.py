@@ -167,7 +167,7 @@ class Cloud:
             state["requests"][name]["states"] = ["SUSPENDING", "SUSPENDED"]
 
         self.change(reclaim)
-        self.close()
+        self.power_off()
 
     def host_log(self, host: int) -> str:
         path = self.folder / f"hosts/run-{host}/runs/run/log"
@@ -203,20 +203,22 @@ class Cloud:
                 if f"PROCESS_ID={host}".encode() in environment.split(b"\0") and b"-m\0trainer" in command:
                     os.kill(pid, number)
 
-    def close(self) -> None:
+    def power_off(self) -> None:
         """Every host loses its power."""
         for _ in range(3):
-            for pid in self.host_processes():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            self.kill(self.host_processes())
+
+    def kill(self, pids: list[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def cloud(tmp_path: Path, repository: Path) -> Iterator[Cloud]:
     cloud = Cloud(tmp_path, repository)
     yield cloud
-    cloud.close()
+    cloud.kill(cloud.launcher_processes())  # a test that failed may have left its watcher
+    cloud.power_off()
     refused = tmp_path / "refused"
     assert not refused.exists(), f"the real gcloud would refuse: {refused.read_text()}"

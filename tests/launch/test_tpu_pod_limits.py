@@ -73,7 +73,7 @@ def test_host_that_falls_silent_is_replaced(cloud):
     cloud.trainer("-", "0")
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER, TPU_POD_SILENT_SECONDS="4")
     cloud.wait_for(lambda: "started" in cloud.object("events"))
-    cloud.close()  # and neither the node nor the request tells
+    cloud.power_off()  # and neither the node nor the request tells
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "a host is silent for 4 s" in output
     assert cloud.state() == {"requests": {}, "created": 2}

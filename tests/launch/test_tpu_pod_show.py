@@ -28,7 +28,7 @@ def stop_watcher(cloud) -> None:
 def stop_writers(cloud) -> None:
     """Nobody but the test writes to the bucket any more."""
     stop_watcher(cloud)
-    cloud.close()
+    cloud.power_off()
 
 
 def test_status_shows_state_step_loss_goodput_cost_hosts_and_history(training):
