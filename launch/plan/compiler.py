@@ -137,8 +137,8 @@ def out_of_memory(message: str) -> dict[str, Any]:
             needed, limit = float(found[1]) * UNITS[found[2]], float(found[3]) * UNITS[found[4]]
             line = f"needs at least {needed / 2**30:.2f} GiB of HBM on each chip, which has {limit / 2**30:.2f}"
             return {"error": line, "needed_bytes": needed, "limit_bytes": limit}
-    if "vmem" in message.lower():
-        return {"error": "a kernel needs more VMEM than a core has: " + " ".join(message.split())[:200]}
+    if "vmem" in message.lower():  # which neither sharding the state nor smaller batches change
+        return {"error": "a kernel needs more VMEM than a core has", "of": "VMEM"}
     return {"error": " ".join(message.split())[:200]}
 
 

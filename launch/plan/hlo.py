@@ -4,6 +4,7 @@ A scan's body stands once in the text; here every operation carries how often it
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -126,7 +127,8 @@ class Program:
                 yield from self._fused(name)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: the constant that its counter is compared with.
+        """How often a `while` runs: from its counter's first value (not 0 where the compiler has peeled one off)
+        to the constant that the counter is compared with.
 
         Raises:
           ValueError: the condition holds no such constant.
@@ -138,24 +140,32 @@ class Program:
         counts = [int(n) for i in condition for n in re.findall(r"^constant\((\d+)\)", i.text)]
         if not counts:
             raise ValueError(f"the trip count of {loop.name} is not a constant of its condition")
-        return max(counts)
+        return max(counts) - self._first_value(loop, condition)
+
+    def _first_value(self, loop: Instruction, condition: list[Instruction]) -> int:
+        """Of a loop's counter, the element of its state that the condition reads; 0 if the program computes it."""
+        index = next((_group(r"index=(\d+)", i.text) for i in condition if i.opcode == "get-tuple-element"), "0")
+        value = self.instructions[loop.operands()[0]]
+        if value.opcode == "tuple":
+            value = self.instructions[value.operands()[int(index)]]
+        while value.opcode in ("copy", "bitcast"):
+            value = self.instructions[value.operands()[0]]
+        return int(_group(r"^constant\((\d+)\)", value.text) or 0)
 
     def _flops(self, instruction: Instruction) -> float:
         if instruction.opcode not in ("convolution", "dot"):
             return 0.0
-        operands = [self.result(name).shape for name in instruction.operands()]
+        operands = [self.instructions[name].arrays[0].shape for name in instruction.operands()]
         output = instruction.arrays[0].shape
         if instruction.opcode == "dot":
             contracted = _group(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text).split(",")
             return 2.0 * math.prod(output) * math.prod(operands[0][int(n)] for n in contracted if n)
         return _convolution_flops(instruction.text, operands[0], operands[1], output)
 
-    def result(self, name: str) -> Array:
-        """What the instruction of this name gives, the first array if several."""
-        if not hasattr(self, "_results"):
-            everything = itertools.chain.from_iterable(self.computations.values())
-            self._results = {i.name: i.arrays[0] for i in everything if i.arrays}
-        return self._results[name]
+    @functools.cached_property
+    def instructions(self) -> dict[str, Instruction]:
+        """All, by their names."""
+        return {i.name: i for i in itertools.chain.from_iterable(self.computations.values())}
 
 
 def _instruction(name: str, rest: str) -> Instruction:

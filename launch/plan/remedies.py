@@ -15,11 +15,14 @@ def flags(change: Change) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def candidates(config: ConfigDict, mesh: dict[str, int], slices: int) -> tuple[list[Change], list[Change]]:
+def candidates(config: ConfigDict, failed: dict[str, Any]) -> tuple[list[Change], list[Change]]:
     """Single changes, and after them all together: recompute layers, shard the state over more chips, split the batch.
-
-    `mesh` has the sizes of the axes. Sharding never leaves a slice.
+    Where VMEM is too small, only fewer heads on a chip help. Sharding never leaves a slice.
     """
+    mesh, slices = failed["mesh"], failed["slices"]
+    if failed.get("of") == "VMEM":
+        halves = [axis for axis in ("data", "fsdp") if mesh[axis] % (2 * (slices if axis == "data" else 1)) == 0]
+        return [{f"mesh.{axis}": mesh[axis] // 2, "mesh.tensor": 2 * mesh["tensor"]} for axis in halves[:1]], []
     single: list[Change] = []
     if config.model.remat != "block":
         single.append({"model.remat": "block"})
@@ -42,7 +45,7 @@ def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner, w
 
     Changes together are compiled only where none alone is enough.
     """
-    single, combined = candidates(config, failed["mesh"], failed["slices"])
+    single, combined = candidates(config, failed)
     rows = _try(config, single, failed, planner, workers)
     if not any("step_ms" in row for row in rows):
         rows += _try(config, combined, failed, planner, workers)

@@ -70,6 +70,6 @@ def _kernel(operation: Operation) -> str:
 
 def _hbm_seconds(program: Program, operation: Operation, chip: Generation) -> float:
     """What a kernel reads and writes of HBM, each array once, at the published bandwidth."""
-    operands = [program.result(name) for name in dict.fromkeys(operation.instruction.operands())]
-    moved = sum(a.bytes for a in (*operation.instruction.arrays, *operands) if a.space == 0)
+    operands = [program.instructions[name].arrays[:1] for name in dict.fromkeys(operation.instruction.operands())]
+    moved = sum(a.bytes for arrays in (operation.instruction.arrays, *operands) for a in arrays if a.space == 0)
     return moved / chip.hbm_bandwidth

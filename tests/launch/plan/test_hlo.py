@@ -37,6 +37,32 @@ ENTRY %main (a: bf16[16,32], b: bf16[32,64]) -> bf16[16,64] {
     assert operation.instruction.cycles == 77
 
 
+def test_a_loop_whose_first_iteration_is_peeled_off_runs_once_less():
+    text = """HloModule m
+
+%condition (p: (f32[2], s32[])) -> pred[] {
+  %p = (f32[2]{0}, s32[]) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=1
+  %end = s32[] constant(12)
+  %less = pred[] compare(%n, %end), direction=LT
+}
+
+%body (q: (f32[2], s32[])) -> (f32[2], s32[]) {
+  %q = (f32[2]{0}, s32[]) parameter(0)
+}
+
+ENTRY %main (a: f32[2]) -> (f32[2], s32[]) {
+  %a = f32[2]{0} parameter(0)
+  %one = s32[] constant(1)
+  %start = s32[] copy(%one)
+  %state = (f32[2]{0}, s32[]) tuple(%a, %start)
+  %w = (f32[2]{0}, s32[]) while(%state), condition=%condition, body=%body
+}
+"""
+    program = Program(text)
+    assert program.trip_count(program.instructions["w"]) == 11
+
+
 def test_a_loop_without_a_constant_trip_count_is_an_error():
     text = """HloModule m
 

@@ -99,9 +99,18 @@ def test_every_message_about_memory_becomes_one_line(message, gib):
 
 def test_remedies_shard_within_a_slice_and_split_what_can_be_split():
     config = c4.get_config("d12")
-    single, combined = candidates(config, V4_32, 2)
+    single, combined = candidates(config, {"mesh": V4_32, "slices": 2})
     assert single == [{"model.remat": "block"}, {"mesh.data": 2, "mesh.fsdp": 8}, {"accumulation": 2}]
     assert combined[-1] == {"model.remat": "block", "mesh.data": 2, "mesh.fsdp": 8, "accumulation": 16}
+
+
+def test_only_fewer_heads_help_where_vmem_is_too_small():
+    found = out_of_memory(
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem."
+    )
+    assert found["error"] == "a kernel needs more VMEM than a core has"
+    single, combined = candidates(c4.get_config("d12"), {"mesh": V4_32, "slices": 1} | found)
+    assert (single, combined) == ([{"mesh.data": 8, "mesh.tensor": 2}], [])
 
 
 def test_remedies_go_together_only_where_none_alone_is_enough():

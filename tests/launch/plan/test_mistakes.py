@@ -17,8 +17,6 @@ MISTAKES = {
     "sweep of two": ([D8, "--topology=v4-8,v4-16", "--sweep"], "--sweep takes one --topology"),
     "picture of one": ([D8, "--png=x.png"], "--png is for several topologies"),
     "no folder": ([D8, "--json=/no/such/folder/x"], "there is no folder /no/such/folder"),
-    "misspelt flag": ([D8, "--topolgy=v4-8"], "topology"),
-    "no such config": (["--config=configs/c5.py"], "there is no file configs/c5.py"),
 }
 
 
