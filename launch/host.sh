@@ -31,7 +31,7 @@ setup() {
 # A Python of its own, since the image's is older than 3.11; made anew only when the pinned versions change.
 install_packages() {
   local code=$1 key venv
-  key=$(cat "$code/constraints.txt" "$code/pyproject.toml" | cksum | tr ' ' -)
+  key=$(cat "$code/constraints.txt" "$code/pyproject.toml" "$code"/model/*/pyproject.toml | cksum | tr ' ' -)
   venv=$home/venv-$key
   if [ ! -e "$venv/complete" ]; then
     command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$code/constraints.txt" uv

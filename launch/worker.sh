@@ -136,8 +136,8 @@ run_trainer() {
   while IFS= read -r argument || [ -n "$argument" ]; do arguments+=("$argument"); done <"$home/trainer.args"
   lines_before=$(wc -l <"$log" | tr -d ' ')
   # In a group of its own, so that its data workers can be ended with it. With tpu,cpu a chip that cannot be
-  # opened is an error; JAX would else train on the CPU.
-  JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} setsid "$home/venv/bin/python" -m trainer "${arguments[@]}" \
+  # opened is an error; JAX would else train on the CPU. The model is this code's, whatever was installed earlier.
+  PYTHONPATH=$(pwd -P)/model JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} setsid "$home/venv/bin/python" -m trainer "${arguments[@]}" \
     "--workdir=$workdir" "--config.data.path=$path" >>"$log" 2>&1 </dev/null &
   trainer=$!
   [ -z "$stop_why" ] || pass_on "$stop_why"

@@ -1,6 +1,7 @@
 """What a person sees of a run: status, logs, list, TensorBoard, ssh; and stop and delete."""
 
 import re
+import shutil
 import signal
 import time
 
@@ -119,9 +120,17 @@ def test_stop_saves_and_keeps_the_slice_for_the_next_submit(training):
     assert "this watcher ends: stopped by" in output
     assert all("interrupted and saved" in training.host_log(host) for host in (0, 1))
     assert list(training.state()["requests"]) == ["run"]
+    # The next one's code is the one that runs, although its packages are those of before.
+    old = (training.folder / "pythonpath-0").read_text()
+    changed = training.folder / "changed"
+    shutil.copytree(training.repository, changed)
+    (changed / "model/selective_attention/config.py").write_text("# changed\n")
+    training.repository = changed
     code, output = training.submit()
     assert code == 0, output
     assert training.state() == {"requests": {}, "created": 1}
+    new = (training.folder / "pythonpath-0").read_text()
+    assert new != old and new.endswith("/model\n")
 
 
 def test_delete_saves_asks_first_and_says_that_nothing_bills(training):
