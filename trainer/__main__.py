@@ -115,7 +115,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             _exit_with(f"--config: there is no file {path}")
     try:
         return flags.FLAGS(argv)
-    except AttributeError as error:  # an unknown --config.key; ml_collections adds the nearest one
+    except (AttributeError, KeyError) as error:  # an unknown --config.key; ml_collections adds the nearest one
         names = re.findall(r"\w+", str(error).replace("\\n", " "))
         nearest = f"; did you mean {names[4]}?" if names[1:4] == ["Did", "you", "mean"] else ""
         _exit_with(f"--config has no key {names[0]}{nearest}")

@@ -40,7 +40,9 @@ PRICE = flags.DEFINE_float("price-per-chip-hour", 0.0, "Dollars.", lower_bound=0
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; values are given as --config.key=value")
+        _mistake(
+            f"unexpected argument {argv[1]!r}; flags are --topology=NAME, --config.key=value and so on, see --help"
+        )
     if importlib.util.find_spec("libtpu") is None:
         _mistake("the TPU compiler is not installed; run: pip install -e '.[tpu]'")
     config = CONFIG.value
