@@ -31,7 +31,8 @@ def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> Plan:
     chips = topology.num_chips * slices
     check_rows(config, topology_name, chips)
     made = measure(config, topology_name, slices)
-    place = {"topology": topology_name, "slices": slices, "chips": chips, "batch_size": config.batch_size}
+    place = {"topology": topology_name, "slices": slices, "chips": chips}
+    place |= {"batch_size": config.batch_size, "context_length": config.context_length}
     limit = topology.chip.hbm_bytes
     if "error" in made:
         return {"fits": False, **place, "hbm_limit_bytes": limit, **made}

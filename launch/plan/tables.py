@@ -12,7 +12,8 @@ LEFT_OUT = "Estimates: input, host and network jitter left out; nothing overlaps
 def plan_table(plan: dict[str, Any], price: float = 0.0) -> str:
     """One plan, whether it fits or not."""
     mesh = ",".join(f"{axis}={plan['mesh'][axis]}" for axis in AXES)
-    lines = [f"{_place(plan)}, mesh {mesh}, batch {plan['batch_size']}", *_memory(plan)]
+    batch = f"batch {plan['batch_size']} x {plan['context_length']}"
+    lines = [f"{_place(plan)}, mesh {mesh}, {batch}", *_memory(plan)]
     if "error" in plan:
         return "\n".join([*lines, *_remedies(plan)])
     lines += ["", f"{'Step time, estimated':<34}{'ms':>10}"]
@@ -75,7 +76,8 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     lines += [f"  {part:<32}{size / GIB:10.2f}" for part, size in plan["hbm_bytes"].items()]
     limit = plan["hbm_limit_bytes"] / GIB
     if "error" in plan:
-        return [*lines, f"  does NOT fit: {plan['error']}"]
+        what = "this batch" if "needed_bytes" in plan else "this model"
+        return [*lines, "", f"Does NOT fit: {plan['topology']} is too small for {what}:", f"  {plan['error']}"]
     verdict = f"fits: {plan['headroom']:.0%} of {limit:.2f} left" if plan["fits"] else f"does NOT fit {limit:.2f}"
     return [*lines, f"  {'total':<32}{plan['hbm_total_bytes'] / GIB:10.2f}   {verdict}"]
 
@@ -106,9 +108,9 @@ def _remedies(plan: dict[str, Any]) -> list[str]:
             if "needs" in row
             else (f"fits, {row['headroom']:.0%} left, estimated {row['step_ms']:.1f} ms a step")
         )
-        lines += [f"  {row['change']}", f"      {verdict}"]
+        lines += [*(f"  {flag}" for flag in row["change"].split(" ")), f"      {verdict}"]
     if not any("step_ms" in row for row in plan["remedies"]):
-        lines.append("Nothing of this is enough: choose a larger slice, or a smaller --config.batch_size.")
+        lines.append("Not enough: choose a larger slice, or a smaller --config.batch_size.")
     return lines
 
 

@@ -115,9 +115,11 @@ def test_only_fewer_heads_help_where_vmem_is_too_small():
 
 def test_remedies_go_together_only_where_none_alone_is_enough():
     failed = {"mesh": V4_32, "topology": "v4-32", "slices": 1, "chips": 16, "batch_size": 256, "hbm_limit_bytes": 2**30}
+    failed |= {"context_length": 512}
     failed |= {"hbm_bytes": {"parameters": 1}, "error": "needs more", "fits": False}
     rows = try_remedies(c4.get_config("d12"), failed, ideal, 2)
     assert rows[0]["change"] == "--config.model.remat=block" and len(rows) == 3
     rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"}, 2)
     assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
-    assert "choose a larger slice" in plan_table(failed | {"remedies": rows})
+    table = plan_table(failed | {"remedies": rows})
+    assert "choose a larger slice" in table and max(map(len, table.splitlines())) <= 80

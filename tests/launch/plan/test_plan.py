@@ -178,7 +178,10 @@ def test_what_does_not_fit_says_so_and_tries_what_would(tmp_path):
     assert done.returncode == 3, done.stdout + done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (tmp_path / "plan.json").read_text().count('"fits"') == 1 and plan["fits"] is False
-    assert "does NOT fit" in done.stdout and "RESOURCE_EXHAUSTED" not in done.stdout
+    assert (
+        "Does NOT fit: v4-8 is too small for this batch:\n  needs at least" in done.stdout
+        and "RESOURCE_EXHAUSTED" not in done.stdout
+    )
     changes = {row["change"]: row for row in plan["remedies"]}
     assert "--config.model.remat=block" in changes and "--config.accumulation=2" in changes
     assert all(("step_ms" in row) != ("needs" in row) for row in plan["remedies"])
