@@ -22,6 +22,13 @@ SUBMIT += ["--bucket", "gs://bucket"]
 TRAINER = ["--", "--config=configs/demo.py"]
 
 
+def replaced(option: str, value: str) -> list[str]:
+    """SUBMIT with another value for an option."""
+    options = list(SUBMIT)
+    options[options.index(option) + 1] = value
+    return options
+
+
 def git(repository: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
     return subprocess.run(

@@ -13,18 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .conftest import ROOT, SUBMIT, TRAINER, git
+from .conftest import ROOT, SUBMIT, TRAINER, git, replaced
 from .fake_gcloud import flags
 
 GOLDEN = Path(__file__).parent / "golden"
 REAL_GCLOUD = shutil.which("gcloud")
 SDK_TABLE = Path("/usr/lib/google-cloud-sdk/data/cli/gcloud_completions.py")
-
-
-def replaced(option: str, value: str) -> list[str]:
-    options = list(SUBMIT)
-    options[options.index(option) + 1] = value
-    return options
 
 
 @pytest.mark.parametrize(("kind", "slices"), [*((f"v4-{n}", 1) for n in (8, 16, 32, 64, 128, 256, 512)), ("v4-32", 2)])

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER
+from .conftest import SUBMIT, TRAINER, replaced
 from .test_tpu_pod_life import created
 
 RECLAIMED = ["PROVISIONING", "SUSPENDING", "FAILED 13 an internal error has occurred"]
@@ -105,6 +105,24 @@ def test_second_submit_is_refused_and_a_take_over_ends_the_first(cloud):
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 0, output
     assert cloud.state() == {"requests": {}, "created": 1}
+
+
+@pytest.mark.parametrize(("option", "value"), [("--zone", "europe-west4-a"), ("--type", "v4-8")])
+def test_run_that_has_a_slice_gets_no_second_one_elsewhere_until_that_is_deleted(cloud, option, value):
+    cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
+    cloud.trainer("0")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: created(cloud) == 1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    elsewhere = ["submit", "--watch", *replaced(option, value), *TRAINER]
+    code, output = cloud.run(*elsewhere)
+    assert code == 2 and "error: run run has a slice (WAITING_FOR_RESOURCES) with " in output, output
+    assert created(cloud) == 1
+    assert cloud.run("delete", "--yes")[0] == 0
+    code, output = cloud.run(*elsewhere)
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 2}
 
 
 def test_two_slices_are_one_request_and_every_host_of_both_is_set_up(cloud):
