@@ -101,18 +101,35 @@ def test_plan_is_made_once_for_one_code_and_one_set_of_flags(cloud):
 @pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
-    ("kind", "flags", "code", "words"),
+    ("kind", "config", "code", "words"),
     [
         ("v4-32", ["d12"], 0, r"  total +\d+\.\d\d   fits: \d+% of 30.75 left\n"),
         ("v4-8", ["d28", "--config.mesh.fsdp=4", "--config.batch_size=1024"], 2, "does NOT fit 30.75"),
     ],
 )
-def test_plan_of_the_tpu_compiler_is_understood(cloud, kind, flags, code, words):
+def test_plan_of_the_tpu_compiler_is_understood(cloud, kind, config, code, words):
     cloud.trainer("0")
-    options = [*replaced("--type", kind), "--watch", "--data", "/data/c4", "--", f"--config=configs/c4.py:{flags[0]}"]
-    process = cloud.start("submit", *options, *flags[1:], PYTHON=sys.executable)
+    options = [*replaced("--type", kind), "--watch", "--data", "/data/c4", "--", f"--config=configs/c4.py:{config[0]}"]
+    process = cloud.start("submit", *options, *config[1:], PYTHON=sys.executable)
     output, _ = process.communicate(timeout=1200)
     assert process.returncode == code and re.search(words, output), output
+
+
+@pytest.fixture(scope="module")
+def sdk_tree():
+    spec = importlib.util.spec_from_file_location("gcloud_completions", SDK_TABLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.STATIC_COMPLETION_CLI_TREE
+
+
+@pytest.mark.skipif(not SDK_TABLE.exists(), reason="no installation of the Google Cloud SDK")
+@pytest.mark.parametrize("command", flags.COMMANDS)
+def test_table_of_flags_is_that_of_the_installed_sdk(sdk_tree, command):
+    node = sdk_tree
+    for word in command.split():
+        node = node["commands"][word]
+    assert flags.COMMANDS[command]["flags"] <= set(node["flags"])
 
 
 @pytest.fixture
