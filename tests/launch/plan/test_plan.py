@@ -69,7 +69,7 @@ def test_matmuls_of_the_program_are_those_of_the_formula(planned, name):
     assert plan["matmul_flops"] * plan["chips"] == pytest.approx(matmul_flops(config_of(name)), rel=0.05)
 
 
-@shipped_and_tiny
+@shipped
 def test_flops_counted_once_a_loop_are_the_compilers(planned, name):
     plan = planned(name).plan
     assert plan["unscaled_matmul_flops"] == pytest.approx(plan["compiler_flops"], rel=0.05)
@@ -94,8 +94,8 @@ def test_only_gradients_cross_between_slices(planned):
     plan = planned("tiny").plan
     dcn = [row for row in plan["collectives"] if row["network"] == "DCN"]
     assert dcn and all(row["size"] == 2 and row["axes"] == "data" for row in dcn)
-    # Each chip sends its part of the gradients, in float32 at most, and a few norms' gradients, padded to tiles.
-    assert sum(row["bytes"] for row in dcn) <= 1.25 * plan["hbm_bytes"]["parameters"]
+    # Each chip sends its part of the gradients, at most in float32, as parameters are.
+    assert sum(row["bytes"] for row in dcn) <= plan["hbm_bytes"]["parameters"]
     assert not [row for row in planned("d8").plan["collectives"] if row["network"] == "DCN"]
 
 
