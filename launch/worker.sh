@@ -75,6 +75,7 @@ pass_on() {
   signalled=1
   # To be stopped outweighs maintenance, after which the trainer would be started again.
   [ "$stop_why" = stop ] || stop_why=$1
+  say "$1"
   [ -n "$trainer" ] && [ -z "$killer" ] || return 0
   kill -TERM "$trainer" 2>/dev/null
   (
@@ -193,7 +194,7 @@ leave() {
 }
 
 trap 'pass_on stop' TERM INT
-trap 'pass_on maintenance' USR1
+trap 'pass_on "maintenance or preemption announced"' USR1
 touch "$log"
 if [ -f "$status" ]; then
   read -r _ state code restarts <"$status"

@@ -159,7 +159,7 @@ class Cloud:
         path.with_name(f"{path.name}.test").write_text(content)
         path.with_name(f"{path.name}.test").replace(path)
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:

@@ -39,7 +39,7 @@ def test_reclaimed_while_provisioning_and_while_active_it_is_made_again(cloud):
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
     cloud.wait_for(lambda: "started" in cloud.object("events"))
     cloud.change(lambda state: state["requests"]["run"].update(states=["SUSPENDING", "SUSPENDED"]))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert cloud.state() == {"requests": {}, "created": 3}
 
@@ -67,7 +67,7 @@ def test_interrupted_watcher_is_continued_by_the_same_submit(cloud, number):
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
     cloud.wait_for(lambda: "started" in cloud.object("events"))
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert number == signal.SIGKILL or "BILL" in output
     cloud.wait_for(lambda: (cloud.folder / "starts-0").exists())
     cloud.host_signal(0, signal.SIGTERM)
@@ -150,6 +150,6 @@ def test_delete_ends_the_watcher_and_the_slice(cloud):
     cloud.wait_for(lambda: created(cloud) == 1)
     code, output = cloud.run("delete", "--yes")
     assert code == 0 and cloud.state() == {"requests": {}, "created": 1}, output
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     assert "this watcher ends: deleted" in output
     assert created(cloud) == 1

@@ -35,8 +35,9 @@ def test_hours_that_are_used_up_end_a_run_before_another_slice_is_asked_for(clou
 
 
 def test_hours_that_run_out_while_training_save_and_end_the_billing(cloud):
-    up_for(cloud, 3590)
+    up_for(cloud, 3580)
     cloud.trainer("-")
+    cloud.environment["TPU_POD_POLL_SECONDS"] = "1"
     code, output = cloud.submit("--max-hours", "1")
     assert code == 1 and "slices were up for 1 hours in all" in output
     assert cloud.state() == {"requests": {}, "created": 1}
@@ -64,18 +65,19 @@ def test_node_that_is_gone_while_the_request_looks_well_is_replaced(cloud):
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
     cloud.wait_for(lambda: "started" in cloud.object("events"))
     cloud.change(lambda state: state["requests"]["run"]["nodes"].update(run="PREEMPTED"))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "run is PREEMPTED" in output
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
 def test_host_that_falls_silent_is_replaced(cloud):
     cloud.trainer("-", "0")
-    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER, TPU_POD_SILENT_SECONDS="4")
+    cloud.environment |= {"TPU_POD_SILENT_SECONDS": "8", "TPU_POD_POLL_SECONDS": "1"}
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
     cloud.wait_for(lambda: "started" in cloud.object("events"))
     cloud.power_off()  # and neither the node nor the request tells
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "a host is silent for 4 s" in output
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "a host is silent for 8 s" in output
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
@@ -99,10 +101,10 @@ def test_second_submit_is_refused_and_a_take_over_ends_the_first(cloud):
     code, output = cloud.submit()
     assert code == 2 and f"is being watched by process {first.pid}" in output
     second = cloud.start("submit", "--watch", "--take-over", *SUBMIT, *TRAINER)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=120)
     assert first.returncode == 0 and "this watcher ends: watched" in output
     cloud.host_signal(0, signal.SIGTERM)
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=120)
     assert second.returncode == 0, output
     assert cloud.state() == {"requests": {}, "created": 1}
 
@@ -161,7 +163,7 @@ def test_expired_login_leaves_the_slice_and_the_watcher_goes_on(cloud):
     cloud.wait_for(lambda: cloud.script_now()["errors"][0]["times"] == 0)
     for host in (0, 1):
         cloud.host_signal(host, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "gcloud's login has expired; run gcloud auth login" in output
     assert created(cloud) == 1
 

@@ -23,7 +23,7 @@ def training(cloud):
 def stop_watcher(cloud) -> None:
     """As Ctrl-C does: the run and its slice stay."""
     cloud.watcher.send_signal(signal.SIGINT)
-    cloud.watcher.communicate(timeout=30)
+    cloud.watcher.communicate(timeout=120)
 
 
 def stop_writers(cloud) -> None:
@@ -87,7 +87,7 @@ def test_followed_log_prints_what_comes_once_and_goes_on_with_the_next_slice(tra
     training.wait_for(lambda: training.calls("--range=0-5 "))
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     assert output == "one\ntwo\nthree\n"
 
 
@@ -116,7 +116,7 @@ def test_tensorboard_shows_a_copy_and_leaves_no_process(training):
 def test_stop_saves_and_keeps_the_slice_for_the_next_submit(training):
     code, output = training.run("stop")
     assert code == 0 and "saved and stopped. THE SLICE IS UP AND BILLS" in output, output
-    output, _ = training.watcher.communicate(timeout=30)
+    output, _ = training.watcher.communicate(timeout=120)
     assert "this watcher ends: stopped by" in output
     assert all("interrupted and saved" in training.host_log(host) for host in (0, 1))
     assert list(training.state()["requests"]) == ["run"]
@@ -140,7 +140,7 @@ def test_delete_saves_asks_first_and_says_that_nothing_bills(training):
     assert code == 0 and "the slice is gone, nothing bills" in output
     assert all("interrupted and saved" in training.object(f"attempts/1/host-{host}.log") for host in (0, 1))
     assert training.state()["requests"] == {}
-    training.watcher.communicate(timeout=30)
+    training.watcher.communicate(timeout=120)
     code, output = training.run("status")
     assert code == 0 and "slice     ABSENT" in output and "none is up now" in output
 

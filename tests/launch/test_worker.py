@@ -127,19 +127,23 @@ def test_announced_maintenance_and_preemption_save_at_once_and_training_goes_on(
     worker.run_to("step 1 ")
     (cloud.folder / "hosts/run-0/metadata" / key).write_text(value)
     cloud.wait_for(lambda: "worker: finished" in worker.log())
-    assert "interrupted and saved\nworker: interrupted (exit code 75); starting again" in worker.log()
+    log = worker.log()
+    assert "worker: maintenance or preemption announced\n" in log
+    assert "interrupted and saved\nworker: interrupted (exit code 75); starting again" in log
 
 
-def test_sigterm_is_passed_on_once_and_ends_the_worker(cloud):
+def test_sigterm_is_passed_on_once_and_ends_the_worker(cloud, tmp_path):
     # A preempted machine says so in its metadata and by SIGTERM; at a second one the trainer would not save.
     cloud.trainer("-", "0")
-    worker = Worker(cloud, FAKE_SAVE_SECONDS="1")
+    worker = Worker(cloud, FAKE_SAVED=str(tmp_path / "saved"))
     process = worker.start()
     cloud.wait_for(lambda: "step 1 " in worker.log())
     process.send_signal(signal.SIGUSR1)
     cloud.wait_for(lambda: "SIGTERM 1" in worker.log())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
+    cloud.wait_for(lambda: "worker: stop\n" in worker.log())
+    (tmp_path / "saved").touch()
+    assert process.wait(timeout=60) == 0
     assert "SIGTERM 2" not in worker.log() and "interrupted and saved" in worker.log()
     assert worker.reported().startswith("0 stopped 75 ")
     assert len(worker.starts()) == 1
@@ -147,11 +151,11 @@ def test_sigterm_is_passed_on_once_and_ends_the_worker(cloud):
 
 def test_trainer_that_hangs_after_sigterm_is_killed(cloud):
     cloud.trainer("hang", "0")
-    worker = Worker(cloud, WORKER_SAVE_SECONDS="1", WORKER_KILL_SECONDS="1")
+    worker = Worker(cloud, WORKER_SAVE_SECONDS="1", WORKER_KILL_SECONDS="3")
     process = worker.start()
     cloud.wait_for(lambda: "step 1 " in worker.log())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=60) == 0
     assert "SIGTERM 2" in worker.log()
     assert worker.reported().startswith("0 stopped 137 ")
 
