@@ -50,6 +50,7 @@ def model_config(config: ConfigDict) -> TransformerConfig:
             tied_embeddings=m.tied_embeddings,
             dtype=m.dtype,
             remat=m.remat,
+            scan_layers=m.scan_layers,
             attention=None if m.attention == "auto" else m.attention,
             **overrides,
         )

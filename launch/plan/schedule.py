@@ -33,11 +33,12 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A kernel's program: what runs for a whole tile, for one on the diagonal, and per step of the grid."""
+    """A kernel's program: what runs for a whole tile, for one on the diagonal, per block and per step of the grid."""
 
     tile: Region
     diagonal: Region
-    other: int  # bundles of a grid step outside of the tile, at most: pipeline, starts and ends of blocks
+    ends: int  # bundles of the starts and ends of blocks, each of which runs once a block of queries or of keys
+    other: int  # bundles of a grid step outside of all these, at most: its pipeline
 
     def cycles(self, query_blocks: int, key_blocks: int, start_blocks: float = 0.0) -> float:
         """Of the grid of one sequence and head group, causal, one core.
@@ -47,7 +48,8 @@ class Schedule:
         """
         whole = query_blocks * start_blocks + query_blocks * (query_blocks - 1) / 2
         steps = query_blocks * key_blocks
-        return whole * self.tile.bundles + query_blocks * self.diagonal.bundles + steps * self.other
+        tiles = whole * self.tile.bundles + query_blocks * self.diagonal.bundles
+        return tiles + max(query_blocks, key_blocks) * self.ends + steps * self.other
 
 
 def environment(folder: str | Path, passes: str = ".*final_.*") -> dict[str, str]:
@@ -113,12 +115,12 @@ def read_schedule(folder: Path, kernel: str, name: str) -> Schedule:
     Raises:
       ValueError: there is none, or it has no region that looks like a tile.
     """
-    total, regions = _regions(*_files(folder, kernel))
+    total, regions, ends = _regions(*_files(folder, kernel))
     tiles = dict(zip(KERNELS[name], regions, strict=False))
     if "tile" not in tiles:
         raise ValueError(f"the schedule of {kernel} has {len(regions)} regions that use the MXU; no tile among them")
-    other = total - sum(region.bundles for region in regions)
-    return Schedule(tiles["tile"], tiles.get("diagonal", tiles["tile"]), other)
+    other = total - sum(region.bundles for region in regions) - ends
+    return Schedule(tiles["tile"], tiles.get("diagonal", tiles["tile"]), ends, other)
 
 
 def _files(folder: Path, kernel: str) -> tuple[Path, Path]:
@@ -130,8 +132,10 @@ def _files(folder: Path, kernel: str) -> tuple[Path, Path]:
     return programs[0], tables[0]
 
 
-def _regions(program: Path, table: Path) -> tuple[int, list[Region]]:
-    """Bundles of a kernel's whole program, and its innermost regions that use the MXU, in program order."""
+def _regions(program: Path, table: Path) -> tuple[int, list[Region], int]:
+    """Bundles of a kernel's whole program, its innermost regions that use the MXU, in program order, and the bundles
+    of the other conditional regions beside them.
+    """
     capacities, uses = re.split(r"== UTILIZATION:\s*", table.read_text())
     slots, capacity = (line.replace(",", " ").split() for line in capacities.strip().splitlines()[-2:])
     use = [[int(n) for n in line.split()] for line in uses.strip().splitlines()]
@@ -144,7 +148,7 @@ def _regions(program: Path, table: Path) -> tuple[int, list[Region]]:
                 starts[name] = address
             elif name in starts:
                 spans.add((starts[name], address))
-    regions = []
+    regions, tiles = [], []
     for start, end in sorted(spans):
         rows = [row for row in use[start : end + 1] if len(row) == len(slots)]
         holds_another = any(s != (start, end) and start <= s[0] and s[1] <= end and s[1] - s[0] > 100 for s in spans)
@@ -152,4 +156,22 @@ def _regions(program: Path, table: Path) -> tuple[int, list[Region]]:
         if not holds_another and total.get("MXU"):
             busy = {slot: total[slot] / len(rows) / int(n) for slot, n in zip(slots, capacity, strict=True)}
             regions.append(Region(end - start + 1, busy, total["VSTORE:SPILL"]))
-    return address + 1, regions
+            tiles.append((start, end))
+    return address + 1, regions, _bundles_beside(tiles, spans)
+
+
+def _bundles_beside(tiles: list[tuple[int, int]], spans: set[tuple[int, int]]) -> int:
+    """Bundles of the outermost spans that share the innermost one around all tiles with them."""
+
+    def inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+        return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+    around = [span for span in spans if all(inside(tile, span) for tile in tiles)]
+    if not tiles or not around:
+        return 0
+    body = min(around, key=lambda span: span[1] - span[0])
+    beside = [
+        s for s in spans if inside(s, body) and s != body and not any(inside(t, s) or inside(s, t) for t in tiles)
+    ]
+    outermost = [s for s in beside if not any(inside(s, other) and s != other for other in beside)]
+    return sum(end - start + 1 for start, end in outermost)

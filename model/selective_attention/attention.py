@@ -29,6 +29,7 @@ def selective_attention(
     segment_ids: Array | None = None,
     selection: Selection = Selection.PAPER,
     memory_tau: float | None = None,
+    logit_bound: Array | float | None = None,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
     """Causal selective attention: `softmax(q k^T * scale - F) v`, with F from the selecting head (section 3).
@@ -44,6 +45,7 @@ def selective_attention(
         selecting nothing, their outputs zero.
       selection: the paper's rule, an ablation, or `Selection.OFF` for standard attention.
       memory_tau: if given, also return the memory statistic of section 3's auxiliary loss.
+      logit_bound: float32 scalar that no |scale * q . k| exceeds, if one is known: it saves "pallas" from looking.
       implementation: "pallas" (fused TPU kernels; head widths up to 128), "xla" (in blocks, memory linear in N),
         "reference" (the definition, arrays of N x N), or None for "pallas" on TPU and "xla" elsewhere.
 
@@ -59,8 +61,6 @@ def selective_attention(
     check_arguments(q, k, v, q_sel, k_sel, evict_at, segment_ids, selection)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    q_sel = q[:, :, 0] if q_sel is None else q_sel
-    k_sel = k[:, :, 0] if k_sel is None else k_sel
     out, forgotten = implementation_module(implementation).attend(
         q,
         k,
@@ -75,6 +75,7 @@ def selective_attention(
         scale=scale,
         selection=selection,
         tau=memory_tau,
+        logit_bound=logit_bound,
     )
     return out if memory_tau is None else (out, forgotten)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .remat import keep
-from .selection import Keys, Queries, Selection, select, visible
+from .selection import Keys, Queries, Selection, select, selecting_head, visible
 
 BLOCK = 128  # rows and columns of a tile, at most
 GROUP = 16  # rows that are summed by one small matmul; blocks are multiples of it
@@ -60,8 +60,8 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    q_sel: Array,
-    k_sel: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
     f_start: Array,
     *,
     offset: Array | int,
@@ -71,8 +71,10 @@ def attend(
     scale: float,
     selection: Selection,
     tau: float | None,
+    logit_bound: Array | float | None = None,
 ) -> tuple[Array, Array | None]:
     """Selective attention of a block of queries; arguments and results as `reference.attend`."""
+    q_sel, k_sel = selecting_head(q, k, q_sel, k_sel)
     batch, length, num_heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     first = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])

@@ -29,6 +29,7 @@ class TransformerConfig:
     tied_embeddings: bool = True  # one matrix embeds tokens and gives logits [open]
     dtype: str = "bfloat16"  # of activations and matmuls: "bfloat16" or "float32"; parameters are float32
     remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers)
+    scan_layers: bool = True  # False compiles every layer apart: slower to compile, saves copies into a scan's stacks
     attention: str | None = None  # implementation of attention, None for the platform's best
 
     def __post_init__(self) -> None:

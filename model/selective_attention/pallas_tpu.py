@@ -38,8 +38,8 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    q_sel: Array,
-    k_sel: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
     f_start: Array,
     *,
     offset: Array | int,
@@ -49,97 +49,104 @@ def attend(
     scale: float,
     selection: Selection,
     tau: float | None,
+    logit_bound: Array | float | None = None,
 ) -> tuple[Array, Array | None]:
     """Selective attention of a block of queries; arguments and results as in `reference.attend`.
 
     Raises:
       ValueError: heads wider than 128.
     """
-    for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q_sel)):
+    for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q if q_sel is None else q_sel)):
         if array.shape[-1] > LANES:
             raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
-    plan = _plan(q, k, v, q_sel, q_segment_ids is not None, evict_at is not None, scale, selection, tau)
+    plan = _plan(
+        q, k, v, q if q_sel is None else q_sel, q_segment_ids is not None, evict_at is not None, scale, selection, tau
+    )
     integers = {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}
     if q_segment_ids is not None and kv_segment_ids is not None:
         integers |= _segment_rows(plan, q_segment_ids, kv_segment_ids)
     if evict_at is not None:
         integers["evict_at"] = pad(evict_at, plan.block_k, 1)[:, None]
+    protected = None
     if selection is not Selection.UNPROTECTED_BOS:
-        # A key of zeros is never selected, which is all that protects the first token of a segment.
-        first_BM = Keys.of(k.shape[1], kv_segment_ids).first
-        k_sel = jnp.where(first_BM[:, :, None], 0, k_sel)
-    out, forgotten = _attend(plan, integers, q, k, v, q_sel, k_sel, f_start.astype(jnp.float32))
-    return out, None if tau is None else forgotten
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
-    return _attend_forward(plan, integers, q, k, v, q_sel, k_sel, f_start)[0]
-
-
-def _attend_forward(plan: Plan, integers, q, k, v, q_sel, k_sel, f_start):
-    num_queries = q.shape[1]
-    operands = {
+        first_BM = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])
+        protected = pad(first_BM, plan.block_k, 1)[:, None]
+    columns = {
         "q": to_columns(q, plan.num_heads, plan.head_dim, plan.block_q),
         "k": to_columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
         "v": to_columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
     }
+    if q_sel is not None and k_sel is not None and selection is not Selection.OFF:
+        columns["q_sel"] = to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q)
+        columns["k_sel"] = to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k)
+    f_start = pad(f_start.astype(jnp.float32), plan.block_k, 1)[:, None]
+    if logit_bound is None:
+        bounded = _bounded(plan, columns["q"], columns["k"])
+    else:
+        bounded = jnp.broadcast_to(_bounds(plan, jnp.asarray(logit_bound, jnp.float32)), k.shape[:1])
+    out, forgotten = _attend(plan, integers | {"bounded": bounded}, protected, columns, f_start)
+    out = from_columns(out, plan.value_dim, (*q.shape[:3], v.shape[3]))
+    return out, None if tau is None else forgotten[:, : q.shape[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, integers, protected, columns, f_start):
+    return _attend_forward(plan, integers, protected, columns, f_start)[0]
+
+
+def _attend_forward(plan: Plan, integers, protected, columns, f_start):
+    operands = _operands(plan, integers, protected, columns)
     if plan.selection is not Selection.OFF:
-        operands |= {
-            "q_sel": to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
-            "k_sel": to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
-            "f_start": pad(f_start, plan.block_k, 1)[:, None],
-        }
-    operands |= {name: rows for name, rows in integers.items() if name != "offset"}
-    scalars = (integers["offset"], _bounded(plan, q, k))
+        operands["f_start"] = f_start
+    scalars = (integers["offset"], integers["bounded"])
     made = jax.tree.map(keep, on_platform(functools.partial(forward, plan), operands, scalars))
-    out = from_columns(made["out"], plan.value_dim, (*q.shape[:3], v.shape[3]))
-    forgotten = jnp.zeros(q.shape[:2], jnp.float32)
-    if plan.tau is not None and plan.selection is not Selection.OFF:
-        forgotten = made["forgotten"][:, 0, 0, :num_queries]
-    residuals = (integers, q, k, v, q_sel, k_sel, out, made["log_sum"], made.get("f_blocks"))
-    return (out, forgotten), residuals
+    forgotten = made["forgotten"][:, 0, 0] if "forgotten" in made else jnp.zeros(columns["q"].shape[::2], jnp.float32)
+    residuals = (integers, protected, columns, made["out"], made["log_sum"], made.get("f_blocks"))
+    return (made["out"], forgotten), residuals
 
 
 def _attend_backward(plan: Plan, residuals, cotangents):
-    integers, q, k, v, q_sel, k_sel, out, log_sum, f_blocks = residuals
+    integers, protected, columns, out, log_sum, f_blocks = residuals
     d_out, d_forgotten = cotangents
-    delta_BNH = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    delta_BHN = pad(pad(delta_BNH.swapaxes(1, 2), plan.num_heads, 1), plan.block_q, 2)
-    operands = {
-        "q": to_columns(q, plan.num_heads, plan.head_dim, plan.block_q),
-        "k": to_columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
-        "v": to_columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
-        "d_out": to_columns(d_out, plan.num_heads, plan.value_dim, plan.block_q),
+    products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    delta_BHN = jnp.sum(products.reshape(out.shape[0], plan.num_heads, plan.value_dim, -1), axis=2)
+    operands = _operands(plan, integers, protected, columns) | {
+        "d_out": d_out,
         "log_sum": log_sum,
         "delta": delta_BHN.reshape(log_sum.shape),
     }
     if plan.selection is not Selection.OFF:
-        operands |= {
-            "q_sel": to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q),
-            "k_sel": to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k),
-            "f_blocks": f_blocks,
-        }
+        operands["f_blocks"] = f_blocks
         if plan.tau is not None:
-            operands["d_forgotten"] = pad(d_forgotten, plan.block_q, 1)[:, None]
-    operands |= {name: rows for name, rows in integers.items() if name != "offset"}
-    made = _backward_in_chunks(plan, operands, integers["offset"], k.dtype)
-
-    dq = from_columns(made["dq"], plan.head_dim, q.shape)
-    dk = from_columns(made["dk"], plan.head_dim, k.shape).astype(k.dtype)
-    dv = from_columns(made["dv"], plan.value_dim, v.shape).astype(v.dtype)
+            operands["d_forgotten"] = d_forgotten[:, None]
+    made = _backward_in_chunks(plan, operands, integers["offset"], columns["k"].dtype)
+    d_columns = {name: made[f"d{name}"].astype(columns[name].dtype) for name in ("q", "k", "v")}
     if plan.selection is Selection.OFF:
-        selecting = (jnp.zeros_like(q_sel), jnp.zeros_like(k_sel), jnp.zeros(k.shape[:2], jnp.float32))
-    else:
-        dq_sel, dk_sel = (
-            from_columns(made[name].sum(1), plan.select_dim, (*x.shape[:2], 1, x.shape[2]))[:, :, 0].astype(x.dtype)
-            for name, x in (("dq_sel", q_sel), ("dk_sel", k_sel))
-        )
-        selecting = (dq_sel, dk_sel, made["df_start"].sum(1)[:, 0, : k.shape[1]])
-    return None, dq, dk, dv, *selecting
+        return None, None, d_columns, jnp.zeros_like(log_sum, shape=(out.shape[0], 1, columns["k"].shape[2]))
+    d_sel = {name: made[f"d{name}"].sum(1) for name in ("q_sel", "k_sel")}
+    if protected is not None:
+        d_sel["k_sel"] = jnp.where(protected, 0, d_sel["k_sel"])
+    for name, d_x in d_sel.items():
+        if name in columns:
+            d_columns[name] = d_x.astype(columns[name].dtype)
+        else:
+            of_head = d_columns[name[0]].at[:, : plan.select_dim]
+            d_columns[name[0]] = of_head.set((of_head.get() + d_x).astype(d_columns[name[0]].dtype))
+    return None, None, d_columns, made["df_start"].sum(1)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _operands(plan: Plan, integers, protected, columns) -> dict[str, Array]:
+    """What both kernels read. Head 0 selects, unless the selecting head has its own columns."""
+    operands = dict(columns)
+    if plan.selection is not Selection.OFF:
+        operands["q_sel"] = columns.get("q_sel", columns["q"][:, : plan.select_dim])
+        k_sel = columns.get("k_sel", columns["k"][:, : plan.select_dim])
+        # A key of zeros is never selected, which is all that protects the first token of a segment.
+        operands["k_sel"] = k_sel if protected is None else jnp.where(protected, 0, k_sel)
+    return operands | {name: rows for name, rows in integers.items() if name not in ("offset", "bounded")}
 
 
 def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype) -> dict[str, Array]:
@@ -228,16 +235,25 @@ def _head_groups(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: in
     return even[0] if batch == 1 and even else small[0]
 
 
-def _bounded(plan: Plan, q: Array, k: Array) -> Array:
-    """Int32 [B]: whether Cauchy-Schwarz bounds all logits of a sequence, so that no running maximum is needed.
+def _bounded(plan: Plan, q_BCN: Array, k_BCN: Array) -> Array:
+    """Int32 [B]: whether Cauchy-Schwarz bounds all logits of a sequence, so that no running maximum is needed."""
+
+    def largest_norm(x_BCN: Array) -> Array:
+        squares = jnp.square(x_BCN.astype(jnp.float32)).reshape(x_BCN.shape[0], -1, plan.head_dim, x_BCN.shape[2])
+        return jnp.sqrt(jnp.max(jnp.sum(squares, 2), (1, 2)))
+
+    return _bounds(plan, abs(plan.scale) * jax.lax.stop_gradient(largest_norm(q_BCN) * largest_norm(k_BCN)))
+
+
+def _bounds(plan: Plan, largest_logit: Array) -> Array:
+    """Int32, whether logits of at most this size let a tile do without a running maximum.
 
     F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That holds
     for neither a leaky rule (which raises logits) nor evicted keys (one's own may be gone).
     """
     if plan.selection is Selection.LEAKY or plan.evict:
-        return jnp.zeros(k.shape[0], jnp.int32)
-    q_norm, k_norm = (jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1), (1, 2))) for x in (q, k))
-    return (q_norm * k_norm * (abs(plan.scale) * LOG2_E) <= LOGIT_BOUND).astype(jnp.int32)
+        return jnp.zeros(largest_logit.shape, jnp.int32)
+    return (largest_logit * LOG2_E <= LOGIT_BOUND).astype(jnp.int32)
 
 
 def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:

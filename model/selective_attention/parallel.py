@@ -58,6 +58,7 @@ def sharded_selective_attention(
     segment_ids: Array | None = None,
     selection: Selection = Selection.PAPER,
     memory_tau: float | None = None,
+    logit_bound: Array | float | None = None,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
     """`selective_attention` under the mesh that is set (`jax.set_mesh`), sharded over those of its axes that exist.
@@ -87,6 +88,7 @@ def sharded_selective_attention(
             segment_ids=segment_ids,
             selection=selection,
             memory_tau=memory_tau,
+            logit_bound=logit_bound,
             implementation=implementation,
         )
     selection = Selection(selection)
@@ -98,8 +100,10 @@ def sharded_selective_attention(
     kv_heads = heads if k.shape[2] % mesh.shape.get(HEAD_AXIS, 1) == 0 else None
     q_spec, kv_spec = P(batch_axes, sequence, heads), P(batch_axes, sequence, kv_heads)
     row_spec = P(batch_axes, sequence)
-    arrays = q, k, v, q_sel, k_sel, evict_at, segment_ids
-    specs = q_spec, kv_spec, kv_spec, *(None if x is None else row_spec for x in arrays[3:])
+    rows = q_sel, k_sel, evict_at, segment_ids
+    bound = None if logit_bound is None else jnp.asarray(logit_bound, jnp.float32)
+    arrays = q, k, v, *rows, bound
+    specs = q_spec, kv_spec, kv_spec, *(None if x is None else row_spec for x in rows), None if bound is None else P()
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
         arrays = jax.tree.map(jax.reshard, arrays, specs)
     local = functools.partial(
@@ -125,6 +129,7 @@ def _attend_shard(
     k_sel: Array | None,
     evict_at: Array | None,
     segment_ids: Array | None,
+    logit_bound: Array | None,
     *,
     num_kv_heads: int,
     tensor: int,
@@ -155,6 +160,7 @@ def _attend_shard(
             segment_ids=segment_ids,
             selection=selection,
             memory_tau=memory_tau,
+            logit_bound=logit_bound,
             implementation=implementation,
         )
 
@@ -181,7 +187,16 @@ def _attend_shard(
         f_starts = _sums_of_earlier_chunks(jnp.stack(sums), [number for number, *_ in chunks])
     parts = [
         module.attend(
-            q, keys["k"], keys["v"], q_sel, keys["k_sel"], f, evict_at=keys["evict_at"], tau=memory_tau, **options
+            q,
+            keys["k"],
+            keys["v"],
+            q_sel,
+            keys["k_sel"],
+            f,
+            evict_at=keys["evict_at"],
+            tau=memory_tau,
+            logit_bound=logit_bound,
+            **options,
         )
         for (_, q, q_sel, options), f in zip(chunks, f_starts, strict=True)
     ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .selection import Keys, Queries, Selection, select, visible
+from .selection import Keys, Queries, Selection, select, selecting_head, visible
 
 # Finite, so that a row with nothing to see stays free of NaN; exp(BIG_NEGATIVE - max) is exactly 0.
 BIG_NEGATIVE = -1e30
@@ -20,8 +20,8 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    q_sel: Array,
-    k_sel: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
     f_start: Array,
     *,
     offset: Array | int,
@@ -31,19 +31,21 @@ def attend(
     scale: float,
     selection: Selection,
     tau: float | None,
+    logit_bound: Array | float | None = None,
 ) -> tuple[Array, Array | None]:
     """Selective attention of a block of queries.
 
     Args:
-      q: [B, N, H, D]; k, v: [B, M, K, D]; q_sel: [B, N, D']; k_sel: [B, M, D'].
+      q: [B, N, H, D]; k, v: [B, M, K, D]; q_sel: [B, N, D'] and k_sel: [B, M, D'], or None for head 0.
       f_start: float32 [B, M], F at the block's first query: `column_sums` of all queries before it. Differentiable.
       offset: position of the first query, int32 scalar; keys start at 0. It may be traced.
       evict_at: int32 [B, M] or None; the segment ids: int32 [B, N] and [B, M], or None.
-      scale, selection, tau: as `scale`, `selection` and `memory_tau` of `selective_attention`.
+      scale, selection, tau, logit_bound: as in `selective_attention`, tau being its `memory_tau`.
 
     Returns:
       out [B, N, H, D] in q's dtype; forgotten [B, N] float32, or None without tau.
     """
+    q_sel, k_sel = selecting_head(q, k, q_sel, k_sel)
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)

@@ -84,6 +84,13 @@ class Keys(NamedTuple):
         return cls(position_M, first_BM, segment_ids, evict_at)
 
 
+def selecting_head(q_BNHD: Array, k_BMKD: Array, q_sel: Array | None, k_sel: Array | None) -> tuple[Array, Array]:
+    """The selecting head's own projections, [B, N, D'] and [B, M, D'], or else those of head 0."""
+    if q_sel is None or k_sel is None:
+        return q_BNHD[:, :, 0], k_BMKD[:, :, 0]
+    return q_sel, k_sel
+
+
 def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, scale: float, selection: Selection) -> Array:
     """S of section 3, [B, N, M] float32: how much each query masks each key for later queries. B may be absent."""
     dtype = jnp.promote_types(q_BND.dtype, jnp.float32)

@@ -22,6 +22,7 @@ from .attention import Selection, selection_mask
 from .config import TransformerConfig
 from .pallas_tpu_rotary import norm_rotary
 from .parallel import SEQUENCE_AXIS, sharded_selective_attention, zigzag_positions
+from .projection import contract, normalised_projections, rms_norm
 from .remat import keep, rematerialised
 from .sharding import Axes, partition_spec, reshard
 
@@ -38,13 +39,6 @@ def make_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: f
 
 def make_scale(shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
-
-
-def rms_norm(x: Array, scale: Array) -> Array:
-    """RMSNorm over the last axis, computed in float32 (or x's dtype, if wider); returns x's dtype."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * keep(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6))
-    return (normed * scale).astype(x.dtype)
 
 
 def rotary_angles(position_N: ArrayLike, width: int, base: float) -> tuple[Array, Array]:
@@ -119,12 +113,21 @@ class Block(nnx.Module):
         # h and w, since einsum contracts letters in their order, and d before h would transpose the weights on CPUs.
         return keep(x_BNE + contract("bnhw,hwe->bne", out_BNHD, self.w_out, "batch", "sequence", None)), extra
 
+    @property
+    def logit_bound(self) -> Array | None:
+        """float32 scalar, which no attention logit exceeds: normalised, q and k are at most D ** 0.5 times a scale."""
+        if not self.config.qk_norm:
+            return None
+        largest = [jnp.max(jnp.abs(scale[...])) for scale in (self.query_norm, self.key_norm)]
+        return self.config.head_dim**0.5 * jax.lax.stop_gradient(largest[0] * largest[1])
+
     def mlp(self, x_BNE: Array) -> Array:
         """The second half: x + SwiGLU."""
-        h_BNE = rms_norm(x_BNE, self.mlp_norm[...])
         hidden = "batch", "sequence", "mlp"
-        gate_BNF = keep(contract("bne,ef->bnf", h_BNE, self.w_gate, *hidden))
-        h_BNF = jax.nn.silu(gate_BNF) * keep(contract("bne,ef->bnf", h_BNE, self.w_up, *hidden))
+        gate_BNF, up_BNF = normalised_projections(
+            x_BNE, self.mlp_norm[...], ("bne,ef->bnf", self.w_gate, hidden), ("bne,ef->bnf", self.w_up, hidden)
+        )
+        h_BNF = jax.nn.silu(gate_BNF) * up_BNF
         return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None)
 
     def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
@@ -136,7 +139,8 @@ class Block(nnx.Module):
 
         def place(x_BNHD: Array, scale: str, heads: str | None) -> Array:
             if c.fuses_norm_rotary and np.ndim(position_N) == 1:
-                return fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
+                placed = fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
+                return placed if c.scan_layers else keep(placed)  # in a scan, stacking costs more than computing
             if c.qk_norm:
                 x_BNHD = rms_norm(x_BNHD, getattr(self, scale)[...])
             return rotary(x_BNHD, position_N, c.rotary_base) if c.positions == "rotary" else x_BNHD
@@ -149,18 +153,6 @@ class Block(nnx.Module):
         q_sel_BND = place(q_sel_BND[:, :, None], "query_sel_norm", None)[:, :, 0]
         k_sel_BND = place(k_sel_BND[:, :, None], "key_sel_norm", None)[:, :, 0]
         return q_BNHD, k_BNKD, v_BNKD, q_sel_BND, k_sel_BND
-
-
-def contract(subscripts: str, x: Array, weight: nnx.Param, *out_axes: str | None) -> Array:
-    """einsum of activations with a parameter in the activations' dtype, gathered over fsdp; result laid out by
-    `out_axes`.
-    """
-    operands, result = subscripts.split("->")
-    axes: Axes = weight.axes[-(len(operands.split(",")[1])) :]  # a layer's slice has lost the leading L
-    gathered = reshard(weight[...].astype(x.dtype), *(None if a == "embed" else a for a in axes))
-    sizes = dict(zip(operands.replace(",", ""), x.shape + gathered.shape, strict=True))
-    spec = partition_spec(out_axes, tuple(sizes[letter] for letter in result))
-    return jnp.einsum(subscripts, x, gathered, out_sharding=spec)
 
 
 class Transformer(nnx.Module):
@@ -203,7 +195,7 @@ class Transformer(nnx.Module):
         tokens_BN = permute(tokens_BN, position_N)
         segment_ids, evict_at = (None if x is None else permute(x, position_N) for x in (segment_ids, evict_at))
 
-        def attend(layer_evict_at, q, k, v, q_sel, k_sel):
+        def attend(layer_evict_at, logit_bound, q, k, v, q_sel, k_sel):
             result = sharded_selective_attention(
                 q,
                 k,
@@ -214,6 +206,7 @@ class Transformer(nnx.Module):
                 segment_ids=segment_ids,
                 selection=c.selection,
                 memory_tau=memory_tau,
+                logit_bound=logit_bound,
                 implementation=c.attention,
             )
             return result if memory_tau is not None else (result, None)
@@ -223,10 +216,13 @@ class Transformer(nnx.Module):
         def layer(x_BNE, layer_and_evict_at):
             layer_parameters, layer_evict_at = layer_and_evict_at
             block = nnx.merge(graph, layer_parameters)
-            return block(x_BNE, position_N, functools.partial(attend, layer_evict_at))
+            return block(x_BNE, position_N, functools.partial(attend, layer_evict_at, block.logit_bound))
 
         x_BNE, forgotten_LBN = jax.lax.scan(
-            rematerialised(layer, c.remat), self.embed(tokens_BN, position_N), (layers, evict_at)
+            rematerialised(layer, c.remat),
+            self.embed(tokens_BN, position_N),
+            (layers, evict_at),
+            unroll=1 if c.scan_layers else c.num_layers,
         )
         back_N = np.argsort(position_N)
         hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)

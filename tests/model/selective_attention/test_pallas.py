@@ -111,6 +111,30 @@ def test_values_and_gradients_in_bfloat16_twice_the_same(case):
     assert_same(actual, expected, 2e-2)
 
 
+def test_head_0_selects_where_no_projections_are_given():
+    arrays, options = make(**CASES["grouped_heads_and_padding"])
+    q, k, v, *_, f_start = (jnp.asarray(x, jnp.float32) for x in arrays)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(apart, q, k, v):
+        def loss(q, k, v):
+            selecting = (q[:, :, 0], k[:, :, 0]) if apart else (None, None)
+            return jnp.sum(jnp.sin(pallas_tpu.attend(q, k, v, *selecting, f_start, **options)[0]))
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    actual, expected = (jax.tree.leaves(run(apart, q, k, v)) for apart in (False, True))
+    assert_same(*([np.asarray(x) for x in results] for results in (actual, expected)), 1e-6)
+
+
+def test_a_logit_bound_that_is_given_decides_whether_there_is_a_running_maximum():
+    arrays, options = make(130, factor=80.0)
+    q, k, v, *_, f_start = (jnp.asarray(x, jnp.float32) for x in arrays)
+    attend = jax.jit(lambda bound: pallas_tpu.attend(q, k, v, None, None, f_start, logit_bound=bound, **options)[0])
+    assert np.isfinite(attend(1e9)).all()
+    assert not np.isfinite(attend(1.0)).all()  # a false promise: exp2 overflows
+
+
 def test_chunks_of_queries_with_their_carries_equal_the_whole():
     arrays, options = make(384, heads=2, tau=1.0)
     q, k, v, q_sel, k_sel, _ = (jnp.asarray(x, jnp.float32) for x in arrays)

@@ -189,15 +189,15 @@ class TestForward:
         assert 0 < np.abs(logits_BNV - forward(exact, make_tokens())).max() < 0.2
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
-def test_recomputation_changes_no_gradient(remat):
+@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "block"}, {"scan_layers": False}], ids=str)
+def test_how_layers_are_compiled_changes_no_gradient(changes):
     @nnx.jit
     def gradient(model, tokens_BN):
         return nnx.grad(lambda m: lm_loss(m(tokens_BN), tokens_BN, jnp.ones(tokens_BN.shape))[0])(model)
 
     kept = jax.tree.leaves(gradient(make_model(), make_tokens()))
-    recomputed = jax.tree.leaves(gradient(make_model(remat=remat), make_tokens()))
-    for one, other in zip(kept, recomputed, strict=True):
+    others = jax.tree.leaves(gradient(make_model(**changes), make_tokens()))
+    for one, other in zip(kept, others, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(one).max())
 
 
