@@ -1,10 +1,11 @@
-"""Values of all hosts, exchanged through JAX's coordination service: no device takes part, any thread may ask."""
+"""Values of all hosts, exchanged through the store that they share."""
 
 import json
 from typing import Any
 
 import jax
-from jax._src import distributed  # the service has no public interface for keys and values
+
+from trainer.store import shared_store
 
 
 def gather(key: str, value: Any, timeout_seconds: float) -> list[Any]:
@@ -13,22 +14,20 @@ def gather(key: str, value: Any, timeout_seconds: float) -> list[Any]:
     Raises:
       TimeoutError: a host did not come within `timeout_seconds`.
     """
-    count, index, client = jax.process_count(), jax.process_index(), distributed.global_state.client
-    if count == 1 or client is None:
+    store = shared_store()
+    if store is None:
         return [value]
-    prefix, milliseconds = f"gather/{key}", int(timeout_seconds * 1000)
-    client.key_value_set(f"{prefix}/{index}", json.dumps(value))
-    waits_for = "the others"
+    index, prefix = jax.process_index(), f"gather/{key}"
+    store.put(f"{prefix}/{index}", json.dumps(value))
+    waits_for = "host 0"
     try:
         if index == 0:
             values = []
-            for host in range(count):
+            for host in range(jax.process_count()):
                 waits_for = f"host {host}"
-                values.append(json.loads(client.blocking_key_value_get(f"{prefix}/{host}", milliseconds)))
-            client.key_value_set(f"{prefix}/all", json.dumps(values))
-        waits_for = "host 0"
-        return json.loads(client.blocking_key_value_get(f"{prefix}/all", milliseconds))
-    except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
+                values.append(json.loads(store.get(f"{prefix}/{host}", timeout_seconds)))
+            store.put(f"{prefix}/all", json.dumps(values))
+            return values
+        return json.loads(store.get(f"{prefix}/all", timeout_seconds))
+    except TimeoutError as error:
         raise TimeoutError(f"waited {timeout_seconds:.0f} s for {waits_for} ({key})") from error

@@ -69,7 +69,8 @@ def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
 
 
 def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2) -> Iterator[tuple[Batch, float]]:
-    """The batches of `steps`, up to `depth` of them read and on the devices ahead of the consumer, by Grain's threads.
+    """The batches of `steps`, up to `depth` of them read and on the devices ahead of the consumer, by Grain's threads,
+    which begin at once.
 
     With each batch comes how long it took to load, seconds. An error while reading is raised where the batch would have
     been yielded.
@@ -80,4 +81,6 @@ def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2
         return global_batch(source, step, sharding), time.monotonic() - start
 
     batches = grain.MapDataset.range(steps.start, steps.stop).map(load)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=depth, prefetch_buffer_size=depth)))
+    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=depth, prefetch_buffer_size=depth)))
+    iterator.start_prefetch()
+    return iterator

@@ -5,13 +5,14 @@ once it is complete and was read back. Nothing older is deleted before that. A d
 `40.damaged`, one that a rollback left behind to `40.rolled-back`; neither is ever deleted.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import logging
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -41,6 +42,7 @@ from trainer.stored import (
 logger = logging.getLogger("trainer")
 
 RETRY_SECONDS = 5.0  # between a failed save and its being reported, for what passes by itself
+_REMOVAL_SECONDS = 10.0  # for removing what is left of it
 DAMAGED, ROLLED_BACK = "damaged", "rolled-back"
 
 
@@ -88,7 +90,7 @@ class Checkpoints:
         self._folder = checkpoint_folder(workdir)
         self._status: Literal["idle", "saving", "failed"] = "idle"
         self._thread: threading.Thread | None = None  # finishes the last save
-        self._unfinished: Any = None  # Orbax's part of a save that exceeded its time
+        self._unfinished: Any = None  # part of a save that exceeded its time
         self._hurry = threading.Event()  # somebody waits: no pause after a failure
         self._gathers = 0
         context = ocp.Context()
@@ -160,7 +162,8 @@ class Checkpoints:
             *self._gather([(self._folder / str(step)).exists(), self._is_unfinished()]), strict=True
         )
         if any(unfinished):
-            self._fail(step, f"the save before has not ended on host {unfinished.index(True)}")
+            self._count_failure(step, f"the save before has not ended on host {unfinished.index(True)}")
+            self._status = "failed"
             return
         response = None
         if not there[0]:  # else the step is complete, and only its seal could not be written
@@ -204,24 +207,51 @@ class Checkpoints:
 
     def _finish(self, step: int, response: Any, loss: float | None) -> None:
         """In a thread of its own: waits for Orbax, seals, deletes what need not be kept."""
-        folder, problem, timeout = self._folder / str(step), None, self._config.timeout_seconds + 10
+        folder, hanging, problem = self._folder / str(step), False, None
         try:
-            if response is not None:
-                response.result(timeout=timeout)
-        except TimeoutError:
-            problem, self._unfinished = f"not done after {timeout} s", response
-        except Exception as error:
-            problem = explain(error, self._folder)
-        if problem is not None and jax.process_count() > 1:
-            problem = f"host {jax.process_index()}: {problem}"
-        problems = [text for text in self._gather(problem, timeout) if text is not None]
-        if not problems:
-            problems = self._on_first_host(lambda: self._complete(folder, loss))
-        if problems:
-            self._fail(step, problems[0])
+            for part in (lambda: response, lambda: self._start_on_first_host(lambda: self._complete(folder, loss))):
+                outcomes = self._gather(self._outcome(part()), self._part_seconds())
+                hanging = any(hangs for _, hangs in outcomes)
+                problem = next((problem for problem, _ in outcomes if problem is not None), None)
+                if problem is not None:
+                    break
+        except TimeoutError as error:
+            problem = str(error)
+        if problem is not None:
+            self._count_failure(step, problem)
+            if not hanging:
+                with contextlib.suppress(Exception):  # what is left of it would keep a full disk full
+                    removal = self._start_on_first_host(lambda: self._remove_temporary(step))
+                    if removal is not None:
+                        removal.result(timeout=_REMOVAL_SECONDS)
+            self._hurry.wait(self._config.timeout_seconds if hanging else RETRY_SECONDS)
+            self._status = "failed"
             return
         self.saved_step, self.failure, self.failures_in_a_row = step, None, 0
         self._status = "idle"
+
+    def _outcome(self, part: Any) -> tuple[str | None, bool]:
+        """What went wrong with a part of a save, None if nothing; and whether it still goes on, left to itself."""
+        timeout, problem = self._part_seconds(), None
+        try:
+            if part is not None:
+                part.result(timeout=timeout)
+        except Exception as error:
+            problem = explain(error, self._folder)
+            if isinstance(error, TimeoutError) and error.errno is None:  # not storage's ETIMEDOUT
+                problem, self._unfinished = f"not done after {timeout:.0f} s", part
+        if problem is not None and jax.process_count() > 1:
+            problem = f"host {jax.process_index()}: {problem}"
+        return problem, self._unfinished is not None
+
+    def _start_on_first_host(self, action: Callable[[], None]) -> concurrent.futures.Future[None] | None:
+        """In a thread, since storage that hangs would take the caller with it."""
+        if jax.process_index() != 0:
+            return None
+        thread = concurrent.futures.ThreadPoolExecutor(1, "storage")
+        future = thread.submit(action)
+        thread.shutdown(wait=False)
+        return future
 
     def _complete(self, folder: epath.Path, loss: float | None) -> None:
         read_metadata(folder)
@@ -234,16 +264,19 @@ class Checkpoints:
                 retried(old.rmtree)
                 seal_path(old).unlink(missing_ok=True)
 
-    def _fail(self, step: int, reason: str) -> None:
+    def _part_seconds(self) -> float:
+        """How long one part of a save may take: a little more than what Orbax is given, whose message says more."""
+        return 1.1 * self._config.timeout_seconds + 1
+
+    def _count_failure(self, step: int, reason: str) -> None:
         self.failure = f"saving step {step} failed: {reason}"
         self.failures_in_a_row += 1
         if jax.process_index() == 0:
             logger.warning("%s (%d in a row)", self.failure, self.failures_in_a_row)
-            with contextlib.suppress(OSError):  # what is left of it would keep a full disk full
-                for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    path.rmtree()
-        self._hurry.wait(RETRY_SECONDS)
-        self._status = "failed"
+
+    def _remove_temporary(self, step: int) -> None:
+        for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            path.rmtree()
 
     def _join(self) -> None:
         thread, self._thread = self._thread, None
@@ -295,7 +328,7 @@ class Checkpoints:
             raise ResumeError(f"a checkpoint in {self._folder} cannot be renamed: {problems[0]}")
         self._orbax.reload()
 
-    def _on_first_host(self, action: Any) -> list[str]:
+    def _on_first_host(self, action: Callable[[], Any]) -> list[str]:
         """Has host 0 do something while the others wait; what went wrong, empty if nothing."""
         problem = None
         if jax.process_index() == 0:

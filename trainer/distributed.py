@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from trainer.errors import ConfigError
 from trainer.peers import Peers
+from trainer.store import shared_store
 
 # Set for every process alike, but PROCESS_ID. `launch/emulate.py` sets them.
 VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -58,12 +59,13 @@ def initialize(faults: ConfigDict) -> Peers | None:
         shutdown_timeout_seconds=faults.peer_timeout_seconds,
     )
     state = distributed.global_state
-    if state.num_processes == 1:
+    store = shared_store()
+    if store is None:
         return None
     if jax.default_backend() == "cpu":
         _let_every_process_write_the_compilation_cache()
     assert state.coordinator_address is not None
-    peers = Peers(state.client, state.process_id, state.num_processes, state.coordinator_address, socket.gethostname())
+    peers = Peers(store, state.process_id, state.num_processes, state.coordinator_address, socket.gethostname())
     peers.watch(faults.peer_timeout_seconds)
     logger.info("process %d of %d, coordinator %s", state.process_id, state.num_processes, state.coordinator_address)
     return peers

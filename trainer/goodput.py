@@ -3,12 +3,14 @@
 import collections
 import contextlib
 import json
+import logging
 import statistics
 import time
 from collections.abc import Iterator
 
 from etils import epath
 
+logger = logging.getLogger("trainer")
 GOODPUT_FILE = "goodput.json"
 CAUSES = (
     "steps",  # made for the first time
@@ -90,7 +92,7 @@ class Goodput:
         return {"goodput/fraction": fraction, **{f"goodput/{cause}_seconds": s for cause, s in seconds.items()}}
 
     def write(self) -> None:
-        """Brings the workdir's file up to date."""
+        """Brings the workdir's file up to date. Storage that refuses it is no reason to stop training."""
         self._last_write = time.monotonic()
         if not self._is_main:
             return
@@ -104,8 +106,11 @@ class Goodput:
             "updated_at": time.time(),
         }
         temporary = self._path.with_name(f".{GOODPUT_FILE}")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(self._path)
+        try:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            temporary.replace(self._path)
+        except OSError as error:
+            logger.warning("%s cannot be written for now: %s", self._path, error)
 
     def summary(self) -> str:
         """One line for people."""

@@ -84,8 +84,17 @@ def train(
         if not finished:
             compiled = compiler.submit(compile_train_step, config, pad_id, state_shape, mesh)
         compiler.shutdown(wait=False)
+        faults = config.faults
+        watchdog = Watchdog(
+            faults.step_timeout_seconds,
+            faults.step_timeout_factor,
+            faults.first_step_timeout_seconds,
+            interrupt.on_exit,
+        )
         with goodput.span("restore"):
+            watchdog.begin("restoring a checkpoint")
             start = checkpoints.restore(state_shape) or _fresh_start(config)
+            watchdog.end()
         if finished:
             logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
             checkpoints.close()
@@ -93,20 +102,19 @@ def train(
         if is_main:
             logger.info("starting at step %d of %d", start.step, config.steps)
         batch_options = {"context_length": config.context_length, "batch_size": config.batch_size}
-        with goodput.span("compile"):
-            train_step = compiled.result()
         run = Run(
             config=config,
             workdir=workdir,
             mesh=mesh,
             state_shape=state_shape,
-            train_step=train_step,
+            compiled=compiled,
             pad_id=pad_id,
             train_batches=TrainBatches(dataset, seed=config.seed, **batch_options),
             eval_batches=EvalBatches(dataset, **batch_options),
             checkpoints=checkpoints,
             goodput=goodput,
             interrupt=interrupt,
+            watchdog=watchdog,
             is_main=is_main,
             started_at=started_at,
         )
@@ -121,38 +129,35 @@ class Run:
     workdir: str
     mesh: Mesh
     state_shape: TrainState
-    train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]
+    compiled: concurrent.futures.Future[jax.stages.Compiled]  # the train step
     pad_id: int
     train_batches: TrainBatches
     eval_batches: EvalBatches
     checkpoints: Checkpoints
     goodput: Goodput
     interrupt: Interrupt
+    watchdog: Watchdog
     is_main: bool
     started_at: float
     last_eval_step: int = -1
 
     def __post_init__(self) -> None:
-        config, faults = self.config, self.config.faults
+        config = self.config
         self.sharding = batch_sharding(self.mesh)
         self.eval_step = jax.jit(make_eval_step(config, self.pad_id))
         self.selection_step = jax.jit(make_selection_step(config, self.pad_id))
         self.check_replicas = make_replica_check(self.state_shape.params, self.mesh)
         self.first_eval_batch = functools.partial(global_batch, self.eval_batches, 0, self.sharding)
         self.request_array = functools.cache(functools.partial(_request_array, self.mesh))
-        self.watchdog = Watchdog(
-            faults.step_timeout_seconds,
-            faults.step_timeout_factor,
-            faults.first_step_timeout_seconds,
-            self.interrupt.on_exit,
-        )
         self.rolled_back_to: int | None = None
         self.failed_saves = 0
 
     def run(self, start: Restored) -> int:
         """Trains and evaluates; the exit code."""
         config = self.config
-        self.begin_at(start)
+        self.begin_at(start)  # batches are read while the compiler still works
+        with self.goodput.span("compile"):
+            self.train_step = self.compiled.result()
         self.writer = MetricsWriter(f"{self.workdir}/tensorboard", self.step + 1, enabled=self.is_main)
         self.last_save_time = time.monotonic()
         self.interrupt.can_save(config.faults.exit_seconds)
@@ -298,11 +303,13 @@ class Run:
         window = (source.index(first), source.index(last - 1) + 1)
         batches = f"batches {window[0]} to {window[1] - 1} of the data order"
         described = f"steps {first + 1} to {last}, {batches}"
+        self.watchdog.begin("rolling back")
         self.checkpoints.wait()
         self.checkpoints.set_aside_after(first)
         del self.state, self.batches  # two states may not fit
         with self.goodput.span("restore"):
             start = self.checkpoints.restore(self.state_shape) or _fresh_start(self.config)
+        self.watchdog.end()
         if start.step == self.rolled_back_to:
             raise DivergedError(
                 f"loss or gradient was bad in {described}, although the run had just been rolled back to step "

@@ -1,5 +1,6 @@
 """What a run says of itself: scalars in TensorBoard event files, written by process 0, and lines on the terminal."""
 
+import collections
 import logging
 import time
 from collections.abc import Mapping
@@ -16,37 +17,70 @@ from trainer.goodput import Goodput
 from trainer.step import Request
 
 logger = logging.getLogger("trainer")
+_MOST_KEPT = 100_000  # events
 
 
 class MetricsWriter:
-    """TensorBoard scalars in `directory`; does nothing where `enabled` is false, so that every host can call it."""
+    """TensorBoard scalars in `directory`; does nothing where `enabled` is false, so that every host can call it.
+
+    Storage that refuses them is no reason to stop training: they are kept, and written once it takes them again.
+    """
 
     def __init__(self, directory: str, first_step: int, enabled: bool = True) -> None:
         """`first_step`: as `withdraw`, of what earlier processes wrote."""
-        self._writer = EventFileWriter(directory) if enabled else None
+        self._directory, self._enabled = directory, enabled
+        self._writer: EventFileWriter | None = None
+        self._kept: collections.deque[Event] = collections.deque(maxlen=_MOST_KEPT)  # not known to be in the file
         self.withdraw(first_step)  # even from step 1: an earlier process may have died before its first checkpoint
+        self.flush()
 
     def withdraw(self, first_step: int) -> None:
         """What was written from this step on no longer holds, since it will be computed again."""
-        if self._writer:
-            start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+        self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One point for every name. A slash in a name groups charts."""
-        if self._writer:
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def flush(self) -> None:
-        """Returns when everything written so far is in the file."""
-        if self._writer:
+        """Returns when everything written so far is in the file, or storage has refused it."""
+        if not self._kept:
+            return
+        try:
+            if self._writer is None:
+                # A file of its own: the one before may end in the middle of an event, where readers stop. What of these
+                # events is in there already is withdrawn, so that no point is doubled.
+                writer = EventFileWriter(self._directory)
+                start = min(event.step for event in self._kept)
+                writer.add_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+                for event in self._kept:
+                    writer.add_event(event)
+                self._writer = writer
             self._writer.flush()
+            self._kept.clear()
+        except OSError as error:
+            self._refused(error)
 
     def close(self) -> None:
         """Flushes and closes the file."""
+        self.flush()
         if self._writer:
             self._writer.close()
+
+    def _add(self, event: Event) -> None:
+        if not self._enabled:
+            return
+        self._kept.append(event)
+        try:
+            if self._writer:
+                self._writer.add_event(event)
+        except OSError as error:
+            self._refused(error)
+
+    def _refused(self, error: OSError) -> None:
+        logger.warning("TensorBoard's events cannot be written for now, and are kept: %s", error)
+        self._writer = None
 
 
 class StepLog:

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from trainer.errors import EXIT_DIVERGED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, EXIT_PREEMPTED
+from trainer.store import Store
 
 _BEAT, _NAME, _LEFT = "peers/beat/", "peers/name/", "peers/left/"
 # With these all hosts leave alike; what else one of them leaves with is a lost peer to the others.
@@ -26,9 +27,9 @@ _PARTING_SECONDS = 2.0
 class Peers:
     """The processes of a run, as this one sees them."""
 
-    def __init__(self, client: Any, process_id: int, num_processes: int, coordinator: str, name: str) -> None:
-        """`client` is JAX's DistributedRuntimeClient; `coordinator` the host:port of process 0."""
-        self._client, self._id, self._number = client, process_id, num_processes
+    def __init__(self, store: Store, process_id: int, num_processes: int, coordinator: str, name: str) -> None:
+        """`coordinator` is the host:port of process 0."""
+        self._store, self._id, self._number = store, process_id, num_processes
         self._coordinator = coordinator
         self._names = {process_id: name}
         self._last_beats: dict[int, tuple[str, float]] = {}  # of each host: its count, and when it last changed
@@ -39,7 +40,7 @@ class Peers:
         """Starts the threads that end this process when a host is silent for `timeout_seconds`."""
         self._timeout = timeout_seconds
         self._interval = min(1.0, timeout_seconds / 8)
-        self._client.key_value_set(f"{_NAME}{self._id}", self._names[self._id], allow_overwrite=True)
+        self._store.put(f"{_NAME}{self._id}", self._names[self._id])
         _handle_abort(self._on_abort)
         for target in (self._beat, self._watch_replies):
             threading.Thread(target=target, name=f"peers-{target.__name__}", daemon=True).start()
@@ -64,7 +65,7 @@ class Peers:
 
     def _say_left(self, code: int) -> None:
         try:
-            self._client.key_value_set(f"{_LEFT}{self._id}", str(code), allow_overwrite=True)
+            self._store.put(f"{_LEFT}{self._id}", str(code))
         except Exception as error:
             print(f"could not tell the other hosts: {error}", file=sys.stderr)
 
@@ -73,11 +74,11 @@ class Peers:
         while not self._leaving.wait(self._interval):
             count += 1
             try:
-                self._client.key_value_set(f"{_BEAT}{self._id}", str(count), allow_overwrite=True)
-                beats = self._read(_BEAT)
+                self._store.put(f"{_BEAT}{self._id}", str(count))
+                beats = self._store.by_host(_BEAT)
                 if len(self._names) < self._number:
-                    self._names |= self._read(_NAME)
-                left = self._read(_LEFT)
+                    self._names |= self._store.by_host(_NAME)
+                left = self._store.by_host(_LEFT)
             except Exception as error:
                 # With the coordinator gone JAX aborts this process a moment later: be quicker.
                 if not self._leaving.is_set():
@@ -101,9 +102,6 @@ class Peers:
             silence = time.monotonic() - self._last_reply
             if silence > self._timeout + 2 * self._interval:
                 self._exit(f"{self._describe(0)} has not answered for {silence:.1f} s", EXIT_PEER_LOST)
-
-    def _read(self, prefix: str) -> dict[int, str]:
-        return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(prefix)}
 
     def _describe(self, host: int) -> str:
         role = ", the coordinator" if host == 0 else ""

@@ -1,12 +1,15 @@
 """A small dataset, and the trainer as a process of its own."""
 
+import contextlib
+import dataclasses
 import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -121,6 +124,12 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="session")
+def loss_series() -> Callable[[Path], list[tuple[int, float]]]:
+    """Reads the loss series of a workdir."""
+    return losses
+
+
+@pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Asserts that two finished runs ended in the same state, bit for bit, by the same losses."""
 
@@ -162,3 +171,47 @@ def finish() -> Callable[[subprocess.Popen], tuple[int, str]]:
         return process.returncode, output
 
     return wait
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest):
+    """A file system of 3 MB, or of the parameter."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', 3)}m", "tmpfs", folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@dataclasses.dataclass
+class FreezingDisk:
+    """A file system whose writers can be made to wait."""
+
+    folder: Path
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        subprocess.run(["fsfreeze", "--freeze", self.folder], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", self.folder], check=True)
+
+
+@pytest.fixture
+def freezing_disk(tmp_path: Path):
+    """A file system of 64 MB."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    image.write_bytes(bytes(64 << 20))
+    folder.mkdir()
+    for command in (["mkfs.ext4", "-q", image], ["mount", "-o", "loop", image, folder]):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+    if shutil.which("fsfreeze") is None:
+        pytest.skip("there is no fsfreeze")
+    yield FreezingDisk(folder)
+    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -2,7 +2,7 @@
 
 import math
 import os
-import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -168,18 +168,6 @@ def test_override_that_means_nothing_is_refused(config, tmp_path, name, message)
         Checkpoints(str(tmp_path), config, "fingerprint", [name])
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch):
     monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
     config.update_from_flattened_dict({"model.width": 1})
@@ -205,3 +193,45 @@ def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, smal
 def test_a_disk_too_small_for_a_checkpoint_is_refused_at_the_start(small_disk):
     with pytest.raises(ResumeError, match=r"0\.00 GB free.*needs 0\.01 GB"):
         check_workdir(str(small_disk), checkpoint_bytes=10_000_000)
+
+
+def save_in_vain(checkpoints: Checkpoints, step: int, state: TrainState, number: int) -> None:
+    """A save that fails, as this many in a row."""
+    checkpoints.save(step, state, {}, None)
+    deadline = time.monotonic() + 60
+    while checkpoints.poll() == "saving":
+        assert time.monotonic() < deadline, "a save that hangs was never given up"
+        time.sleep(0.05)
+    assert checkpoints.poll() == "failed" and checkpoints.failures_in_a_row == number
+
+
+def test_a_seal_that_hangs_is_given_up_and_saving_goes_on_afterwards(config, tmp_path):
+    config.checkpoint.timeout_seconds = 1
+    state = random_state(config, layout(config, data=8))
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    save(checkpoints, 1, state)
+    pipe = tmp_path / "checkpoints" / "2.checksums.json.tmp"
+    os.mkfifo(pipe)  # whoever opens it to write waits for a reader
+    save_in_vain(checkpoints, 2, state, number=1)
+    assert "saving step 2 failed: not done after 2 s" in checkpoints.failure
+    save_in_vain(checkpoints, 2, state, number=2)
+    assert "the save before has not ended on host 0" in checkpoints.failure
+    assert checkpoints.saved_step == 1
+    pipe.read_text()
+    save(checkpoints, 3, state)
+    checkpoints.close()
+    assert checkpoints.saved_step == 3 and checkpoints.failures_in_a_row == 0
+
+
+def test_storage_that_hangs_while_arrays_are_written_is_given_up(config, freezing_disk, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    config.update_from_flattened_dict({"model.width": 1, "checkpoint.timeout_seconds": 2})
+    state = random_state(config, layout(config, data=8))
+    checkpoints = Checkpoints(str(freezing_disk.folder), config, "fingerprint")
+    save(checkpoints, 1, state)
+    with freezing_disk.frozen():
+        save_in_vain(checkpoints, 2, state, number=1)
+        assert checkpoints.saved_step == 1
+    save(checkpoints, 3, state)
+    checkpoints.close()
+    assert checkpoints.saved_step == 3 and checkpoints.failures_in_a_row == 0

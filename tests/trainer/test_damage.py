@@ -119,14 +119,9 @@ def replace_by_a_file(checkpoint: Path) -> None:
     checkpoint.write_text("not a checkpoint")
 
 
-def flip_without_checksums(checkpoint: Path) -> None:
-    """What the digest alone can find, and without which nothing is in the way of Orbax's silent loading."""
+def exchange_arrays_of_an_unsealed_one(checkpoint: Path) -> None:
+    """Those of another step, whole and readable, under this one's metadata: only the digest tells them apart."""
     (checkpoint.parent / f"{checkpoint.name}.checksums.json").unlink()
-    replace_array(checkpoint)
-
-
-def replace_array(checkpoint: Path) -> None:
-    """A whole, readable checkpoint of another step under this one's metadata."""
     shutil.rmtree(checkpoint / "state")
     shutil.copytree(checkpoint.parent / "20" / "state", checkpoint / "state")
 
@@ -141,7 +136,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (delete_run_metadata, r"30/_CHECKPOINT_METADATA is missing"),
     (damage_checksums, r"30.checksums.json cannot be read"),
     (replace_by_a_file, r"checkpoints/30 is a file"),
-    (flip_without_checksums, r"the array \.step is not the one that was saved"),
+    (exchange_arrays_of_an_unsealed_one, r"the array \.step is not the one that was saved"),
 ]
 
 

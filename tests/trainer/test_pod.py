@@ -140,7 +140,7 @@ def test_kills_at_random_moments_end_bit_equal(start_pod, finish, assert_same_ru
 
 
 @pytest.mark.slow
-def test_other_numbers_of_hosts_and_other_meshes_go_on_with_the_same_batches(start_pod, finish, tmp_path):
+def test_other_numbers_of_hosts_and_other_meshes_go_on_with_the_same_batches(start_pod, finish, loss_series, tmp_path):
     shape = {"model__num_heads": 2, "optimizer__warmup_steps": 1000}
     parts = (
         (10, 2, 4, {"data": 8}),
@@ -165,12 +165,19 @@ def test_other_numbers_of_hosts_and_other_meshes_go_on_with_the_same_batches(sta
             assert code == (EXIT_PREEMPTED if steps < 30 else 0), output[-3000:]
             if name == "undisturbed":
                 break
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(tmp_path / name / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-        series[name] = [(event.step, event.value) for event in events.Scalars("train/loss")]
+        series[name] = loss_series(tmp_path / name)
     steps, values = zip(*series["moved"], strict=True)
     expected_steps, expected = zip(*series["undisturbed"], strict=True)
     assert steps == expected_steps
     # Other meshes round otherwise, and Adam amplifies that; during the warm-up hardly.
     np.testing.assert_allclose(values, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_leaves_at_once_on_all_hosts(start_pod, run_until, finish, tmp_path):
+    pod = start_pod(tmp_path)
+    run_until(pod, "parameters: ")  # the compiler is about to start
+    os.kill(hosts_of(pod)[1], signal.SIGTERM)
+    code, output = finish(pod)
+    assert code == EXIT_PREEMPTED and "host 0: 75, host 1: 75" in output, output
+    assert "nothing to save" in output and "compiled the train step" not in output.split("nothing to save")[0]

@@ -1,5 +1,6 @@
 """Real processes, real signals: an interrupted run ends where an undisturbed one does, bit for bit."""
 
+import os
 import signal
 
 import pytest
@@ -8,17 +9,17 @@ from trainer.interrupt import EXIT_PREEMPTED
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return tmp_path_factory.mktemp("undisturbed")
+def undisturbed(start_trainer, finish, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, output = finish(start_trainer(workdir))
+    assert code == 0, output
+    return workdir
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_interrupted_run_ends_bit_identical(
     start_trainer, run_until, finish, assert_same_run, undisturbed, tmp_path, number
 ):
-    if not (undisturbed / "result.json").exists():
-        code, output = finish(start_trainer(undisturbed))
-        assert code == 0, output
     process = start_trainer(tmp_path)
     run_until(process, "step 17 ")
     process.send_signal(number)
@@ -48,6 +49,41 @@ def test_a_second_signal_exits_at_once_and_leaves_a_usable_workdir(start_trainer
     run_until(process, "step 8 ")
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "killed",
+        pytest.param("second SIGTERM", marks=pytest.mark.slow),
+        pytest.param("too late", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_ends_between_commit_and_seal_of_a_checkpoint_loses_nothing(
+    start_trainer, run_until, finish, assert_same_run, undisturbed, tmp_path, ending
+):
+    pipe = tmp_path / "checkpoints" / "5.checksums.json.tmp"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)  # sealing waits for a reader
+    process = start_trainer(tmp_path, faults__exit_seconds=3)
+    run_until(process, "step 8 ")  # training does not
+    assert (tmp_path / "checkpoints" / "5").is_dir() and not (tmp_path / "checkpoints" / "5.checksums.json").exists()
+    if ending == "killed":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGTERM)
+    if ending == "second SIGTERM":
+        run_until(process, "once more exits at once")
+        process.send_signal(signal.SIGTERM)
+        run_until(process, "SIGTERM again: exiting without saving")
+    elif ending == "too late":
+        run_until(process, "not saved within 3 s: exiting without saving")
+    assert finish(process)[0] == (-signal.SIGKILL if ending == "killed" else EXIT_PREEMPTED)
+    pipe.unlink()
+    code, output = finish(start_trainer(tmp_path))
+    assert code == 0, output
+    assert "checkpoint 5 had no checksums" in output and "starting at step 5 " in output
+    assert_same_run(tmp_path, undisturbed)
 
 
 def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, tmp_path):

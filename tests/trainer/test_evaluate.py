@@ -1,0 +1,34 @@
+"""Evaluation on the way: what it sums up, and that it can be interrupted."""
+
+import jax
+import numpy as np
+import pytest
+
+from data import EvalBatches, open_dataset
+from trainer.batches import batch_sharding
+from trainer.evaluate import evaluate
+from trainer.mesh import AXES, make_mesh
+from trainer.state import init_state, make_optimizer
+from trainer.step import Request, make_eval_step
+
+
+@pytest.mark.parametrize("stopped_at", [None, 2])
+def test_evaluation_polls_for_an_interruption_with_every_batch(tiny_config, stopped_at):
+    mesh = make_mesh(tiny_config.mesh)
+    source = EvalBatches(open_dataset(tiny_config.data.path), context_length=32, batch_size=16)
+    asked: list[int] = []
+
+    def requests() -> jax.Array:
+        rows = np.zeros((mesh.size, len(Request)), np.int32)
+        rows[-1, Request.STOP] = len(asked) == stopped_at  # of one host only
+        asked.append(len(asked))
+        return jax.device_put(rows, jax.NamedSharding(mesh, jax.P(AXES)))
+
+    with jax.set_mesh(mesh):
+        params = jax.jit(lambda: init_state(tiny_config, make_optimizer(tiny_config)).params)()
+        step = jax.jit(make_eval_step(tiny_config, pad_id=0))
+        result = evaluate(step, params, source, 6, batch_sharding(mesh), requests)
+    if stopped_at is None:
+        assert len(asked) == 6 and result.loss == pytest.approx(np.log(300), rel=0.05)  # nothing is learnt yet
+    else:
+        assert result is None and len(asked) == stopped_at + 2  # the next batch is under way when this one is read
