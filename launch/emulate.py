@@ -56,6 +56,7 @@ class Pod:
             )
             for host in range(hosts)
         ]
+        _say("started " + ", ".join(f"host {host}: process {p.pid}" for host, p in enumerate(self.processes)))
         self._printers = [
             threading.Thread(target=_print_lines, args=(host, process), daemon=True)
             for host, process in enumerate(self.processes)

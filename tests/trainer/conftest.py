@@ -78,7 +78,7 @@ def start_process(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) 
         settings = {**TINY, "data.path": dataset_path, **{k.replace("__", "."): v for k, v in fields.items()}}
         config = [f"--config.{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", *program, "--config=configs/demo.py", f"--workdir={workdir}", *config, *flags]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ
         root = Path(__file__).parents[2]
         return subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -181,3 +181,20 @@ def test_sigterm_before_the_first_step_leaves_at_once_on_all_hosts(start_pod, ru
     code, output = finish(pod)
     assert code == EXIT_PREEMPTED and "host 0: 75, host 1: 75" in output, output
     assert "nothing to save" in output and "compiled the train step" not in output.split("nothing to save")[0]
+
+
+@pytest.mark.slow
+def test_a_warm_restart_compiles_nothing_on_any_host(start_pod, run_until, finish, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    compiled = []
+    for step in (7, 12, 17):  # behind a checkpoint and, from step 10 on, an evaluation
+        pod = start_pod(tmp_path / "run", **ENDLESS | {"checkpoint__every_steps": 5, "eval__every_steps": 5})
+        run_until(pod, f"step {step} ")
+        os.kill(hosts_of(pod)[1], signal.SIGKILL)
+        finish(pod)
+        compiled.append({path.name for path in cache.glob("*-cache")})
+    steps = [sorted(name for name in names if name.startswith("jit_train_step-")) for names in compiled]
+    assert len(steps[0]) == 2  # one a host: on CPUs a program names its devices
+    assert steps[1] == steps[0]
+    assert compiled[2] == compiled[1], sorted(compiled[2] - compiled[1])
