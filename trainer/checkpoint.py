@@ -8,6 +8,7 @@ once it is complete and was read back. Nothing older is deleted before that. A d
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -90,7 +91,7 @@ class Checkpoints:
         self._folder = checkpoint_folder(workdir)
         self._status: Literal["idle", "saving", "failed"] = "idle"
         self._thread: threading.Thread | None = None  # finishes the last save
-        self._unfinished: Any = None  # part of a save that exceeded its time
+        self._unfinished: concurrent.futures.Future[Any] | None = None  # part of a save that exceeded its time
         self._hurry = threading.Event()  # somebody waits: no pause after a failure
         self._gathers = 0
         context = ocp.Context()
@@ -208,9 +209,10 @@ class Checkpoints:
     def _finish(self, step: int, response: Any, loss: float | None) -> None:
         """In a thread of its own: waits for Orbax, seals, deletes what need not be kept."""
         folder, hanging, problem = self._folder / str(step), False, None
+        complete = functools.partial(self._complete, folder, loss) if jax.process_index() == 0 else None
         try:
-            for part in (lambda: response, lambda: self._start_on_first_host(lambda: self._complete(folder, loss))):
-                outcomes = self._gather(self._outcome(part()), self._part_seconds())
+            for part in (response and response.result, complete):
+                outcomes = self._gather(self._outcome(part), self._part_seconds())
                 hanging = any(hangs for _, hangs in outcomes)
                 problem = next((problem for problem, _ in outcomes if problem is not None), None)
                 if problem is not None:
@@ -220,38 +222,25 @@ class Checkpoints:
         if problem is not None:
             self._count_failure(step, problem)
             if not hanging:
-                with contextlib.suppress(Exception):  # what is left of it would keep a full disk full
-                    removal = self._start_on_first_host(lambda: self._remove_temporary(step))
-                    if removal is not None:
-                        removal.result(timeout=_REMOVAL_SECONDS)
+                self._remove_temporary(step)
             self._hurry.wait(self._config.timeout_seconds if hanging else RETRY_SECONDS)
             self._status = "failed"
             return
         self.saved_step, self.failure, self.failures_in_a_row = step, None, 0
         self._status = "idle"
 
-    def _outcome(self, part: Any) -> tuple[str | None, bool]:
+    def _outcome(self, part: Callable[[], Any] | None) -> tuple[str | None, bool]:
         """What went wrong with a part of a save, None if nothing; and whether it still goes on, left to itself."""
-        timeout, problem = self._part_seconds(), None
-        try:
-            if part is not None:
-                part.result(timeout=timeout)
-        except Exception as error:
-            problem = explain(error, self._folder)
-            if isinstance(error, TimeoutError) and error.errno is None:  # not storage's ETIMEDOUT
-                problem, self._unfinished = f"not done after {timeout:.0f} s", part
+        problem = None
+        if part is not None:
+            future = _start(part)
+            if concurrent.futures.wait([future], self._part_seconds()).not_done:
+                problem, self._unfinished = f"not done after {self._part_seconds():.0f} s", future
+            elif (error := future.exception()) is not None:
+                problem = explain(error, self._folder)
         if problem is not None and jax.process_count() > 1:
             problem = f"host {jax.process_index()}: {problem}"
-        return problem, self._unfinished is not None
-
-    def _start_on_first_host(self, action: Callable[[], None]) -> concurrent.futures.Future[None] | None:
-        """In a thread, since storage that hangs would take the caller with it."""
-        if jax.process_index() != 0:
-            return None
-        thread = concurrent.futures.ThreadPoolExecutor(1, "storage")
-        future = thread.submit(action)
-        thread.shutdown(wait=False)
-        return future
+        return problem, self._is_unfinished()
 
     def _complete(self, folder: epath.Path, loss: float | None) -> None:
         read_metadata(folder)
@@ -275,8 +264,14 @@ class Checkpoints:
             logger.warning("%s (%d in a row)", self.failure, self.failures_in_a_row)
 
     def _remove_temporary(self, step: int) -> None:
-        for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            path.rmtree()
+        """What is left of a save that failed would keep a full disk full."""
+
+        def remove() -> None:
+            for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                path.rmtree()
+
+        if jax.process_index() == 0:
+            concurrent.futures.wait([_start(remove)], _REMOVAL_SECONDS)
 
     def _join(self) -> None:
         thread, self._thread = self._thread, None
@@ -286,16 +281,7 @@ class Checkpoints:
             self._hurry.clear()
 
     def _is_unfinished(self) -> bool:
-        if self._unfinished is None:
-            return False
-        try:
-            self._unfinished.result(timeout=0)
-        except TimeoutError:
-            return True
-        except Exception:
-            pass
-        self._unfinished = None
-        return False
+        return self._unfinished is not None and not self._unfinished.done()
 
     def _check_files(self, folder: epath.Path) -> Seal | None:
         """Each host reads its share of the files; all raise DamagedError if one of them would."""
@@ -349,8 +335,16 @@ class _Failed:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def result(self, timeout: float) -> None:
+    def result(self) -> None:
         raise self._error
+
+
+def _start(action: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    """In a thread of its own, since storage that hangs would take the caller with it."""
+    pool = concurrent.futures.ThreadPoolExecutor(1, "storage")
+    future = pool.submit(action)
+    pool.shutdown(wait=False)
+    return future
 
 
 def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:

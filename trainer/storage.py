@@ -44,6 +44,8 @@ def explain(error: BaseException, folder: epath.Path) -> str:
         return f"the disk of {folder} is full{_free(folder)}; free some space, or keep fewer checkpoints"
     if any(word in reason for word in _FORBIDDEN):
         return f"no permission to write to {folder}; restore it ({reason})"
+    if isinstance(error, TimeoutError) and error.errno is None:  # not storage's own, which has a number
+        return f"writing to {folder} took too long ({reason})"
     if "DEADLINE_EXCEEDED" in reason:
         return f"another host did not finish its part in time ({reason})"
     return reason

@@ -240,16 +240,3 @@ def test_a_seal_that_hangs_is_given_up_and_saving_goes_on_afterwards(config, tmp
     seal.write_text("{}")
     seal.unlink()
     save_at_last(checkpoints, 3, state)
-
-
-@pytest.mark.slow
-def test_storage_that_hangs_while_arrays_are_written_is_given_up(config, freezing_disk, monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
-    config.update_from_flattened_dict({"model.width": 1, "checkpoint.timeout_seconds": 2})
-    state = random_state(config, layout(config, data=8))
-    checkpoints = Checkpoints(str(freezing_disk.folder), config, "fingerprint")
-    save(checkpoints, 1, state)
-    with freezing_disk.frozen():
-        save_in_vain(checkpoints, 2, state, number=1)
-        assert checkpoints.saved_step == 1
-    save_at_last(checkpoints, 3, state)

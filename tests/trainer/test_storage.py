@@ -78,6 +78,23 @@ def test_a_run_trains_on_while_its_checkpoints_are_forbidden_and_saves_when_they
 
 
 @pytest.mark.slow
+def test_a_run_trains_on_while_its_checkpoints_hang_and_saves_when_they_do_not(
+    start_trainer, run_until, finish, tmp_path, freezing_disk
+):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(freezing_disk.folder)
+    process = start_trainer(workdir, checkpoint__timeout_seconds=2, **RARE_SAVES)
+    run_until(process, "step 6 ")
+    with freezing_disk.frozen():
+        assert "took too long" in run_until(process, "(1 in a row)")
+        run_until(process, "step ")
+    code, output = finish(process)
+    assert code == 0 and "(2 in a row)" not in output, output
+    assert saved_between(workdir, 400, 800)
+
+
+@pytest.mark.slow
 def test_a_second_save_that_is_forbidden_stops_the_run_and_says_what_to_do(
     start_trainer, run_until, finish, tmp_path, lock
 ):
