@@ -1,6 +1,7 @@
 """What submit prints and refuses before anything is created, and what gcloud takes."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -21,13 +22,36 @@ REAL_GCLOUD = shutil.which("gcloud")
 SDK_TABLE = Path("/usr/lib/google-cloud-sdk/data/cli/gcloud_completions.py")
 
 
-@pytest.mark.parametrize(("kind", "slices"), [*((f"v4-{n}", 1) for n in (8, 16, 32, 64, 128, 256, 512)), ("v4-32", 2)])
-def test_dry_run_prints_every_command_and_calls_none(cloud, kind, slices):
-    arguments = [*replaced("--type", kind), "--slices", str(slices), "--dry-run", "--", "--config=configs/c4.py:d12"]
-    code, output = cloud.run("submit", *arguments, PYTHON=sys.executable)
+KINDS = {f"v4-{cores}": cores // 2 for cores in (8, 16, 32, 64, 128, 256, 512)}  # and their chips
+FLAGS = ["--config=configs/c4.py:d12"]
+
+
+@pytest.fixture(scope="module")
+def preflights() -> dict[str, str]:
+    """What launch.preflight says of a config on each kind of slice; one process, since its imports take seconds."""
+    program = "import json, sys; from launch.preflight import describe; flags, *devices = sys.argv[1:]\n"
+    program += "print(json.dumps({d: describe([flags], int(d), 1, 'gs://bucket/data/c4') for d in devices}))"
+    command = [sys.executable, "-c", program, *FLAGS, *map(str, KINDS.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dry_run_prints_every_command_and_calls_none(cloud, preflights, kind):
+    for devices, text in preflights.items():
+        (cloud.folder / f"preflight--devices={devices}--slices=1").write_text(text + "\n")
+    code, output = cloud.run("submit", *replaced("--type", kind), "--dry-run", "--", *FLAGS)
     assert code == 0, output
     assert cloud.calls() == []
-    assert output == (GOLDEN / f"{kind}-x{slices}.txt").read_text()
+    assert output == (GOLDEN / f"{kind}-x1.txt").read_text()
+
+
+def test_dry_run_of_two_slices_prints_the_hosts_of_both(cloud):
+    options = [*replaced("--type", "v4-32"), "--slices", "2", "--dry-run", "--", *FLAGS]
+    code, output = cloud.run("submit", *options, PYTHON=sys.executable)
+    assert code == 0, output
+    assert cloud.calls() == []
+    assert output == (GOLDEN / "v4-32-x2.txt").read_text()
 
 
 BAD = {
@@ -204,6 +228,7 @@ def dry_run_calls() -> list[list[str]]:
     return list(forms.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_GCLOUD, reason="no installation of the Google Cloud SDK")
 def test_real_gcloud_takes_every_call_up_to_the_login(tmp_path):
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)}
