@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" not in argv:
         parser.error("give the trainer's flags after --, e.g. -- --config=configs/demo.py --workdir=runs/pod")
     separator = argv.index("--")
-    options = parser.parse_args(argv[:separator])
+    options, unknown = parser.parse_known_args(argv[:separator])
+    if unknown:
+        parser.error(f"{unknown[0]} is no flag of the pod (--help lists them); the trainer's go behind --")
     trainer_flags = argv[separator + 1 :]
 
     interrupts = 0

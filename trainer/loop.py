@@ -81,9 +81,8 @@ def train(
         # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
         # waiting for it.
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
-        if not finished:
-            compiled = compiler.submit(compile_train_step, config, pad_id, state_shape, mesh)
-        compiler.shutdown(wait=False)
+        compile_step = functools.partial(compile_train_step, config, pad_id, state_shape, mesh)
+        compiled = None if finished else compiler.submit(compile_step)
         faults = config.faults
         watchdog = Watchdog(
             faults.step_timeout_seconds,
@@ -95,10 +94,12 @@ def train(
             watchdog.begin("restoring a checkpoint")
             start = checkpoints.restore(state_shape) or _fresh_start(config)
             watchdog.end()
-        if finished:
+        if finished and start.step == config.steps:  # else the last checkpoint turned out to be damaged
             logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
             checkpoints.close()
             return EXIT_FINISHED
+        compiled = compiled or compiler.submit(compile_step)
+        compiler.shutdown(wait=False)
         if is_main:
             logger.info("starting at step %d of %d", start.step, config.steps)
         batch_options = {"context_length": config.context_length, "batch_size": config.batch_size}

@@ -96,3 +96,15 @@ def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, tmp_pat
     code, output = finish(start_trainer(tmp_path, steps=5))
     assert code == 0 and "already finished" in output
     assert (tmp_path / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(start_trainer, finish, assert_same_run, tmp_path):
+    for name in ("damaged", "undisturbed"):
+        assert finish(start_trainer(tmp_path / name, steps=10))[0] == 0
+    last = tmp_path / "damaged" / "checkpoints" / "10"
+    data = max(last.glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(data, data.stat().st_size // 2)
+    code, output = finish(start_trainer(tmp_path / "damaged", steps=10))
+    assert code == 0 and "10 is damaged" in output and "starting at step 5 " in output, output
+    assert_same_run(tmp_path / "damaged", tmp_path / "undisturbed")
