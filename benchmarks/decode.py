@@ -4,16 +4,21 @@
 
 d = 12, N = 2,048, float32, at position 1,024: pruned caches are full and evict at every step, the full one is computed
 over all its slots, as static shapes have it. `--peer` is a Python with torch and transformers, whose Llama of the same
-size is timed with its static cache, by benchmarks/peers/transformers_decode.py.
+size is timed with its static cache, by benchmarks/peers/transformers_decode.py. Where libtpu is installed, the TPU
+compiler says what the pruned caches take on a v4 chip.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import time
 from pathlib import Path
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +26,7 @@ from flax import nnx
 
 from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
 from inference_budget.generation import decode
+from launch.plan.topologies import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
 from selective_attention.decoding import unstacked
 
@@ -54,6 +60,14 @@ def pruned(config: TransformerConfig, batch: int, budget: int) -> Cache:
     return Cache(jnp.full(batch, LENGTH // 2, jnp.int32), layers)
 
 
+def v4_bytes(cache: Cache) -> int:
+    """What the cache takes on a TPU v4 chip, whose tiles pad it."""
+    chip = jax.sharding.SingleDeviceSharding(find("v4-8").describe(num_slices=1).devices[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), cache.layers)
+    same = jax.jit(lambda layers: layers, donate_argnums=0).lower(abstract).compile()
+    return same.memory_analysis().argument_size_in_bytes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", help="a Python with torch and transformers")
@@ -85,6 +99,11 @@ def main() -> None:
             command = [options.peer, str(script), "--batch", str(batch), "--layers", str(options.layers)]
             peer = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
             show(f"transformers {peer['version']}", peer["bytes"], peer["seconds"])
+    if importlib.util.find_spec("libtpu") is not None:
+        for slots in (LENGTH // 4, LENGTH // 16, LENGTH // 47):
+            cache = pruned(config, 32, slots)
+            size, on_chip = cache_bytes(cache), v4_bytes(cache)
+            print(f"batch 32, {slots} slots a layer: {size:,} bytes, {on_chip:,} on v4, {on_chip / size:.2f}x")
 
 
 if __name__ == "__main__":

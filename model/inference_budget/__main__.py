@@ -234,11 +234,13 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--target-perplexity", type=_perplexity, help="the target itself")
     add.add_argument("--output", required=True, help="file to write, such as budgets.json")
     add.add_argument("--policy", default="selective", choices=POLICIES, help="who leaves a full layer")
-    add.add_argument("--context", type=int, help="tokens of a window; by default the model's context")
-    add.add_argument("--step", type=int, help="tokens by which a budget is lowered; by default 1/32 of the context")
-    add.add_argument("--first-step", type=int, help="a coarser step to begin with, halved down to --step")
-    add.add_argument("--windows", type=int, default=64, help="training windows that the search measures on")
-    add.add_argument("--validation-windows", type=int, default=256, help="windows that the result is measured on")
+    add.add_argument("--context", type=_positive, help="tokens of a window; by default the model's context")
+    add.add_argument(
+        "--step", type=_positive, help="tokens by which a budget is lowered; by default 1/32 of the context"
+    )
+    add.add_argument("--first-step", type=_positive, help="a coarser step to begin with, halved down to --step")
+    add.add_argument("--windows", type=_positive, default=64, help="training windows that the search measures on")
+    add.add_argument("--validation-windows", type=_positive, default=256, help="windows that the result is measured on")
     add.add_argument("--lazy", action="store_true", help="measure fewer layers; the choices may differ from greedy's")
     add.set_defaults(run=run_search)
     for name, run, text in (
@@ -252,12 +254,12 @@ def _parser() -> argparse.ArgumentParser:
         add.set_defaults(run=run)
         if name == "evaluate":
             add.add_argument("--split", default="validation", help="train or validation")
-            add.add_argument("--windows", type=int, help="windows to measure on; by default the search's number")
+            add.add_argument("--windows", type=_positive, help="windows to measure on; by default the search's number")
         else:
             add.add_argument("--prompt", help="text; by default standard input")
-            add.add_argument("--tokens", type=int, default=100, help="tokens to draw at most")
+            add.add_argument("--tokens", type=_positive, default=100, help="tokens to draw at most")
             add.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-            add.add_argument("--top-k", type=int)
+            add.add_argument("--top-k", type=_positive)
             add.add_argument("--top-p", type=float)
             add.add_argument("--seed", type=int, default=0)
             add.add_argument("--cache-dtype", choices=("float32", "bfloat16"), help="by default the model's")
@@ -266,6 +268,13 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--output", required=True, help="HTML file to write")
     add.set_defaults(run=run_report)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
 
 
 def _perplexity(text: str) -> float:

@@ -50,6 +50,7 @@ def protected(priority_BM: Array, position_BM: Array) -> Array:
     return jnp.where(position_BM < 0, jnp.inf, priority_BM)
 
 
+@jax.named_scope("evict")
 def evict(
     policy: EvictionPolicy,
     columns: Columns,

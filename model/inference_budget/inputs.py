@@ -5,6 +5,7 @@ model in the format of `selective_attention.export_safetensors`, and a dataset's
 shards. A training run's workdir is exported first, by the trainer itself, in a process of its own.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -22,6 +23,8 @@ from flax import nnx
 from selective_attention import Transformer, import_safetensors
 
 from .perplexity import Windows
+
+EXECUTION = ("remat", "scan_layers", "attention")  # fields of a config that say how to compute, not what
 
 
 class InputError(ValueError):
@@ -41,7 +44,8 @@ def load_model(path: str | Path) -> Transformer:
         command = [sys.executable, "-m", "trainer.export", f"--workdir={path}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise InputError(f"{path} could not be exported: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            said = [line for line in done.stderr.splitlines() if "rror" in line] or ["see " + " ".join(command)]
+            raise InputError(f"{path} could not be exported: {said[-1]}")
         path = Path(done.stdout.strip().splitlines()[-1])
     try:
         return import_safetensors(path)
@@ -50,8 +54,16 @@ def load_model(path: str | Path) -> Transformer:
 
 
 def model_fingerprint(model: Transformer) -> str:
-    """The SHA-256 of the config and every parameter."""
-    digest = hashlib.sha256(repr(model.config).encode())
+    """The SHA-256 of every parameter and of what the config says of the function that they make.
+
+    Fields at their defaults are left out, so that a field that a later version adds changes nothing.
+    """
+    config = {
+        field.name: str(getattr(model.config, field.name))
+        for field in dataclasses.fields(model.config)
+        if field.name not in EXECUTION and getattr(model.config, field.name) != field.default
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param))):
         digest.update(repr(name).encode() + np.asarray(jax.device_get(parameter[...])).tobytes())
     return digest.hexdigest()

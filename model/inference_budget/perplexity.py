@@ -170,7 +170,7 @@ class Evaluator:
                 budget_B = np.repeat(np.array([prefix[-1] for prefix in group], np.int32), self._rows)
                 binding = any(prefix[-1] < self.windows.length for prefix in group)
                 policy = self.policy if binding else None
-                after = _layer(self._graph, self._parameters, x_BNE, layer - 1, budget_B, policy=policy)
+                after, _ = layer_pass(self._graph, self._parameters, x_BNE, layer - 1, budget_B, policy=policy)
                 outputs |= dict(zip(group, jnp.split(after, len(group)), strict=True))
                 self._progress()
             if keep_in is not None:
@@ -196,19 +196,13 @@ def eviction_times(
     """
     budgets.check_layers(model.config.num_layers)
     check_policy(policy, model.config)
-    return _eviction_times(*nnx.split(model), tokens_BN, budgets=budgets, policy=policy)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("budgets", "policy"))
-def _eviction_times(graph, parameters, tokens_BN, *, budgets: Budgets, policy: EvictionPolicy) -> tuple[Array, Array]:
-    model = nnx.merge(graph, parameters)
-    x_BNE = model.embed(tokens_BN, np.arange(tokens_BN.shape[1]))
-    hidden_at = []
+    graph, parameters = nnx.split(model)
+    x_BNE, hidden_at = _embed(graph, parameters, tokens_BN), []
     for layer, budget in enumerate(budgets.tokens):
-        budget_B = jnp.full(x_BNE.shape[0], budget, jnp.int32)
-        x_BNE, layer_hidden_at = _evicting_layer(model, x_BNE, layer, budget_B, policy)
+        budget_B = np.full(x_BNE.shape[0], budget, np.int32)
+        x_BNE, layer_hidden_at = layer_pass(graph, parameters, x_BNE, layer, budget_B, policy=policy)
         hidden_at.append(layer_hidden_at)
-    return jnp.stack(hidden_at), model.logits(rms_norm(x_BNE, model.final_norm[...]))
+    return jnp.stack(hidden_at), _logits(graph, parameters, x_BNE)
 
 
 def _groups(prefixes: Sequence, most: int) -> Iterator[list]:
@@ -226,14 +220,20 @@ def _embed(graph, parameters, tokens_BN):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="policy")
-def _layer(graph, parameters, x_BNE, layer, budget_B, *, policy: EvictionPolicy | None):
-    """One layer, whose number and whose rows' budgets are traced; without a policy nothing is evicted."""
-    return _evicting_layer(nnx.merge(graph, parameters), x_BNE, layer, budget_B, policy)[0]
+def layer_pass(
+    graph: nnx.GraphDef,
+    parameters: nnx.State,
+    x_BNE: Array,
+    layer: Array | int,
+    budget_B: Array,
+    *,
+    policy: EvictionPolicy | None,
+) -> tuple[Array, Array | None]:
+    """One layer, whose number and whose rows' budgets are traced: its output, and when each token leaves it.
 
-
-def _evicting_layer(
-    model: Transformer, x_BNE: Array, layer: Array | int, budget_B: Array, policy: EvictionPolicy | None
-) -> tuple[Array, Array]:
+    Without a policy nothing is evicted.
+    """
+    model = nnx.merge(graph, parameters)
     c, (batch, length) = model.config, x_BNE.shape[:2]
 
     def attend(q, k, v, q_sel, k_sel):
@@ -265,8 +265,13 @@ def _evicting_layer(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nll(graph, parameters, x_BNE, targets_BN):
+def _logits(graph, parameters, x_BNE):
     model = nnx.merge(graph, parameters)
-    logits_BNV = model.logits(rms_norm(x_BNE, model.final_norm[...]))
+    return model.logits(rms_norm(x_BNE, model.final_norm[...]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nll(graph, parameters, x_BNE, targets_BN):
+    logits_BNV = _logits(graph, parameters, x_BNE)
     picked_BN = jnp.take_along_axis(logits_BNV, targets_BN[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BNV, axis=-1) - picked_BN

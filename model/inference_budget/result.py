@@ -34,13 +34,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def budgets_of(content: dict[str, Any], fingerprint: str) -> tuple[Budgets, EvictionPolicy]:
-    """Raises InputError if the file is another model's."""
-    if content["checkpoint"]["fingerprint"] != fingerprint:
+    """Raises InputError if the file is another model's, or has been changed to what cannot be used."""
+    try:
+        checkpoint, tokens, length = content["checkpoint"], content["budgets"], content["context_length"]
+        policy = POLICIES[content["policy"]]
+        found_for, path = checkpoint["fingerprint"], checkpoint["path"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the budgets file lacks, or does not know, {error}; make it with `search`") from error
+    if found_for != fingerprint:
         raise InputError(
-            f"these budgets were found for another model, {content['checkpoint']['path']} "
-            f"({content['checkpoint']['fingerprint'][:12]}, not {fingerprint[:12]}); search again for this one"
+            f"these budgets were found for another model, {path} ({found_for[:12]}, not {fingerprint[:12]}); search "
+            "again for this one"
         )
-    return Budgets(tuple(content["budgets"]), content["context_length"]), POLICIES[content["policy"]]
+    return Budgets(tuple(tokens), length), policy
 
 
 def point_json(point: Point) -> dict[str, Any]:

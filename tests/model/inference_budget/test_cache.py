@@ -34,14 +34,13 @@ def decode_all(model, cache, tokens_BN):
     return np.stack(logits, axis=1), cache
 
 
-@functools.partial(jax.jit, static_argnames=("budgets", "policy", "model_graph", "dtype"))
-def _prefill(parameters, tokens, lengths, *, model_graph, budgets, policy, dtype=None):
-    return prefill(nnx.merge(model_graph, parameters), tokens, lengths, budgets=budgets, policy=policy, dtype=dtype)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("budgets", "policy", "block"))
+def _prefill(graph, parameters, tokens, lengths, **options):
+    return prefill(nnx.merge(graph, parameters), tokens, lengths, **options)
 
 
-def prefilled(model, tokens, lengths, budgets, policy):
-    graph, parameters = nnx.split(model)
-    return _prefill(parameters, tokens, lengths, model_graph=graph, budgets=budgets, policy=policy)
+def prefilled(model, tokens, lengths, budgets, policy, block=None):
+    return _prefill(*nnx.split(model), tokens, lengths, budgets=budgets, policy=policy, block=block)
 
 
 @pytest.mark.parametrize("budget", [2, pytest.param(3, marks=pytest.mark.slow), 5])
@@ -129,8 +128,8 @@ def test_prefill_in_blocks_equals_prefill_at_once(name):
     model, tokens_BN, policy = make_model(attention="xla"), make_tokens(), POLICIES[name]
     budgets, lengths_B = Budgets((3, 9), LENGTH), np.array([24, 5, 11], np.int32)
     with jax.default_matmul_precision("highest"):
-        whole, cache = prefill(model, tokens_BN, lengths_B, budgets=budgets, policy=policy)
-        parts, cache_of_parts = prefill(model, tokens_BN, lengths_B, budgets=budgets, policy=policy, block=7)
+        whole, cache = prefilled(model, tokens_BN, lengths_B, budgets, policy)
+        parts, cache_of_parts = prefilled(model, tokens_BN, lengths_B, budgets, policy, block=7)
     np.testing.assert_allclose(parts, whole, atol=1e-4, rtol=0)
     for one, other in zip(cache.layers, cache_of_parts.layers, strict=True):
         np.testing.assert_array_equal(one.position, other.position)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from small_model import make_model
 
 from inference_budget.__main__ import main
+from inference_budget.inputs import model_fingerprint
 from inference_budget.result import Journal, budgets_of, read_json, write_json
 
 CONTENT = {
@@ -24,6 +26,13 @@ def test_budgets_survive_the_file(tmp_path):
 def test_budgets_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"found for another model, /runs/one \(aaaaaaaaaaaa, not bbbbbbbbbbbb\)"):
         budgets_of(CONTENT, "b" * 64)
+
+
+def test_a_fingerprint_is_of_what_a_model_computes_and_not_of_how():
+    fingerprint = model_fingerprint(make_model())
+    assert model_fingerprint(make_model(remat="block", attention="xla")) == fingerprint
+    for changed in (make_model(seed=1), make_model(rotary_base=5e3), make_model(selection="off")):
+        assert model_fingerprint(changed) != fingerprint
 
 
 def test_a_file_of_another_format_is_refused(tmp_path):

@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import LENGTH, STANDARD, make_model, make_tokens
+from small_model import LENGTH, STANDARD, VOCAB, make_model, make_tokens
 
-from inference_budget import POLICIES, Budgets, eviction_times, generate
+from inference_budget import POLICIES, Budgets, cache_bytes, eviction_times, generate, init_pruned_cache
+from inference_budget.generation import decode
 from selective_attention import Transformer
+from selective_attention.decoding import unstacked
 
 BUDGETS = Budgets((3, 9), LENGTH)
 PROMPTS = [make_tokens()[0, :15].tolist(), [2], make_tokens()[2, :8].tolist()]
@@ -46,6 +48,19 @@ def test_a_tiny_nucleus_or_one_candidate_is_greedy():
     greedy = generate(model, PROMPTS, BUDGETS, policy, 5, **GREEDY)
     assert generate(model, PROMPTS, BUDGETS, policy, 5, top_p=1e-6) == greedy
     assert generate(model, PROMPTS, BUDGETS, policy, 5, top_k=1) == greedy
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_compiled_scan_updates_the_cache_in_place_and_copies_neither_it_nor_the_parameters(batch):
+    model, budgets = make_model(max_length=512), Budgets((300, 400), 512)
+    cache = init_pruned_cache(model.config, batch, budgets, POLICIES["selective"])
+    graph, parameters = nnx.split(unstacked(model))
+    logits_BV, keys = np.zeros((batch, VOCAB), np.float32), jax.random.split(jax.random.key(0), 4)
+    program = decode.lower(graph, parameters, logits_BV, cache, keys, 0.0, 1.0, top_k=None, nucleus=False)
+    memory = program.compile().memory_analysis()
+    assert memory.alias_size_in_bytes == cache_bytes(cache) + logits_BV.nbytes + cache.position.nbytes
+    one_layers_slots = cache.layers[0].k.nbytes + cache.layers[0].v.nbytes
+    assert memory.temp_size_in_bytes < one_layers_slots
 
 
 @pytest.mark.parametrize(
