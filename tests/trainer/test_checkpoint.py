@@ -222,15 +222,24 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_seal_that_hangs_is_given_up_and_saving_goes_on_afterwards(config, tmp_path):
-    config.checkpoint.timeout_seconds = 1
+@pytest.fixture
+def pipe(tmp_path: Path):
+    """What the seal of step 2 is written to: whoever opens it waits for a reader."""
+    path = tmp_path / "checkpoints" / "2.checksums.json.tmp"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    yield path
+    if path.exists():
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+
+
+def test_a_seal_that_hangs_is_given_up_and_saving_goes_on_afterwards(config, tmp_path, pipe):
+    config.checkpoint.timeout_seconds = 10
     state = random_state(config, layout(config, data=8))
     checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
     save(checkpoints, 1, state)
-    pipe = tmp_path / "checkpoints" / "2.checksums.json.tmp"
-    os.mkfifo(pipe)  # whoever opens it to write waits for a reader
     save_in_vain(checkpoints, 2, state, number=1)
-    assert "saving step 2 failed: not done after 2 s" in checkpoints.failure
+    assert "saving step 2 failed: not done after 12 s" in checkpoints.failure
     save_in_vain(checkpoints, 2, state, number=2)
     assert "the save before has not ended on host 0" in checkpoints.failure
     assert checkpoints.saved_step == 1
