@@ -78,7 +78,7 @@ class Cloud:
         )
         (folder / "plan.code").write_text("0")
         self.write("state.json", {"requests": {}, "created": 0})
-        self.host(FAKE_TRAINER=FAKE / "trainer", WORKER_BACKOFF_SECONDS=0, WORKER_BEAT_SECONDS=0.5)
+        self.host(FAKE_TRAINER=FAKE / "trainer", WORKER_BACKOFF_SECONDS=0, WORKER_BEAT_SECONDS=2)
 
     def write(self, name: str, content: object) -> None:
         (self.folder / f"{name}.test").write_text(json.dumps(content))

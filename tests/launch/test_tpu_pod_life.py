@@ -76,7 +76,12 @@ def test_interrupted_watcher_is_continued_by_the_same_submit(cloud, number):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
-@pytest.mark.parametrize("moment", ["submitted", "attempt", "ready"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param("submitted", marks=SLOW), "attempt", pytest.param("ready", marks=SLOW)]
+)
 def test_watcher_killed_at_any_moment_leaves_nothing_that_is_made_twice(cloud, moment):
     cloud.attempts(QUEUED)
     cloud.trainer("0")

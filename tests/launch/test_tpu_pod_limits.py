@@ -51,6 +51,7 @@ def test_request_that_is_not_granted_in_time_ends_the_run(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_slice_that_does_not_come_up_is_given_back(cloud):
     cloud.attempts(["PROVISIONING"], ["ACTIVE"])
     cloud.trainer("0")
@@ -70,6 +71,7 @@ def test_node_that_is_gone_while_the_request_looks_well_is_replaced(cloud):
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+@pytest.mark.slow
 def test_host_that_falls_silent_is_replaced(cloud):
     cloud.trainer("-", "0")
     cloud.environment |= {"TPU_POD_SILENT_SECONDS": "8", "TPU_POD_POLL_SECONDS": "1"}
@@ -109,7 +111,9 @@ def test_second_submit_is_refused_and_a_take_over_ends_the_first(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
-@pytest.mark.parametrize(("option", "value"), [("--zone", "europe-west4-a"), ("--type", "v4-8")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--zone", "europe-west4-a"), pytest.param("--type", "v4-8", marks=pytest.mark.slow)]
+)
 def test_run_that_has_a_slice_gets_no_second_one_elsewhere_until_that_is_deleted(cloud, option, value):
     cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
     cloud.trainer("0")

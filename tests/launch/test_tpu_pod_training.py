@@ -75,7 +75,11 @@ def run_to_step(pod, step: int) -> None:
 
 
 def announce_maintenance(pod, host: int) -> None:
+    """Holds the trainer where it is until its worker has heard of it, however quick the steps are."""
+    pod.host_signal(host, signal.SIGSTOP)
     (pod.folder / f"hosts/run-{host}/metadata/maintenance-event").write_text("TERMINATE_ON_HOST_MAINTENANCE")
+    pod.wait_for(lambda: "worker: maintenance or preemption announced" in pod.host_log(host))
+    pod.host_signal(host, signal.SIGCONT)
 
 
 def test_preempted_and_maintained_host_ends_bit_equal(pod, train_undisturbed, assert_same_run, tmp_path):  # noqa: F811

@@ -5,19 +5,16 @@ In the folder FAKE_CLOUD: `script.json` (what will happen), `state.json` (what i
 `refused` (calls that the real tool would not take), `buckets/`, `hosts/NODE-WORKER/`.
 """
 
-import contextlib
 import fcntl
-import glob
 import json
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import flags
+
+# It is called some hundred times in a test, so what few calls need is imported where it is used.
 
 CLOUD = os.environ["FAKE_CLOUD"]
 HOSTS = {"v4-8": 1, "v4-16": 2, "v4-32": 4}
@@ -110,6 +107,8 @@ def create(state, script, positionals, options):
     slices = int(options.get("--node-count", 1))
     prefix = options.get("--node-prefix", name)
     nodes = [options["--node-id"]] if slices == 1 else [f"{prefix}-{i}" for i in range(slices)]
+    import socket
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -134,6 +133,8 @@ def describe(state, script, positionals, options):
 
 def delete(state, script, positionals, options):
     request = state["requests"].pop(positionals[0], None) or missing(positionals[0])
+    import glob
+
     for node in request["nodes"]:
         for folder in glob.glob(f"{CLOUD}/hosts/{node}-*"):
             power_off(folder)
@@ -152,6 +153,8 @@ def node_describe(state, script, positionals, options):
 
 def processes(folder):
     """Those that were started on a host, which its environment marks."""
+    import glob
+
     mark = f"FAKE_HOST={folder}".encode()
     for path in glob.glob("/proc/[0-9]*/environ"):
         try:
@@ -163,6 +166,9 @@ def processes(folder):
 
 
 def power_off(folder):
+    import contextlib
+    import shutil
+
     for _ in range(3):
         for pid in list(processes(folder)):
             with contextlib.suppress(ProcessLookupError):
@@ -194,6 +200,8 @@ def ssh(state, script, positionals, options):
     }
 
     def run():
+        import subprocess
+
         command = ["bash", "-c", options["--command"]] if "--command" in options else ["bash"]
         return subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL).returncode
 
@@ -230,6 +238,8 @@ def cp(state, script, positionals, options):
     if wanted is not None and int(wanted) != (generation(path) if os.path.exists(path) else 0):
         fail("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.")
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    import shutil
+
     new = generation(path) + 1 if generation(path) else time.time_ns()
     # Whole or not at all, should this process be killed.
     shutil.copyfile(source, f"{CLOUD}/upload")
@@ -246,6 +256,8 @@ def cp_many(state, script, positionals, options):
 
 
 def download(urls, target):
+    import shutil
+
     for url in urls:
         if not os.path.isfile(local(url)):
             fail(f"ERROR: (gcloud.storage.cp) The following URLs matched no objects or files:\n{url}")
@@ -255,7 +267,11 @@ def download(urls, target):
 
 def cat(state, script, positionals, options):
     for url in positionals:
-        paths = [path for path in sorted(glob.glob(local(url))) if not path.endswith(".generation")]
+        paths = [local(url)] if os.path.isfile(local(url)) else []
+        if "*" in url:
+            import glob
+
+            paths = [path for path in sorted(glob.glob(local(url))) if not path.endswith(".generation")]
         if not paths:
             fail(f"ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\n{url}")
         for path in paths:
@@ -277,6 +293,8 @@ def object_describe(state, script, positionals, options):
 def rsync(state, script, positionals, options):
     if not os.path.isdir(local(positionals[0])):
         fail(f"ERROR: (gcloud.storage.rsync) The following URLs matched no objects or files:\n{positionals[0]}")
+    import shutil
+
     ignore = shutil.ignore_patterns("*.generation")
     shutil.copytree(local(positionals[0]), positionals[1], dirs_exist_ok=True, ignore=ignore)
 
@@ -295,5 +313,3 @@ ACTIONS = {
     "storage objects describe": object_describe,
     "storage rsync": rsync,
 }
-if __name__ == "__main__":
-    main(sys.argv[1:])
