@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.model.tied_embeddings = True  # input and output embedding are one matrix; not stated by the paper: our choice
     c.model.dtype = "bfloat16"  # of activations and matmuls, or "float32"; parameters are float32
     c.model.remat = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (layers)
-    c.model.scan_layers = True  # False compiles every layer apart: slower to compile, faster steps
+    c.model.scan_layers = True  # False compiles every layer apart: minutes slower to compile, faster steps
     c.model.attention = "auto"  # attention's implementation; "auto" is the platform's best
 
     c.memory_loss = ConfigDict()

@@ -108,8 +108,9 @@ def _attend_forward(plan: Plan, integers, protected, columns, f_start):
 def _attend_backward(plan: Plan, residuals, cotangents):
     integers, protected, columns, out, log_sum, f_blocks = residuals
     d_out, d_forgotten = cotangents
-    products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
-    delta_BHN = jnp.sum(products.reshape(out.shape[0], plan.num_heads, plan.value_dim, -1), axis=2)
+    # Split into heads before multiplying: so the compiler does it where the matmul makes d_out.
+    out_BHDN, d_out_BHDN = (x.reshape(x.shape[0], -1, plan.value_dim, x.shape[2]) for x in (out, d_out))
+    delta_BHN = jnp.sum(out_BHDN.astype(jnp.float32) * d_out_BHDN.astype(jnp.float32), axis=2)
     operands = _operands(plan, integers, protected, columns) | {
         "d_out": d_out,
         "log_sum": log_sum,
