@@ -13,8 +13,6 @@ MISTAKES = {
     "unknown topology": ([D8, "--topology=v4-33"], "choose one of v4-8, v4-16, v4-32"),
     "batch too small": ([D8, "--topology=v4-32", "--config.batch_size=8"], "--config.batch_size=16"),
     "no such axis": ([D8, "--mesh=rows=2"], "'rows=2' is not AXIS=SIZE"),
-    "mesh does not fit": ([D8, "--topology=v4-32", "--mesh=data=3"], "does not fit the 16 devices"),
-    "sweep of two": ([D8, "--topology=v4-8,v4-16", "--sweep"], "--sweep takes one --topology"),
     "misspelt group": ([D8, "--config.modl.width=3"], "--config has no key modl; did you mean model?"),
     "stray argument": ([D8, "v4-8"], "unexpected argument 'v4-8'"),
     "no folder": ([D8, "--json=/no/such/folder/x"], "there is no folder /no/such/folder"),
