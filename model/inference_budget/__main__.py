@@ -187,17 +187,19 @@ def run_generate(options: argparse.Namespace) -> None:
     tokenizer = data.tokenizer
     prompt = [data.bos_id, *tokenizer.encode(text)]
     drawn: list[int] = []
-    shown = ""
+    shown: str | None = None  # of what was drawn; nothing at all before the prompt is taken in, which may be refused
 
     def show(tokens: list[list[int]]) -> None:
         nonlocal shown
         drawn.extend(tokens[0])
+        if shown is None:
+            print(text, end="", flush=True)
+            shown = ""
         whole = tokenizer.decode(drawn)
         if whole.startswith(shown) and not whole.endswith("\ufffd"):  # half a character waits for its other half
             print(whole[len(shown) :], end="", flush=True)
             shown = whole
 
-    print(text, end="", flush=True)
     generate(
         model,
         [prompt],

@@ -194,9 +194,10 @@ def _survivors(search: dict[str, Any]) -> str:
         parts.append(f"<h3>layer {layer}: {budgets.tokens[layer]} tokens</h3><p class=tokens>")
         for j, piece in enumerate(pieces[:SAMPLE]):
             stays = int(hidden_at_N[j]) >= len(pieces)
-            life = 1.0 if stays else (int(hidden_at_N[j]) - j) / len(pieces)
+            held = len(pieces) if stays else int(hidden_at_N[j]) - j
+            life = math.log1p(held) / math.log1p(len(pieces))
             when = "held to the end" if stays else f"evicted by token {int(hidden_at_N[j])}, after {hidden_at_N[j] - j}"
-            ink = "#fff" if stays else "#222"
+            ink = "#fff" if life > 0.6 else "#222"
             shade = 0.08 + 0.92 * life
             parts.append(
                 f'<span title="{j}: {when}" style="background:rgba(31,119,180,{shade:.2f});color:{ink}">'
