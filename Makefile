@@ -28,7 +28,7 @@ POLICIES := tova oldest h2o sinks random
 SEARCHES := $(foreach model,selective memory,$(addprefix $(model)-,selective $(POLICIES))) \
             $(addprefix standard-,h2o-per-head $(POLICIES))
 study: train
-	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m trainer --config=configs/demo.py \
+	@NPROC=32 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m trainer --config=configs/demo.py \
 	    --workdir=runs/demo/memory --config.data.path=runs/demo/data --config.memory_loss.epsilon=0.1
 	@for search in $(SEARCHES); do echo "== $$search"; JAX_PLATFORMS=cpu $(RUN) -m inference_budget search \
 	    --checkpoint runs/demo/$${search%%-*} --data runs/demo/data --policy $${search#*-} \

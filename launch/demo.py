@@ -81,7 +81,9 @@ def train(variant: str, workdir: Path, dataset: Path, interrupt_halfway: bool) -
 def _run(command: list[str], interrupt_at: Path | None = None) -> int:
     """The command's exit code; it is sent SIGTERM once the checkpoint `interrupt_at` is there."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
-    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+    # XLA's pool has a thread a device, and waits forever if collectives that may run at once hold all of them.
+    threads = str(4 * DEVICES)
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": threads})
     try:
         while interrupt_at is not None and process.poll() is None:
             if interrupt_at.exists():
