@@ -139,8 +139,7 @@ class Block(nnx.Module):
 
         def place(x_BNHD: Array, scale: str, heads: str | None) -> Array:
             if c.fuses_norm_rotary and np.ndim(position_N) == 1:
-                placed = fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
-                return placed if c.scan_layers else keep(placed)  # in a scan, stacking costs more than computing
+                return fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
             if c.qk_norm:
                 x_BNHD = rms_norm(x_BNHD, getattr(self, scale)[...])
             return rotary(x_BNHD, position_N, c.rotary_base) if c.positions == "rotary" else x_BNHD
