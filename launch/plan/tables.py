@@ -58,7 +58,8 @@ def scaling_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in (row for row in rows if row["scaling"] == kind):
             line = f"  {row['topology']:<10}{row['chips']:6}{row['batch_size']:8}"
             if "error" in row:
-                lines.append(f"{line}  {_short(row['error'])}")
+                reason = row["error"].removeprefix(f"--topology={row['topology']}: ")
+                lines.append(f"{line}  {_short(reason, 52)}")
                 continue
             speed = f"{row['mfu']:8.1%}{row['tokens_per_second']:14,.0f}{row['efficiency']:12.0%}"
             lines.append(f"{line}{row['step_ms']:10.2f}{speed}")
@@ -114,6 +115,5 @@ def _remedies(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _short(text: str) -> str:
-    """Enough of an error for a table: up to its first colon or semicolon after the first words."""
-    return text if len(text) <= 72 else f"{text[:69]}..."
+def _short(text: str, width: int = 72) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."

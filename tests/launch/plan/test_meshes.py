@@ -71,6 +71,9 @@ def test_scaling_is_relative_to_the_first_topology_that_fits():
     assert [row["batch_size"] for row in weak] == [1024, 4096, 8192, 262_144] and all("error" in row for row in weak)
     assert "error" in strong[0] and strong[1]["efficiency"] == 1
     assert strong[2]["efficiency"] == pytest.approx((64 + 4) / (32 + 4) / 2)
+    rows.append(
+        strong[0] | {"topology": "v4-2048", "error": "--topology=v4-2048: batch_size=256 is too small" + " x" * 50}
+    )
     assert max(map(len, scaling_table(rows).splitlines())) <= 80
 
 
