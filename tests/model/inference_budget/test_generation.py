@@ -29,8 +29,8 @@ def test_ragged_prompts_go_on_as_the_parallel_evaluation_says(name, changes):
 
 
 def test_stop_ids_end_a_continuation_and_streaming_gives_the_same_tokens():
-    model, policy = make_model(tied_embeddings=False), POLICIES["selective"]
-    whole = generate(model, PROMPTS, BUDGETS, policy, 9, **GREEDY)
+    model, policy = make_model(num_layers=1, tied_embeddings=False), POLICIES["selective"]
+    whole = generate(model, PROMPTS, Budgets((5,), LENGTH), policy, 9, **GREEDY)
     stop = whole[0][4]
     streamed = [[], [], []]
 
@@ -38,16 +38,16 @@ def test_stop_ids_end_a_continuation_and_streaming_gives_the_same_tokens():
         for row, new in zip(streamed, tokens, strict=True):
             row.extend(new)
 
-    stopped = generate(model, PROMPTS, BUDGETS, policy, 9, stop_ids=[stop], on_tokens=on_tokens, **GREEDY)
+    stopped = generate(model, PROMPTS, Budgets((5,), LENGTH), policy, 9, stop_ids=[stop], on_tokens=on_tokens, **GREEDY)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in whole]
     assert streamed == stopped
 
 
 def test_a_tiny_nucleus_or_one_candidate_is_greedy():
-    model, policy = make_model(tied_embeddings=False), POLICIES["selective"]
-    greedy = generate(model, PROMPTS, BUDGETS, policy, 5, **GREEDY)
-    assert generate(model, PROMPTS, BUDGETS, policy, 5, top_p=1e-6) == greedy
-    assert generate(model, PROMPTS, BUDGETS, policy, 5, top_k=1) == greedy
+    model, policy = make_model(num_layers=1, tied_embeddings=False), POLICIES["selective"]
+    greedy = generate(model, PROMPTS, Budgets((5,), LENGTH), policy, 5, **GREEDY)
+    assert generate(model, PROMPTS, Budgets((5,), LENGTH), policy, 5, top_p=1e-6) == greedy
+    assert generate(model, PROMPTS, Budgets((5,), LENGTH), policy, 5, top_k=1) == greedy
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -64,7 +64,12 @@ def test_the_compiled_scan_updates_the_cache_in_place_and_copies_neither_it_nor_
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("selective", {}), ("tova", {}), ("h2o-per-head", {**STANDARD, "num_kv_heads": 2})]
+    ("name", "changes"),
+    [
+        ("selective", {}),
+        pytest.param("tova", {}, marks=pytest.mark.slow),
+        ("h2o-per-head", {**STANDARD, "num_kv_heads": 2}),
+    ],
 )
 def test_a_mesh_gives_the_tokens_of_one_device(name, changes):
     model, prompts = make_model(tied_embeddings=False, **changes), [*PROMPTS, PROMPTS[0][:4]]
