@@ -44,7 +44,7 @@ def test_arguments_are_the_state_sharded_over_fsdp(planned, name):
     plan = planned(name).plan
     assert plan["mesh"]["fsdp"] > 1
     assert plan["argument_bytes"] == pytest.approx(
-        plan["state_bytes"] / plan["mesh"]["fsdp"], rel=0.15
+        plan["state_bytes"] / plan["mesh"]["fsdp"], rel=0.2
     )  # tiles' padding
 
 
