@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import demo
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoints, abstract_state
+from trainer.checkpoint import Checkpoints, abstract_state, load_model
 from trainer.errors import ConfigError, ResumeError
 from trainer.integrity import digest
 from trainer.mesh import make_mesh
@@ -156,6 +156,24 @@ def test_changed_field_is_refused_by_name_unless_overridden(config, tmp_path):
     checkpoints.close()
     checkpoints = Checkpoints(str(tmp_path), config, "another", ["seed", "optimizer"])
     with pytest.raises(ResumeError, match="trained on dataset fingerprint"):
+        checkpoints.restore(abstract)
+    checkpoints.close()
+
+
+def test_a_checkpoint_from_before_a_field_was_added_is_continued_and_loaded(config, tmp_path):
+    abstract = layout(config, data=8)
+    older = ConfigDict(config.to_dict())
+    del older.model.scan_layers
+    checkpoints = Checkpoints(str(tmp_path), older, "fingerprint")
+    save(checkpoints, 1, random_state(config, abstract))
+    checkpoints.close()
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    assert checkpoints.restore(abstract).step == 1
+    checkpoints.close()
+    assert load_model(str(tmp_path))[1].model.scan_layers
+    config.model.scan_layers = False
+    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    with pytest.raises(ResumeError, match=r"model.scan_layers: True -> False"):
         checkpoints.restore(abstract)
     checkpoints.close()
 
