@@ -129,6 +129,8 @@ def _compile(config: ConfigDict, topology: topologies.Topology, slices: int, dum
 
 def out_of_memory(message: str) -> dict[str, Any]:
     """`error`, one line for a person, and `needed_bytes`, at least, from a message of the compiler."""
+    if "memory space vmem" in message:  # which neither sharding the state nor smaller batches change
+        return {"error": "a kernel needs more VMEM than a core has", "of": "VMEM"}
     for pattern in (
         r"Used ([\d.]+)(\w) of ([\d.]+)(\w)",
         r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)(\w)\)",
@@ -137,8 +139,6 @@ def out_of_memory(message: str) -> dict[str, Any]:
             needed, limit = float(found[1]) * UNITS[found[2]], float(found[3]) * UNITS[found[4]]
             line = f"needs at least {needed / 2**30:.2f} GiB of HBM on each chip, which has {limit / 2**30:.2f}"
             return {"error": line, "needed_bytes": needed, "limit_bytes": limit}
-    if "vmem" in message.lower():  # which neither sharding the state nor smaller batches change
-        return {"error": "a kernel needs more VMEM than a core has", "of": "VMEM"}
     return {"error": " ".join(message.split())[:200]}
 
 

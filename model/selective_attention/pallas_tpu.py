@@ -26,8 +26,10 @@ __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small b
 
 # Logits (in base 2) of at most this size need no running maximum: sums of exp2 stay inside float32.
 LOGIT_BOUND = 60.0
-# The backward kernel's gradient of q, float32: of 2,048 queries and 12 heads of width 64. (A core's VMEM has 16 MiB.)
-QUERY_GRADIENT_BYTES = 2048 * 12 * 64 * 4
+# A core's VMEM, and what the backward kernel takes of it beside its gradient of q: fitted to the compiler's accounts of
+# groups of 768 to 1,024 in width. In chunks of queries, the gradients of k and v are float32 too.
+VMEM_BYTES = 16 * 2**20
+BACKWARD_BYTES, BACKWARD_BYTES_A_ROW, CHUNKED_BYTES_A_ROW = 3 * 2**20, 9472, 11520
 # What belongs to queries, in and out of the backward kernel, and its axis of positions.
 QUERY_AXES = {"q": 2, "d_out": 2, "log_sum": 3, "delta": 3, "q_sel": 2, "f_blocks": 2}
 QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 2, "dq_sel": 3}
@@ -154,9 +156,10 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
     """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
     batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
     num_blocks = operands["q"].shape[2] // plan.block_q
-    largest = max(1, QUERY_GRADIENT_BYTES // (plan.group_heads * plan.head_dim * 4 * plan.block_q))
-    if num_blocks > largest:
-        largest = max(1, largest * 3 // 4)  # in chunks the gradients of k and v are float32 too
+    width = plan.group_heads * plan.head_dim
+    largest = num_blocks
+    if _largest_chunk(width, BACKWARD_BYTES_A_ROW) < num_blocks * plan.block_q:
+        largest = max(1, _largest_chunk(width, CHUNKED_BYTES_A_ROW) // plan.block_q)
     chunks = next(n for n in range(1, num_blocks + 1) if num_blocks % n == 0 and num_blocks // n <= largest)
     later = jnp.zeros((batch, plan.head_groups, 1, num_keys), jnp.float32)
     selecting = plan.selection is not Selection.OFF
@@ -191,6 +194,11 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
     return joined | sums | {"df_start": -later}
 
 
+def _largest_chunk(width: int, bytes_a_row: int) -> int:
+    """How many queries the backward kernel can take at once, `width` being that of all heads of a group."""
+    return (VMEM_BYTES - BACKWARD_BYTES - width * bytes_a_row) // (width * 4)
+
+
 def _split(x: Array, axis: int, chunks: int) -> Array:
     """Chunks of `axis` along a new first axis."""
     return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, -1, *x.shape[axis + 1 :]), axis, 0)
@@ -213,7 +221,7 @@ def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: 
         head_dim=head_dim,
         value_dim=value_dim,
         select_dim=select_dim,
-        head_groups=_head_groups(num_heads, num_kv_heads, head_dim, value_dim, q.shape[0]),
+        head_groups=_head_groups(num_heads, num_kv_heads, head_dim, value_dim, q.shape[0], round_up(q.shape[1], block)),
         block_q=min(block, round_up(q.shape[1], LANES)),
         block_k=min(block, round_up(k.shape[1], LANES)),
         scale=scale,
@@ -224,16 +232,22 @@ def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: 
     )
 
 
-def _head_groups(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, batch: int) -> int:
-    """Into how many passes the heads are split: few enough heads to fit, and work for two cores from one sequence."""
+def _head_groups(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, batch: int, queries: int) -> int:
+    """Into how many passes the heads are split: few enough heads to fit, and work for two cores from one sequence.
+
+    Each pass computes F anew. That is worth up to twice the passes where it spares the backward kernel its chunks.
+    """
     fitting = [
         n
         for n in range(1, num_kv_heads + 1)
         if num_kv_heads % n == 0 and (n == 1 or (num_kv_heads // n * min(head_dim, value_dim)) % LANES == 0)
     ]
-    small = [n for n in fitting if num_heads // n * max(head_dim, value_dim) <= GROUP_WIDTH] or fitting[-1:]
-    even = [n for n in small if n % 2 == 0]
-    return even[0] if batch == 1 and even else small[0]
+    widths = {n: num_heads // n * max(head_dim, value_dim) for n in fitting}
+    small = [n for n in fitting if widths[n] <= GROUP_WIDTH] or fitting[-1:]
+    even = [n for n in small if n % 2 == 0] if batch == 1 else []
+    few = [n for n in even or small if n <= 2 * (even or small)[0]]
+    whole = [n for n in few if _largest_chunk(widths[n], BACKWARD_BYTES_A_ROW) >= queries]
+    return (whole or few[-1:])[0]
 
 
 def _bounded(plan: Plan, q_BCN: Array, k_BCN: Array) -> Array:

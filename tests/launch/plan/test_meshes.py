@@ -109,7 +109,8 @@ def test_remedies_shard_within_a_slice_and_split_what_can_be_split():
 
 def test_only_fewer_heads_help_where_vmem_is_too_small():
     found = out_of_memory(
-        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem."
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem. "
+        "Used 16.14M of 16.00M vmem."
     )
     assert found["error"] == "a kernel needs more VMEM than a core has"
     single, combined = candidates(c4.get_config("d12"), {"mesh": V4_32, "slices": 1} | found)

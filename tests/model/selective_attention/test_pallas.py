@@ -171,7 +171,7 @@ def test_chunks_of_queries_with_their_carries_equal_the_whole():
 
 
 def test_backward_in_chunks_of_queries(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "QUERY_GRADIENT_BYTES", 1)  # one block of queries a chunk
+    monkeypatch.setattr(pallas_tpu, "VMEM_BYTES", 1)  # one block of queries a chunk
     arrays, options = make(**CASES["one_kv_head_in_segments"])
     actual = value_and_gradients(pallas_tpu, arrays, options, jnp.float32)
     with jax.enable_x64():

@@ -35,3 +35,9 @@ def test_v5e_compiles_and_no_array_of_queries_by_keys_reaches_hbm():
     for row in measure("--programs=selective", "--generations=v5e", *shape).values():
         assert row["largest_array"] <= length * heads * 64 < length**2
         assert row["vmem"] < 16 * MIB
+
+
+@pytest.mark.parametrize(("heads", "length"), [(16, 1024), (28, 2048)])  # two passes over the heads; chunks of queries
+def test_wide_models_fit_vmem_at_long_contexts(heads, length):
+    kernels = measure("--programs=selective", "--batch=2", f"--heads={heads}", f"--length={length}")
+    assert max(row["vmem"] for row in kernels.values()) < 16 * MIB
