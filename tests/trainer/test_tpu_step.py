@@ -30,7 +30,7 @@ def test_temporaries_grow_linearly_with_the_context(tmp_path):
     temporaries = []
     for length in (16_384, 32_768):
         flags = f"--config.context_length={length}", "--config.batch_size=4", "--config.model.num_layers=2"
-        made = plan(tmp_path, "--topology=v4-32", "--mesh=data=4,context=4", *flags)
+        made = plan(tmp_path, "--topology=v4-32", "--mesh=data=4,fsdp=1,context=4", *flags)
         assert made["fits"]
         temporaries.append(made["hbm_bytes"]["activations and temporaries"])
     assert temporaries[1] < 2.1 * temporaries[0]
