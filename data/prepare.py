@@ -58,7 +58,11 @@ def prepare(
     else:
         with work.lock():
             folder.remove_partial()
-            manifest = _make(plan, folder, work, run, max_bad_fraction, tokenizer)
+            try:
+                manifest = _make(plan, folder, work, run, max_bad_fraction, tokenizer)
+            except BaseException:
+                folder.remove_partial()  # One worker failed, and the others were ended in the middle of a file.
+                raise
     folder.remove_partial()
     work.remove()
     return manifest
