@@ -14,8 +14,8 @@ _EMULATION_HINT = "; CPUs can emulate 8: XLA_FLAGS=--xla_force_host_platform_dev
 AXES = ("data", "fsdp", "context", "tensor")
 
 
-def mesh_shape(sizes: ConfigDict, num_devices: int) -> tuple[int, ...]:
-    """Devices along each of AXES, with a -1 filled in.
+def mesh_shape(sizes: ConfigDict, num_devices: int, hint: str = "") -> tuple[int, ...]:
+    """Devices along each of AXES, with a -1 filled in; `hint` ends the message about another number of devices.
 
     Raises:
       ConfigError: the sizes do not multiply to `num_devices`.
@@ -28,7 +28,6 @@ def mesh_shape(sizes: ConfigDict, num_devices: int) -> tuple[int, ...]:
         fixed = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = num_devices // fixed
     if math.prod(shape) != num_devices:
-        hint = "" if jax.default_backend() != "cpu" else _EMULATION_HINT
         raise ConfigError(
             f"mesh {asked} does not fit the {num_devices} devices; change --config.mesh.* so that the product is "
             f"{num_devices}{hint}"
@@ -46,8 +45,9 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
     Raises:
       ConfigError: as `mesh_shape`, or `data` cannot hold the slices.
     """
+    hint = _EMULATION_HINT if devices is None and jax.default_backend() == "cpu" else ""
     devices = list(jax.devices()) if devices is None else devices
-    shape = mesh_shape(sizes, len(devices))
+    shape = mesh_shape(sizes, len(devices), hint)
     num_slices = len({getattr(d, "slice_index", 0) for d in devices})
     if num_slices > 1:
         if shape[0] % num_slices:

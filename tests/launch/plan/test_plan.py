@@ -1,9 +1,12 @@
 """Plans of the trainer's own step, by the real TPU compiler."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from itertools import zip_longest
 
 import pytest
 from ml_collections import ConfigDict
@@ -12,6 +15,7 @@ from configs import c4
 from launch.plan.estimate import changed, matmul_flops, model_flops
 from launch.plan.schedule import environment
 from launch.plan.topologies import TOPOLOGIES
+from trainer.state import model_config
 
 from .conftest import PLANS, ROOT, TINY, run_plan
 
@@ -40,12 +44,39 @@ def test_a_shipped_config_fits_the_slice_that_it_names_with_a_tenth_to_spare(pla
 
 
 @shipped
-def test_arguments_are_the_state_sharded_over_fsdp(planned, name):
+def test_a_chip_holds_its_share_of_each_matrix_and_every_norm(planned, name):
+    plan, counts = planned(name).plan, model_config(config_of(name)).parameter_counts()
+    assert plan["mesh"]["fsdp"] > 1 and plan["mesh"]["tensor"] == 1
+    values = (counts["total"] - counts["norms"]) / plan["mesh"]["fsdp"] + counts["norms"]
+    assert plan["hbm_bytes"]["parameters"] == 4 * values  # float32
+    assert plan["hbm_bytes"]["optimizer"] == 2 * 4 * values + 2 * 4  # two moments, two counts of steps
+
+
+@shipped
+def test_arguments_are_the_state_and_the_batch_in_whole_tiles(planned, name):
     plan = planned(name).plan
-    assert plan["mesh"]["fsdp"] > 1
-    assert plan["argument_bytes"] == pytest.approx(
-        plan["state_bytes"] / plan["mesh"]["fsdp"], rel=0.2
-    )  # tiles' padding
+    found = list(ENTRY.finditer(planned(name).hlo.split("entry_computation_layout={(", 1)[1].split(")->", 1)[0]))
+    shapes = [[int(n) for n in argument["shape"].split(",") if n] for argument in found]
+    rows = plan["batch_size"] // (plan["mesh"]["data"] * plan["mesh"]["fsdp"])
+    # Inputs and targets; the step, the health's two numbers and three requests.
+    beside = 2 * 4 * rows * plan["context_length"] + 6 * 4
+    bare = plan["hbm_bytes"]["parameters"] + plan["hbm_bytes"]["optimizer"] + beside
+    assert sum(4 * math.prod(shape) for shape in shapes) == bare
+    assert plan["argument_bytes"] == sum(
+        4 * padded(shape, argument["order"], argument["tile"]) for shape, argument in zip(shapes, found, strict=True)
+    )
+
+
+# An argument of the program, all of which have four bytes a value: f32[12,192,12,64]{1,3,2,0:T(8,128)}.
+ENTRY = re.compile(r"[fsu]32\[(?P<shape>[\d,]*)\]\{(?P<order>[\d,]*):T\((?P<tile>[\d,]+)\)\}")
+
+
+def padded(shape: list[int], order: str, tile: str) -> int:
+    """Values that an array takes up in HBM, where its fastest dimensions (`order` is from the fastest) fill tiles."""
+    sizes = [shape[int(dimension)] for dimension in order.split(",") if dimension]
+    sides = [int(side) for side in tile.split(",")][::-1]
+    sizes += [1] * (len(sides) - len(sizes))
+    return math.prod(-(-size // side) * side for size, side in zip_longest(sizes, sides, fillvalue=1))
 
 
 @shipped_and_tiny
@@ -149,6 +180,7 @@ def test_memory_is_the_compilers_own_account(planned, tmp_path):
 
 DESCRIBE = """
 from launch.plan.topologies import TOPOLOGIES
+from trainer.state import model_config
 for topology in TOPOLOGIES.values():
     for slices in (1, 2):
         devices = topology.describe(slices).devices
