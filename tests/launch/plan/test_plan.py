@@ -180,7 +180,6 @@ def test_memory_is_the_compilers_own_account(planned, tmp_path):
 
 DESCRIBE = """
 from launch.plan.topologies import TOPOLOGIES
-from trainer.state import model_config
 for topology in TOPOLOGIES.values():
     for slices in (1, 2):
         devices = topology.describe(slices).devices
