@@ -30,6 +30,7 @@ class MetricsWriter:
         """`first_step`: as `withdraw`, of what earlier processes wrote."""
         self._directory, self._enabled = directory, enabled
         self._writer: EventFileWriter | None = None
+        self._refused_at = 0  # seconds of the clock
         self._kept: collections.deque[Event] = collections.deque(maxlen=_MOST_KEPT)  # not known to be in the file
         self.withdraw(first_step)  # even from step 1: an earlier process may have died before its first checkpoint
         self.flush()
@@ -50,7 +51,10 @@ class MetricsWriter:
         try:
             if self._writer is None:
                 # A file of its own: the one before may end in the middle of an event, where readers stop. What of these
-                # events is in there already is withdrawn, so that no point is doubled.
+                # events is in there already is withdrawn, so that no point is doubled. Readers take files by name: the
+                # second of their opening, then numbers as text, 10 before 9.
+                while int(time.time()) == self._refused_at:
+                    time.sleep(0.01)
                 writer = EventFileWriter(self._directory)
                 start = min(event.step for event in self._kept)
                 writer.add_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
@@ -80,7 +84,7 @@ class MetricsWriter:
 
     def _refused(self, error: OSError) -> None:
         logger.warning("TensorBoard's events cannot be written for now, and are kept: %s", error)
-        self._writer = None
+        self._writer, self._refused_at = None, int(time.time())
 
 
 class StepLog:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from trainer.errors import EXIT_FAILED
 from trainer.metrics import MetricsWriter
@@ -45,7 +46,10 @@ def fill(disk: Path) -> Path:
 
 # TensorBoard's own thread ends with the error, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_points_that_a_full_disk_refuses_are_in_tensorboard_once_there_is_space(small_disk, loss_series, caplog):
+def test_points_that_a_full_disk_refuses_are_in_tensorboard_once_there_is_space(
+    small_disk, loss_series, caplog, monkeypatch
+):
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))  # names end in 9, 10, 11
     writer = MetricsWriter(f"{small_disk}/tensorboard", 1)
     for step in range(1, 6):
         writer.write(step, {"train/loss": float(step)})
