@@ -10,17 +10,18 @@ SIZE = (1200, 560)  # pixels
 FINER = 3  # drawn this much larger, then reduced: Pillow draws no smooth lines
 COLOURS = {"weak": "#0b6e99", "strong": "#c2571a"}
 TITLES = {"weak": "weak: batch grows with the chips", "strong": "strong: the same batch"}
-INK, GREY, LIGHT = "#222222", "#777777", "#dddddd"
+INK, GREY, LIGHT, IDEAL = "#222222", "#777777", "#dddddd", "#b5b5b5"
 Point = tuple[float, float]
 
 
 class Panel:
     """Axes in a part of the picture; chips on a logarithmic scale from left to right."""
 
-    def __init__(self, image: Image.Image, box: tuple[int, int, int, int], chips: Sequence[int]) -> None:
+    def __init__(self, image: Image.Image, box: tuple[int, int, int, int], names: dict[int, str]) -> None:
+        """`names`: of the slices, by their chips."""
         self.draw = ImageDraw.Draw(image)
         self.left, self.top, self.right, self.bottom = (FINER * edge for edge in box)
-        self.chips = sorted(set(chips))
+        self.names, self.chips = names, sorted(names)
         self.low = self.high = 0.0
         self.scale: Callable[[float], float] = float
 
@@ -35,9 +36,9 @@ class Panel:
         for chips in self.chips:
             x = self.at(chips, ticks[0][0])[0]
             self.draw.line((x, self.bottom, x, self.bottom + 5 * FINER), GREY, FINER)
-            self.text((x, self.bottom + 9 * FINER), str(chips), 13, GREY, "ma")
-        middle = (self.left + self.right) / 2
-        self.text((middle, self.bottom + 32 * FINER), "chips", 13, GREY, "ma")
+            self.text((x, self.bottom + 9 * FINER), self.names[chips], 13, INK, "ma")
+            self.text((x, self.bottom + 27 * FINER), f"{chips:,}", 13, GREY, "ma")
+        self.text((self.left - 36 * FINER, self.bottom + 27 * FINER), "chips", 13, GREY, "ra")
 
     def at(self, chips: float, value: float) -> Point:
         first, last = math.log2(self.chips[0]), math.log2(self.chips[-1])
@@ -46,9 +47,10 @@ class Panel:
         return self.left + along * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def series(self, points: Sequence[Point], colour: str) -> None:
-        """A line with a dot at each (chips, value)."""
+        """A line with a dot at each (chips, value); nothing where none fits."""
         places = [self.at(*point) for point in points]
-        self.draw.line(places, colour, 3 * FINER, joint="curve")
+        if len(places) > 1:
+            self.draw.line(places, colour, 3 * FINER, joint="curve")
         for x, y in places:
             r = 5 * FINER
             self.draw.ellipse((x - r, y - r, x + r, y + r), colour)
@@ -57,15 +59,31 @@ class Panel:
         self.draw.text(place, text, colour, ImageFont.load_default(size * FINER), anchor)
 
 
+def dashed(draw: ImageDraw.ImageDraw, start: Point, end: Point) -> None:
+    """A broken line in IDEAL, wider than a series: under one that it coincides with, it shows."""
+    length, dash = math.dist(start, end), 7 * FINER
+    for n in range(0, int(length / dash), 2):
+        ends = [tuple(a + (b - a) * m * dash / length for a, b in zip(start, end, strict=True)) for m in (n, n + 1)]
+        draw.line(ends, IDEAL, 10 * FINER)
+
+
+def slice_names(rows: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """The slices of each number of chips, as the table names them."""
+    names: dict[int, list[str]] = {}
+    for row in rows:
+        names.setdefault(row["chips"], []).append(row["topology"])
+    return {chips: ", ".join(dict.fromkeys(of)) for chips, of in names.items()}
+
+
 def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     """Draws the rows of `scaling.scale` that fit into a PNG at `path`."""
     rows = [row for row in rows if "error" not in row]
     image = Image.new("RGB", (SIZE[0] * FINER, SIZE[1] * FINER), "white")
     if rows:
-        chips = [row["chips"] for row in rows]
-        speed = Panel(image, (90, 70, 570, 450), chips)
-        _speed(speed, rows)
-        mfu = Panel(image, (690, 70, 1170, 450), chips)
+        names = slice_names(rows)
+        speed = Panel(image, (90, 70, 570, 450), names)
+        dashed(speed.draw, *_speed_axes(speed, rows))
+        mfu = Panel(image, (690, 70, 1170, 450), names)
         top = math.ceil(10 * max(row["mfu"] for row in rows)) * 10
         mfu.axes("MFU, estimated", [(n / 100, f"{n} %") for n in range(0, top + 1, 10)], float)
         for kind, colour in COLOURS.items():
@@ -75,20 +93,20 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
             x = {"weak": 90, "strong": 430}[kind] * FINER
             speed.draw.line((x, 528 * FINER, x + 30 * FINER, 528 * FINER), colour, 3 * FINER)
             speed.text((x + 38 * FINER, 528 * FINER), TITLES[kind], 14, INK, "lm")
-        speed.draw.line((690 * FINER, 528 * FINER, 720 * FINER, 528 * FINER), GREY, FINER)
+        dashed(speed.draw, (690 * FINER, 528 * FINER), (720 * FINER, 528 * FINER))
         speed.text((728 * FINER, 528 * FINER), "ideal: tokens/s in proportion to chips", 14, INK, "lm")
     image.resize(SIZE, Image.Resampling.LANCZOS).save(path, "PNG")
 
 
-def _speed(panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
-    """Tokens/s on a logarithmic scale, with the line of perfect scaling."""
+def _speed_axes(panel: Panel, rows: Sequence[dict[str, Any]]) -> tuple[Point, Point]:
+    """Tokens/s on a logarithmic scale; where on the picture the line of perfect scaling starts and ends."""
     first = rows[0]
-    ideal = [(n, first["tokens_per_second"] * n / first["chips"]) for n in panel.chips]
-    values = [row["tokens_per_second"] for row in rows] + [value for _, value in ideal]
+    start, end = ((n, first["tokens_per_second"] * n / first["chips"]) for n in (panel.chips[0], panel.chips[-1]))
+    values = [*(row["tokens_per_second"] for row in rows), start[1], end[1]]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     ticks = [(10.0**n, _thousands(10**n)) for n in range(low, max(high, low + 1) + 1)]
     panel.axes("tokens/s, estimated", ticks, math.log10)
-    panel.draw.line([panel.at(*point) for point in ideal], GREY, FINER)
+    return panel.at(*start), panel.at(*end)
 
 
 def _thousands(number: int) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -83,6 +84,19 @@ def test_the_picture_has_both_kinds_of_scaling(tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
     assert {tuple(bytes.fromhex(c[1:])) for c in chart.COLOURS.values()} <= colours
+
+
+def test_the_picture_names_slices_and_shows_ideal_scaling_under_a_series_that_follows_it(tmp_path):
+    rows = scale(c4.get_config("d12"), ["v4-8", "v4-16", "v4-128", "v5p-16"], 1, ideal)
+    assert chart.slice_names(rows) == {4: "v4-8", 8: "v4-16, v5p-16", 64: "v4-128"}
+    weak = [row for row in rows if row["scaling"] == "weak"]
+    assert {row["efficiency"] for row in weak} == {1.0}
+    chart.draw(weak, str(tmp_path / "x.png"))
+    with Image.open(tmp_path / "x.png") as image:
+        panel = np.asarray(image.convert("RGB").crop((120, 70, 540, 450)), float)  # tokens/s, without labels and ends
+    for colour in (chart.IDEAL, chart.COLOURS["weak"]):
+        near = np.abs(panel - list(bytes.fromhex(colour[1:]))).max(axis=-1) < 20
+        assert near.any(axis=0).mean() > 0.4  # of the width: dashes leave gaps
 
 
 MESSAGES = [
