@@ -7,7 +7,8 @@
 
 Compiles the very step that the trainer runs. The first form says whether it fits and how long a step should take, and
 tries what would make it fit; the second ranks meshes, `--mesh` holding axes fixed; the third shows how speed scales.
-How times are estimated: launch/plan/times.py. Exit codes: 0, 2 a mistake in the command, 3 does not fit.
+How times are estimated: launch/plan/times.py. Exit codes: 0, 2 a mistake in the command, 3 does not
+fit, 130 stopped by Ctrl-C.
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from launch.plan import chart, scaling, tables
 from launch.plan.estimate import plan
 from launch.plan.remedies import try_remedies
-from launch.plan.sweep import sweep, workers
+from launch.plan.sweep import sweep
 from trainer.__main__ import CONFIG, EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
 from trainer.config import check_config
 from trainer.errors import ConfigError
@@ -36,6 +37,7 @@ JSON = flags.DEFINE_string("json", "", "File for the result as JSON.")
 HLO = flags.DEFINE_string("hlo", "", "File for the optimised program of a single plan.")
 PNG = flags.DEFINE_string("png", "", "File for a picture of how several topologies scale.")
 PRICE = flags.DEFINE_float("price-per-chip-hour", 0.0, "Dollars.", lower_bound=0.0)
+EXIT_STOPPED = 130  # by Ctrl-C, as shells say it
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +60,9 @@ def main(argv: list[str]) -> None:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_FAILED
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = EXIT_STOPPED
     sys.exit(code)
 
 
@@ -82,7 +87,7 @@ def _run(config: ConfigDict, names: list[str], fixed: dict[str, int]) -> int:
         Path(HLO.value).write_text(hlo)
     if not made["fits"]:
         print("It does not fit; compiling what might", file=sys.stderr)
-        made["remedies"] = try_remedies(config, made, plan, workers())
+        made["remedies"] = try_remedies(config, made, plan)
     _write(made)
     print(tables.plan_table(made, PRICE.value))
     return 0 if made["fits"] else EXIT_OUT_OF_MEMORY

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from data import DataError, Manifest
 from launch.plan import topologies
 from launch.plan.compiler import measure
+from launch.plan.meshes import check_mesh
 from trainer.errors import ConfigError
-from trainer.mesh import mesh_shape
 from trainer.state import model_config
 
 Plan = dict[str, Any]  # what `--json` writes, and `hlo`, the optimised program
@@ -29,7 +29,7 @@ def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> Plan:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     chips = topology.num_chips * slices
-    check_rows(config, topology_name, chips)
+    check_mesh(config, topology_name, slices)
     made = measure(config, topology_name, slices)
     place = {"topology": topology_name, "slices": slices, "chips": chips}
     place |= {"batch_size": config.batch_size, "context_length": config.context_length}
@@ -57,18 +57,6 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     copy = ConfigDict(config.to_dict())
     copy.update_from_flattened_dict(change)
     return copy
-
-
-def check_rows(config: ConfigDict, topology_name: str, chips: int) -> None:
-    """Raises ConfigError where the mesh has more parts of a batch than the batch has sequences."""
-    *_, context, tensor = mesh_shape(config.mesh, chips)
-    rows = chips // (context * tensor)
-    if config.batch_size < rows * config.accumulation:
-        raise ConfigError(
-            f"--topology={topology_name}: batch_size={config.batch_size} is too small for {chips} chips: data and fsdp "
-            f"split it into {rows} parts, accumulation into {config.accumulation}; choose a smaller slice, "
-            f"--mesh with tensor or context, or --config.batch_size={rows * config.accumulation}"
-        )
 
 
 def model_flops(config: ConfigDict) -> float:

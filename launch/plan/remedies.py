@@ -1,12 +1,12 @@
 """What would make a step fit that does not: changes to the config, each of them compiled."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from launch.plan.estimate import Change, Planner, changed
+from launch.plan.several import compile_all
 from trainer.errors import ConfigError
 
 
@@ -40,20 +40,20 @@ def candidates(config: ConfigDict, failed: dict[str, Any]) -> tuple[list[Change]
     return single, combined
 
 
-def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner, workers: int) -> list[dict[str, Any]]:
+def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner) -> list[dict[str, Any]]:
     """One row for each change that was compiled: `change`, `step_ms` and `headroom` where it fits, else `needs`.
 
     Changes together are compiled only where none alone is enough.
     """
     single, combined = candidates(config, failed)
-    rows = _try(config, single, failed, planner, workers)
+    rows = _try(config, single, failed, planner)
     if not any("step_ms" in row for row in rows):
-        rows += _try(config, combined, failed, planner, workers)
+        rows += _try(config, combined, failed, planner)
     return rows
 
 
 def _try(
-    config: ConfigDict, changes: Sequence[Change], failed: dict[str, Any], planner: Planner, workers: int
+    config: ConfigDict, changes: Sequence[Change], failed: dict[str, Any], planner: Planner
 ) -> list[dict[str, Any]]:
     def attempt(change: Change) -> dict[str, Any]:
         row: dict[str, Any] = {"change": flags(change)}
@@ -65,5 +65,4 @@ def _try(
             return row | {"needs": made.get("error") or "more HBM than the chip has"}
         return row | {"step_ms": made["step_ms"], "headroom": made["headroom"]}
 
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(attempt, changes))
+    return compile_all(attempt, changes, "remedies") if changes else []

@@ -6,8 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from launch.plan import topologies
-from launch.plan.estimate import Planner, changed, check_rows
-from launch.plan.sweep import compile_all
+from launch.plan.estimate import Planner, changed
+from launch.plan.meshes import check_mesh
+from launch.plan.several import compile_all
 from trainer.errors import ConfigError
 
 
@@ -32,7 +33,7 @@ def scale(config: ConfigDict, names: Sequence[str], slices: int, planner: Planne
         name, batch_size = job
         try:
             candidate = changed(config, {"batch_size": batch_size})
-            check_rows(candidate, name, topologies.find(name).num_chips * slices)
+            check_mesh(candidate, name, slices)
             made = planner(candidate, name, slices)
         except ConfigError as error:
             return {"error": str(error)}
@@ -40,7 +41,7 @@ def scale(config: ConfigDict, names: Sequence[str], slices: int, planner: Planne
             return {"error": made.get("error") or "does not fit"}
         return {key: made[key] for key in ("step_ms", "mfu", "tokens_per_second", "headroom", "step_ms_by_part")}
 
-    made = dict(zip(jobs, compile_all(one, jobs, f"{len(jobs)} programs"), strict=True))
+    made = dict(zip(jobs, compile_all(one, jobs, "programs"), strict=True))
     rows = []
     for kind, points in (("weak", weak), ("strong", strong)):
         base = 0.0

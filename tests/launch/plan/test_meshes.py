@@ -1,17 +1,21 @@
 """Which meshes and topologies there are, and how they are compared; the planner here is a formula."""
 
 import math
+import re
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import c4
-from launch.plan import chart, topologies
+from launch.plan import chart, several, topologies
 from launch.plan.compiler import out_of_memory
+from launch.plan.meshes import check_mesh, sensible_meshes
 from launch.plan.remedies import candidates, try_remedies
 from launch.plan.scaling import scale
-from launch.plan.sweep import sensible_meshes, sweep
+from launch.plan.several import announcement
+from launch.plan.sweep import sweep
 from launch.plan.tables import plan_table, scaling_table, sweep_table
 from trainer.errors import ConfigError
 
@@ -57,11 +61,55 @@ def test_a_sweep_without_a_mesh_says_so():
         sensible_meshes(c4.get_config("d12"), "v4-2048", 1, {"tensor": 1})
 
 
+NOT_OF_THE_SLICE = {  # config, topology, slices, mesh; the mesh that the message names
+    "of a larger slice": ("d28", "v4-8", 1, {}, "--mesh=fsdp=4"),
+    "of other chips": ("d8", "v4-8", 1, {"data": 3, "fsdp": 2}, "--mesh=data=2"),
+    "of two slices": ("d12", "v4-8", 2, {"fsdp": 16}, "--mesh=fsdp=4"),
+    "with a split sequence": ("d12", "v4-8", 1, {"fsdp": 2, "context": 4}, "--mesh=context=1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "slices", "mesh", "example"), NOT_OF_THE_SLICE.values(), ids=NOT_OF_THE_SLICE
+)
+def test_a_mesh_that_the_slice_cannot_have_names_one_that_it_can(name, topology, slices, mesh, example):
+    config = c4.get_config(name)
+    config.mesh.update(mesh)
+    with pytest.raises(ConfigError, match=f"so that the product is .*, for example {example}$"):
+        check_mesh(config, topology, slices)
+    config.mesh.update({axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", example)})
+    check_mesh(config, topology, slices)
+
+
 def test_a_sweep_ranks_by_time():
     plans = sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
     assert [plan["mesh"]["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
     table = sweep_table(plans)
     assert max(map(len, table.splitlines())) <= 80 and table.count("50%") >= 5
+
+
+def test_what_takes_long_says_so_beforehand(capsys):
+    assert "9 meshes, 2 at once: roughly 8 minutes" in announcement(9, "meshes", 2)  # five rounds of 1.5
+    assert max(map(len, announcement(999, "remedies", 8).splitlines())) <= 80
+    sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
+    scale(c4.get_config("d12"), ["v4-8", "v4-32"], 1, ideal)
+    said = capsys.readouterr().err
+    assert "Compiling 5 meshes" in said and "Compiling 3 programs" in said
+
+
+def test_what_is_stopped_starts_nothing_more(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def job(n: int) -> None:
+        started.append(n)
+        time.sleep(0.1)
+
+    started: list[int] = []
+    monkeypatch.setattr(several, "tqdm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        several.compile_all(job, range(100), "jobs")
+    assert len(started) < 100
 
 
 def test_scaling_is_relative_to_the_first_topology_that_fits():
@@ -135,9 +183,9 @@ def test_remedies_go_together_only_where_none_alone_is_enough():
     failed = {"mesh": V4_32, "topology": "v4-32", "slices": 1, "chips": 16, "batch_size": 256, "hbm_limit_bytes": 2**30}
     failed |= {"context_length": 512}
     failed |= {"hbm_bytes": {"parameters": 1}, "error": "needs more", "fits": False}
-    rows = try_remedies(c4.get_config("d12"), failed, ideal, 2)
+    rows = try_remedies(c4.get_config("d12"), failed, ideal)
     assert rows[0]["change"] == "--config.model.remat=block" and len(rows) == 3
-    rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"}, 2)
+    rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"})
     assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
     table = plan_table(failed | {"remedies": rows})
     assert "choose a larger slice" in table and max(map(len, table.splitlines())) <= 80

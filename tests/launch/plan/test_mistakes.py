@@ -1,6 +1,8 @@
 """A mistake in the command is one line that says what to do, before anything is compiled."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -12,7 +14,11 @@ D8 = "--config=configs/c4.py:d8"
 MISTAKES = {
     "unknown topology": ([D8, "--topology=v4-33"], "choose one of v4-8, v4-16, v4-32"),
     "batch too small": ([D8, "--topology=v4-32", "--config.batch_size=8"], "--config.batch_size=16"),
-    "mesh of other chips": ([D8, "--topology=v4-8", "--mesh=data=3,fsdp=2"], "so that the product is 4"),
+    "mesh of other chips": (
+        [D8, "--topology=v4-8", "--mesh=data=3,fsdp=2"],
+        "so that the product is 4, for example --mesh=data=2",
+    ),
+    "mesh of a larger slice": (["--config=configs/c4.py:d28", "--topology=v4-8"], "--mesh=fsdp=4"),
     "no such axis": ([D8, "--mesh=rows=2"], "'rows=2' is not AXIS=SIZE"),
     "misspelt group": ([D8, "--config.modl.width=3"], "--config has no key modl; did you mean model?"),
     "stray argument": ([D8, "v4-8"], "unexpected argument 'v4-8'"),
@@ -37,3 +43,24 @@ def test_without_the_compiler_it_says_how_to_install_it():
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: the TPU compiler is not installed; run: pip install -e '.[tpu]'"
+
+
+@pytest.mark.tpu_compile
+def test_a_sweep_says_how_long_it_takes_and_can_be_stopped(tmp_path):
+    command = [sys.executable, "-m", "launch.plan", D8, "--topology=v4-2048", "--config.batch_size=4096", "--sweep"]
+    command.append(f"--json={tmp_path}/sweep.json")
+    # A group of its own, as a terminal gives it; a shell's background jobs ignore the signal, and so would it.
+    started = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    first = started.stderr.readline()
+    assert re.search(r"^Compiling \d+ meshes, \d at once: roughly \d+ minutes; Ctrl-C stops", first), first
+    os.killpg(started.pid, signal.SIGINT)
+    rest = started.stderr.read()
+    assert started.wait() == 130 and rest.splitlines()[-1] == "stopped", rest
+    assert not (tmp_path / "sweep.json").exists()
