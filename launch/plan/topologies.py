@@ -32,6 +32,10 @@ CUBES = (
 )
 SQUARES = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 GENERATIONS = {
+    # The clocks of v4, v5p and v5e are peak_flops over the FLOPs that their MXUs, 128 x 128 and four to a core, do in a
+    # cycle. v6e's is not to be had like that: by the published two MXUs of 256 x 256 it would have to run at 3.5 GHz.
+    # At 1.75 GHz its peak is 524,600 FLOPs a cycle, of which the compiler's cycles for a matmul of 4,096 cubed use 87%,
+    # as they do on v4 (v5p and v5e: 96%): tests/launch/plan/test_generations.py.
     # The DCN share of v4 is not published per chip: v5p's is assumed.
     "v4": Generation(2, 1.05e9, 275e12, 30.75 * GIB, 1228e9, 50e9, 6.25e9, True, 4, CUBES),
     "v5p": Generation(2, 1.75e9, 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, True, 4, CUBES),
