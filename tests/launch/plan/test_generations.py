@@ -1,4 +1,4 @@
-"""Each generation's clock, beside the cycles that the compiler counts."""
+"""Plans for the other generations, and the clocks of their chips beside the compiler's cycles."""
 
 import os
 import subprocess
@@ -9,9 +9,11 @@ import pytest
 from launch.plan import topologies
 from launch.plan.schedule import environment
 
-from .conftest import ROOT
+from .conftest import PLANS, ROOT
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
+OTHERS = ["v5e-16", "v5p-16", "v6e-16"]
+PLANS |= {f"d8 on {name}": ["--config=configs/c4.py:d8", f"--topology={name}"] for name in OTHERS}
 
 MATMUL = """
 import sys
@@ -43,3 +45,19 @@ def test_a_chips_peak_over_its_clock_is_what_the_compiler_lets_it_multiply_in_a_
     # Nothing is quicker than the peak. A matmul of this size keeps the MXUs busy but for filling and draining them,
     # tile by tile: 87 to 97% by the compiler. A clock that were wrong by a quarter would leave these bounds.
     assert 0.8 < flops / cycles / (chip.peak_flops / chip.clock) < 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_plan_for_another_generation_fits_and_adds_up(planned, name):
+    made = planned(f"d8 on {name}")
+    assert made.exit_code == 0, made.output + made.errors
+    plan, chip = made.plan, topologies.find(name).chip
+    assert plan["topology"] == name and plan["hbm_limit_bytes"] == chip.hbm_bytes
+    assert plan["fits"] and plan["headroom"] >= 0.1
+    assert plan["hbm_total_bytes"] == sum(plan["hbm_bytes"].values())
+    assert plan["step_ms"] == pytest.approx(sum(plan["step_ms_by_part"].values()))
+    assert plan["step_ms_by_part"]["collectives"] == pytest.approx(sum(c["milliseconds"] for c in plan["collectives"]))
+    # No chip multiplies faster than its peak, and attention kernels have matmuls of their own.
+    assert plan["step_ms_by_part"]["matmuls"] > 1e3 * plan["matmul_flops"] / chip.peak_flops
+    assert plan["step_ms_by_part"]["attention kernel"] > 0
+    assert 0 < plan["mfu"] < 1
