@@ -52,8 +52,8 @@ class Schedule:
         return tiles + max(query_blocks, key_blocks) * self.ends + steps * self.other
 
 
-def environment(folder: str | Path, passes: str = ".*final_.*") -> dict[str, str]:
-    """Variables for a process that compiles for TPUs without one and writes schedules into `folder`.
+def environment(folder: str | Path | None = None, passes: str = ".*final_.*") -> dict[str, str]:
+    """Variables for a process that compiles for TPUs without one, and writes schedules into `folder` if there is one.
 
     `passes` is a pattern of what to write. libtpu reads these once, when JAX first loads it, so that every compilation
     needs a process of its own.
@@ -64,7 +64,7 @@ def environment(folder: str | Path, passes: str = ".*final_.*") -> dict[str, str
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "LIBTPU_INIT_ARGS": dump,
+        "LIBTPU_INIT_ARGS": dump if folder else "",
     }
 
 

@@ -161,12 +161,12 @@ print(m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m
 """
 
 
-def test_memory_is_the_compilers_own_account(planned, tmp_path):
+def test_memory_is_the_compilers_own_account(planned):
     config = changed(c4.get_config("d8"), TINY | {"model.attention": "pallas"})
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, config.to_json()],
         cwd=ROOT,
-        env=os.environ | environment(tmp_path),
+        env=os.environ | environment(),
         capture_output=True,
         text=True,
     )
@@ -189,11 +189,11 @@ for topology in TOPOLOGIES.values():
 """
 
 
-def test_the_compiler_knows_every_topology_of_the_table(tmp_path):
+def test_the_compiler_knows_every_topology_of_the_table():
     done = subprocess.run(
         [sys.executable, "-c", DESCRIBE],
         cwd=ROOT,
-        env=os.environ | environment(tmp_path),
+        env=os.environ | environment(),
         capture_output=True,
         text=True,
     )
