@@ -1,17 +1,19 @@
 """What the TPU attention kernels cost, by the TPU compiler's own schedules; no TPU and no clock is involved.
 
-    python benchmarks/tpu_kernels.py [--generations v4,v5e] [--length 512] [--heads 12] [--width 64] [--json]
+    python benchmarks/tpu_kernels.py [--generations v4,v5e] [--length 512] [--heads 12] [--width 64] [--blocks 256,512]
 
 A forward and backward pass is compiled for a named TPU with libtpu (`pip install "jax[tpu]"`), and the final VLIW
 programs are read: one bundle takes at least one cycle, so the bundles of the region that runs per tile are its cost.
 Programs: "selective" and "standard" are this project's kernels with and without selection; "splash" is JAX's splash
-attention, which has no selection, at its best block size for these shapes. Columns:
+attention, which has no selection, in blocks of 512. `--blocks` tries others, each of a kernel's apart, and the sums at
+the end take each kernel's best: the one of fewest milliseconds. Blocks that do not fit VMEM are left out. Columns:
 
+- block: the side of a tile;
 - bundles per 1,024 logits of one head, of a whole tile and of one on the diagonal (of all its pairs, hidden or not);
-- other: bundles of a grid step outside of the tile, at most: pipeline, starts and ends of blocks;
+- ends: bundles of the starts and ends of blocks; other: of a grid step outside of all these, at most: its pipeline;
 - the busiest slots of a whole tile, by the share of bundles; registers spilled in it;
 - VMEM of scratch and windows; HBM bytes of the operands and results of a call, each once;
-- ms: all tiles and steps of `--batch` sequences of `--length`, on one chip, at one cycle a bundle.
+- ms: all tiles and steps, skipped ones too, of `--batch` sequences of `--length`, on one chip, at one cycle a bundle.
 
 The table comes out the same on every machine.
 """
@@ -34,7 +36,7 @@ KERNELS = {  # of a program, as the compiler names them
     "splash": ("splash_mha_fwd", "splash_mha_dkv", "splash_mha_dq"),
 }
 KERNELS["standard"] = KERNELS["selective"]
-SPLASH_BLOCK, OUR_BLOCK = 512, 256
+SPLASH_BLOCK = 512
 ITEM_BYTES = {"f32": 4, "s32": 4, "bf16": 2, "s8": 1}
 
 
@@ -61,7 +63,7 @@ def largest_array(hlo: str) -> int:
     return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
 
 
-def attention(program: str, length: int, heads: int):
+def attention(program: str, length: int, heads: int, block: int):
     """The function of q, k, v [B, N, H, D] that is compiled."""
     if program != "splash":
         from selective_attention import Selection, selective_attention
@@ -72,7 +74,7 @@ def attention(program: str, length: int, heads: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = {f"block_{name}": min(SPLASH_BLOCK, length) for name in names}
+    blocks = {f"block_{name}": min(block or SPLASH_BLOCK, length) for name in names}
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
 
     def splash(q, k, v):
@@ -84,40 +86,67 @@ def attention(program: str, length: int, heads: int):
     return splash
 
 
-def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> list[dict]:
+def try_block(kernel: str, generation: str, block: int) -> None:
+    """Puts `block` into the table of tilings for one kernel; the other one keeps its own."""
+    from selective_attention import pallas_tpu_plan
+
+    name = kernel.removeprefix("selective_attention_")
+    tiling = pallas_tpu_plan.TILINGS[generation]
+    pallas_tpu_plan.TILINGS[generation] = tiling._replace(**{name: block, f"{name}_float32": block})
+
+
+def compile_here(program: str, kernels: list[str], block: int, arguments: argparse.Namespace, folder: Path):
     """Compiles in this process, whose environment `measure` has set, and reads the schedules: one row per kernel."""
     import jax
     import jax.numpy as jnp
 
     topology = topologies.find(SLICES[arguments.generation])
-    devices, chip = topology.describe(1).devices, topology.chip
+    chip = topology.chip
+    mesh = jax.sharding.Mesh(topology.describe(1).devices[:1], ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     shape = (arguments.batch, arguments.length, arguments.heads, arguments.width)
-    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
-    function = attention(program, arguments.length, arguments.heads)
+    if block and program != "splash":
+        try_block(kernels[0], arguments.generation, block)
+    function = attention(program, arguments.length, arguments.heads, block)
 
     def loss(q, k, v):
         return jnp.sum(function(q, k, v).astype(jnp.float32) ** 2)
 
-    hlo = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile().as_text()
-    block = min(SPLASH_BLOCK if program == "splash" else OUR_BLOCK, arguments.length)
-    heads_per_step = 1 if program == "splash" else arguments.heads
-    blocks = math.ceil(arguments.length / block)
+    compiled = function if kernels == ["selective_attention_forward"] else jax.grad(loss, argnums=(0, 1, 2))
+    with jax.set_mesh(mesh):
+        q = jax.ShapeDtypeStruct(shape, arguments.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+        try:
+            hlo = jax.jit(compiled).lower(q, q, q).compile().as_text()
+        except jax.errors.JaxRuntimeError as error:
+            if block and "vmem" in str(error):
+                return []
+            raise
     rows = []
-    for kernel in KERNELS[program]:
+    for kernel in kernels:
         found = schedule.read_schedule(folder, f"{kernel}*", kernel)
-        tile, diagonal = found.tile, found.diagonal
-        cycles = found.cycles(blocks, blocks) * arguments.batch * arguments.heads / heads_per_step / chip.cores
-        logits = block**2 * heads_per_step / 1024
+        if program == "splash":
+            batch, groups, blocks = (
+                arguments.batch,
+                arguments.heads,
+                [arguments.length // min(block or SPLASH_BLOCK, arguments.length)] * 2,
+            )
+        else:
+            batch, groups, *blocks = schedule.grid(re.search(rf'%{kernel}.*"body":"([^"]+)"', hlo)[1])
+        few, many = sorted(blocks)  # queries may come in chunks
+        cycles = many // few * batch * groups * found.cycles(few, many, (many - few) / 2) / chip.cores
+        side = arguments.length // many
+        logits = side**2 * arguments.heads / groups / 1024
         rows.append(
             {
                 "generation": arguments.generation,
                 "program": program,
                 "kernel": kernel,
-                "bundles": tile.bundles / logits,
-                "bundles_diagonal": diagonal.bundles / logits,
+                "block": side,
+                "bundles": found.tile.bundles / logits,
+                "bundles_diagonal": found.diagonal.bundles / logits,
+                "bundles_ends": found.ends,
                 "bundles_other": found.other,
-                "busy": dict(sorted(tile.busy.items(), key=lambda item: -item[1])[:3]),
-                "spills": tile.spills,
+                "busy": dict(sorted(found.tile.busy.items(), key=lambda item: -item[1])[:3]),
+                "spills": found.tile.spills,
                 "vmem": vmem_bytes(folder, kernel),
                 "hbm": hbm_bytes(hlo, kernel),
                 "largest_array": largest_array(hlo),
@@ -127,16 +156,24 @@ def compile_here(program: str, arguments: argparse.Namespace, folder: Path) -> l
     return rows
 
 
-def measure(program: str, generation: str, arguments: argparse.Namespace) -> list[dict]:
+def measure(program: str, generation: str, kernels: tuple[str, ...], block: int, arguments: argparse.Namespace):
     """Compiles in a process of its own: libtpu reads its options once, when JAX first loads it."""
     with tempfile.TemporaryDirectory() as folder:
         environment = schedule.environment(folder, passes=".*(final_|original).*")
-        flags = [f"--{name}={getattr(arguments, name)}" for name in ("length", "heads", "width", "batch")]
-        command = [sys.executable, __file__, f"--compile={program}:{generation}:{folder}", *flags]
+        flags = [f"--{name}={getattr(arguments, name)}" for name in ("length", "heads", "width", "batch", "dtype")]
+        what = f"{program}:{generation}:{','.join(kernels)}:{block}:{folder}"
+        command = [sys.executable, __file__, f"--compile={what}", *flags]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"compiling {program} for {generation} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def variants(program: str, blocks: list[int]) -> list[tuple[tuple[str, ...], int]]:
+    """What is compiled together, and in which blocks: 0 for the program's own."""
+    if program == "splash" or not blocks:
+        return [(KERNELS[program], block) for block in blocks or [0]]
+    return [((kernel,), block) for kernel in KERNELS[program] for block in blocks]
 
 
 def main() -> None:
@@ -146,34 +183,49 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--blocks", default="", help="sides of tiles to try; comma-separated")
     parser.add_argument("--batch", type=int, default=16, help="sequences per chip")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:
-        program, arguments.generation, folder = arguments.compile.split(":")
-        print(json.dumps(compile_here(program, arguments, Path(folder))))
+        program, arguments.generation, kernels, block, folder = arguments.compile.split(":")
+        print(json.dumps(compile_here(program, kernels.split(","), int(block), arguments, Path(folder))))
         return
     generations, programs = arguments.generations.split(","), arguments.programs.split(",")
-    rows = [row for g in generations for program in programs for row in measure(program, g, arguments)]
+    tried = [int(block) for block in arguments.blocks.split(",") if block]
+    rows = [
+        row
+        for generation in generations
+        for program in programs
+        for kernels, block in variants(program, tried)
+        for row in measure(program, generation, kernels, block, arguments)
+    ]
     if arguments.json:
         print(json.dumps(rows))
         return
     shape = f"N={arguments.length}, {arguments.heads} heads of {arguments.width}"
-    print(f"{shape}, bfloat16, {arguments.batch} sequences per chip")
-    print("| TPU | program | kernel | bundles | diagonal | other | busiest slots | spills | VMEM MiB | HBM MB | ms |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(f"{shape}, {arguments.dtype}, {arguments.batch} sequences per chip")
+    columns = "TPU, program, kernel, block, bundles, diagonal, ends, other, busiest slots, spills, VMEM MiB, HBM MB, ms"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|---" * len(columns.split(", ")) + "|")
     for row in rows:
         busy = ", ".join(f"{slot} {share:.0%}" for slot, share in row["busy"].items())
         print(
-            f"| {row['generation']} | {row['program']} | {row['kernel'].split('_')[-1]} | {row['bundles']:.2f} "
-            f"| {row['bundles_diagonal']:.2f} | {row['bundles_other']} | {busy} | {row['spills']} "
-            f"| {row['vmem'] / 2**20:.1f} | {row['hbm'] / 1e6:.1f} | {row['milliseconds']:.2f} |"
+            f"| {row['generation']} | {row['program']} | {row['kernel'].split('_')[-1]} | {row['block']} "
+            f"| {row['bundles']:.2f} | {row['bundles_diagonal']:.2f} | {row['bundles_ends']} | {row['bundles_other']} "
+            f"| {busy} | {row['spills']} | {row['vmem'] / 2**20:.1f} | {row['hbm'] / 1e6:.1f} "
+            f"| {row['milliseconds']:.2f} |"
         )
     for key in dict.fromkeys((row["generation"], row["program"]) for row in rows):
-        mine = [row for row in rows if (row["generation"], row["program"]) == key]
-        bundles, milliseconds = (sum(row[name] for row in mine) for name in ("bundles", "milliseconds"))
-        print(f"{' '.join(key)}: {bundles:.2f} bundles, {milliseconds:.2f} ms")
+        best: dict[str, dict] = {}
+        for row in sorted(rows, key=lambda row: -row["milliseconds"]):
+            if (row["generation"], row["program"]) == key:
+                best[row["kernel"]] = row
+        bundles, milliseconds = (sum(row[name] for row in best.values()) for name in ("bundles", "milliseconds"))
+        sides = ", ".join(f"{name.split('_')[-1]} {row['block']}" for name, row in sorted(best.items()))
+        print(f"{' '.join(key)}: {bundles:.2f} bundles, {milliseconds:.2f} ms in blocks of {sides}")
 
 
 if __name__ == "__main__":

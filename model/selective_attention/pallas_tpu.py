@@ -3,12 +3,13 @@
 Nothing of size N x M reaches HBM in either direction. The forward pass keeps, besides its output, one log-sum per query
 and head and F at the start of every block of queries ([B, N / block, M]); the backward pass recomputes the tiles.
 The kernels are in `pallas_tpu_forward.py` and `pallas_tpu_backward.py`; here are the `custom_vjp` around them, the
-layouts that they read, and the block sizes. On other platforms than TPU the same kernels run interpreted, slowly.
+layouts that they read. On other platforms than TPU the same kernels run interpreted, slowly.
 
 Shape letters: B batch, N queries, M keys, H query heads, K key/value heads, D head width, S selecting width,
 T tiles of L = 128 lanes.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,8 @@ from jax import Array
 from .blockwise import column_sums
 from .pallas_tpu_backward import backward
 from .pallas_tpu_forward import forward
-from .pallas_tpu_tile import LANES, LOG2_E, Plan, from_columns, on_platform, pad, round_up, shuffle, to_columns
+from .pallas_tpu_plan import make_plan, most_queries
+from .pallas_tpu_tile import LANES, LOG2_E, Plan, from_columns, on_platform, pad, shuffle, to_columns
 from .remat import keep
 from .selection import Keys, Selection
 
@@ -26,14 +28,9 @@ __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small b
 
 # Logits (in base 2) of at most this size need no running maximum: sums of exp2 stay inside float32.
 LOGIT_BOUND = 60.0
-# A core's VMEM, and what the backward kernel takes of it beside its gradient of q: fitted to the compiler's accounts of
-# groups of 768 to 1,024 in width. In chunks of queries, the gradients of k and v are float32 too.
-VMEM_BYTES = 16 * 2**20
-BACKWARD_BYTES, BACKWARD_BYTES_A_ROW, CHUNKED_BYTES_A_ROW = 3 * 2**20, 9472, 11520
 # What belongs to queries, in and out of the backward kernel, and its axis of positions.
 QUERY_AXES = {"q": 2, "d_out": 2, "log_sum": 3, "delta": 3, "q_sel": 2, "f_blocks": 2}
 QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 2, "dq_sel": 3}
-GROUP_WIDTH = 1024  # of all heads that one grid step works on; more would neither fit VMEM nor the registers
 
 
 def attend(
@@ -61,8 +58,13 @@ def attend(
     for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q if q_sel is None else q_sel)):
         if array.shape[-1] > LANES:
             raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
-    plan = _plan(
-        q, k, v, q if q_sel is None else q_sel, q_segment_ids is not None, evict_at is not None, scale, selection, tau
+    plan = make_plan(
+        *(q, k, v, q if q_sel is None else q_sel),
+        segments=q_segment_ids is not None,
+        evict=evict_at is not None,
+        scale=scale,
+        selection=selection,
+        tau=tau,
     )
     integers = {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}
     if q_segment_ids is not None and kv_segment_ids is not None:
@@ -109,6 +111,7 @@ def _attend_forward(plan: Plan, integers, protected, columns, f_start):
 
 def _attend_backward(plan: Plan, residuals, cotangents):
     integers, protected, columns, out, log_sum, f_blocks = residuals
+    plan = dataclasses.replace(plan, block_q=plan.backward_block, block_k=plan.backward_block)
     d_out, d_forgotten = cotangents
     # Split into heads before multiplying: so the compiler does it where the matmul makes d_out.
     out_BHDN, d_out_BHDN = (x.reshape(x.shape[0], -1, plan.value_dim, x.shape[2]) for x in (out, d_out))
@@ -156,10 +159,9 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
     """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
     batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
     num_blocks = operands["q"].shape[2] // plan.block_q
-    width = plan.group_heads * plan.head_dim
     largest = num_blocks
-    if _largest_chunk(width, BACKWARD_BYTES_A_ROW) < num_blocks * plan.block_q:
-        largest = max(1, _largest_chunk(width, CHUNKED_BYTES_A_ROW) // plan.block_q)
+    if most_queries(plan, operands["q"].dtype, dtype) < num_blocks * plan.block_q:
+        largest = max(1, most_queries(plan, operands["q"].dtype, jnp.float32) // plan.block_q)
     chunks = next(n for n in range(1, num_blocks + 1) if num_blocks % n == 0 and num_blocks // n <= largest)
     later = jnp.zeros((batch, plan.head_groups, 1, num_keys), jnp.float32)
     selecting = plan.selection is not Selection.OFF
@@ -194,11 +196,6 @@ def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, d
     return joined | sums | {"df_start": -later}
 
 
-def _largest_chunk(width: int, bytes_a_row: int) -> int:
-    """How many queries the backward kernel can take at once, `width` being that of all heads of a group."""
-    return (VMEM_BYTES - BACKWARD_BYTES - width * bytes_a_row) // (width * 4)
-
-
 def _split(x: Array, axis: int, chunks: int) -> Array:
     """Chunks of `axis` along a new first axis."""
     return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, -1, *x.shape[axis + 1 :]), axis, 0)
@@ -208,46 +205,6 @@ def _join(x: Array, axis: int) -> Array:
     """The inverse of `_split`."""
     x = jnp.moveaxis(x, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _plan(q, k, v, q_sel, segments: bool, evict: bool, scale: float, selection: Selection, tau: float | None) -> Plan:
-    """Pads heads to whole lane tiles and lengths to whole blocks, and chooses the blocks."""
-    head_dim, value_dim, select_dim = (64 if x.shape[-1] <= 64 else 128 for x in (q, v, q_sel))
-    num_heads, num_kv_heads = q.shape[2], k.shape[2]
-    block = 256 if q.dtype == jnp.bfloat16 else 128
-    return Plan(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        select_dim=select_dim,
-        head_groups=_head_groups(num_heads, num_kv_heads, head_dim, value_dim, q.shape[0], round_up(q.shape[1], block)),
-        block_q=min(block, round_up(q.shape[1], LANES)),
-        block_k=min(block, round_up(k.shape[1], LANES)),
-        scale=scale,
-        selection=selection,
-        tau=tau if selection is not Selection.OFF else None,
-        segments=segments,
-        evict=evict,
-    )
-
-
-def _head_groups(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, batch: int, queries: int) -> int:
-    """Into how many passes the heads are split: few enough heads to fit, and work for two cores from one sequence.
-
-    Each pass computes F anew. That is worth up to twice the passes where it spares the backward kernel its chunks.
-    """
-    fitting = [
-        n
-        for n in range(1, num_kv_heads + 1)
-        if num_kv_heads % n == 0 and (n == 1 or (num_kv_heads // n * min(head_dim, value_dim)) % LANES == 0)
-    ]
-    widths = {n: num_heads // n * max(head_dim, value_dim) for n in fitting}
-    small = [n for n in fitting if widths[n] <= GROUP_WIDTH] or fitting[-1:]
-    even = [n for n in small if n % 2 == 0] if batch == 1 else []
-    few = [n for n in even or small if n <= 2 * (even or small)[0]]
-    whole = [n for n in few if _largest_chunk(widths[n], BACKWARD_BYTES_A_ROW) >= queries]
-    return (whole or few[-1:])[0]
 
 
 def _bounded(plan: Plan, q_BCN: Array, k_BCN: Array) -> Array:

@@ -136,7 +136,9 @@ def backward(
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in shapes.values()],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
+        ),
         interpret=interpret,
         name="selective_attention_backward",
     )(offset, *windowed(operands, specs))

@@ -118,7 +118,9 @@ def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array]
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[shape for _, shape in out.values()],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
+        ),
         interpret=interpret,
         name="selective_attention_forward",
     )(*scalars, *windowed(operands, specs))

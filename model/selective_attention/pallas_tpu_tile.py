@@ -41,6 +41,8 @@ class Plan:
     head_groups: int  # parts of the heads; each has its own pass over the grid, and computes F for itself
     block_q: int
     block_k: int
+    backward_block: int  # block_q and block_k of the backward kernel
+    vmem: int  # bytes that a kernel may take
     scale: float
     selection: Selection
     tau: float | None

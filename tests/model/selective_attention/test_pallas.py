@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from selective_attention import pallas_tpu, reference
+from selective_attention import pallas_tpu, pallas_tpu_plan, reference
 from selective_attention.selection import Selection
 
 CASES = {
@@ -171,12 +171,35 @@ def test_chunks_of_queries_with_their_carries_equal_the_whole():
 
 
 def test_backward_in_chunks_of_queries(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "VMEM_BYTES", 1)  # one block of queries a chunk
+    monkeypatch.setattr(pallas_tpu, "most_queries", lambda *_: 1)  # one block of queries a chunk
     arrays, options = make(**CASES["one_kv_head_in_segments"])
     actual = value_and_gradients(pallas_tpu, arrays, options, jnp.float32)
     with jax.enable_x64():
         expected = value_and_gradients(reference, arrays, options, jnp.float64)
     assert_same(actual, expected, 1e-5)
+
+
+def test_the_kernels_have_tiles_of_different_sizes(monkeypatch):
+    monkeypatch.setattr(pallas_tpu_plan, "ELSEWHERE", pallas_tpu_plan.Tiling(256, 256, 256, 128, 2**24))
+    arrays, options = make(**CASES["grouped_heads_and_padding"])
+    actual = value_and_gradients(pallas_tpu, arrays, options, jnp.float32)
+    with jax.enable_x64():
+        expected = value_and_gradients(reference, arrays, options, jnp.float64)
+    assert_same(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "sides"),
+    [
+        (8192, 8192, (512, 256)),
+        (768, 2048, (256, 256)),
+        (300, 300, (512, 256)),
+        (640, 640, (256, 256)),
+        (17, 17, (128,) * 2),
+    ],
+)
+def test_tiles_are_as_large_as_they_may_be_without_more_padding(queries, keys, sides):
+    assert pallas_tpu_plan.blocks(pallas_tpu_plan.TILINGS["v4"], jnp.bfloat16, queries, keys) == sides
 
 
 def test_rounding_errors_of_f_do_not_grow_with_the_length():

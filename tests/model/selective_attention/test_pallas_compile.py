@@ -1,5 +1,6 @@
 """The TPU kernels through the TPU compiler, for chips that are not here: what it makes of them stays under ceilings."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -9,35 +10,57 @@ import pytest
 
 BENCHMARK = pathlib.Path(__file__).parents[3] / "benchmarks" / "tpu_kernels.py"
 MIB = 2**20
+LENGTH, WIDTH = 2048, 64
+HEADS = 12
+# Of each generation: bundles per 1,024 logits of one head, forward and backward, and the VMEM that a kernel may take.
+# The schedule is the same on every machine; measured were the bundles in the comments.
+CEILINGS = {
+    "v4": (4.02, 9.68, 16 * MIB),  # 3.97, 9.58
+    "v5e": (3.45, 8.36, 96 * MIB),  # 3.40, 8.27
+}
+SLOW_CEILINGS = {
+    "v5p": (3.45, 8.36, 48 * MIB),  # 3.40, 8.27
+    "v6e": (2.78, 7.39, 96 * MIB),  # 2.74, 7.31
+}
+ROWS = [(name, *row) for name, row in CEILINGS.items()]
+ROWS += [pytest.param(name, *row, marks=pytest.mark.slow) for name, row in SLOW_CEILINGS.items()]
+over_generations = pytest.mark.parametrize(("generation", "forward", "backward", "vmem"), ROWS)
 
 pytestmark = pytest.mark.tpu_compile
 
 
+@functools.cache
 def measure(*flags):
     pytest.importorskip("libtpu")
-    command = [sys.executable, str(BENCHMARK), "--json", *flags]
+    command = [sys.executable, str(BENCHMARK), "--json", "--programs=selective", "--batch=2", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {row["kernel"].removeprefix("selective_attention_"): row for row in json.loads(done.stdout)}
 
 
+def measure_generation(generation):
+    return measure(f"--generations={generation}", f"--heads={HEADS}", f"--width={WIDTH}", f"--length={LENGTH}")
+
+
+@over_generations
+def test_bundles_stay_under_what_was_measured(generation, forward, backward, vmem):
+    kernels = measure_generation(generation)
+    assert kernels["forward"]["bundles"] < forward
+    assert kernels["backward"]["bundles"] < backward
+
+
+@over_generations
+def test_vmem_fits_and_no_array_of_queries_by_keys_reaches_hbm(generation, forward, backward, vmem):
+    for row in measure_generation(generation).values():
+        assert row["vmem"] < vmem
+        assert row["largest_array"] <= 2 * LENGTH * HEADS * WIDTH < LENGTH**2
+
+
 def test_v4_takes_fewer_bundles_with_selection_than_splash_attention_without():
-    kernels = measure("--programs=selective", "--generations=v4", "--heads=12", "--width=64")
-    assert kernels["forward"]["bundles"] < 4.5
-    assert kernels["backward"]["bundles"] < 9.6
-    assert sum(row["bundles"] for row in kernels.values()) < 14  # splash attention: 22.5
-    assert max(row["vmem"] for row in kernels.values()) < 16 * MIB
-
-
-def test_v5e_compiles_and_no_array_of_queries_by_keys_reaches_hbm():
-    length, heads = 1024, 2
-    shape = ("--batch=1", f"--length={length}", f"--heads={heads}")
-    for row in measure("--programs=selective", "--generations=v5e", *shape).values():
-        assert row["largest_array"] <= length * heads * 64 < length**2
-        assert row["vmem"] < 16 * MIB
+    assert sum(row["bundles"] for row in measure_generation("v4").values()) < 14  # splash attention: 22.5
 
 
 @pytest.mark.parametrize(("heads", "length"), [(16, 1024), (28, 2048)])  # two passes over the heads; chunks of queries
 def test_wide_models_fit_vmem_at_long_contexts(heads, length):
-    kernels = measure("--programs=selective", "--batch=2", f"--heads={heads}", f"--length={length}")
+    kernels = measure(f"--heads={heads}", f"--length={length}")
     assert max(row["vmem"] for row in kernels.values()) < 16 * MIB
