@@ -13,6 +13,7 @@ The tile itself, its units and why they are interleaved: `pallas_tpu_tile.py`.
 """
 
 import functools
+import itertools
 import types
 from collections.abc import Callable
 
@@ -43,9 +44,10 @@ from .pallas_tpu_tile import (
 )
 from .selection import Selection
 
-DELAYS = (0, 1, 2)  # units between a unit's stages
-MASK_LEADS = (12, 7, 5)  # units from the stages of a square's F to its first use
-SELECTION_LAGS = (3, 6)  # units from a square's last head to the later stages of the selecting head's gradient
+UNIT_HEADS = 2  # of a square, that are one unit of the pipeline: their logits' gradients are summed in registers
+DELAYS = (0, 0, 1)  # units between a unit's stages
+MASK_LEADS = (8, 5, 4)  # units from the stages of a square's F to its first use
+SELECTION_LAGS = (1, 3)  # units from a square's last heads to the later stages of the selecting head's gradient
 
 
 def backward(
@@ -109,6 +111,7 @@ def backward(
         "dq_sum": pltpu.VMEM((nq, heads * plan.head_dim, plan.block_q), jnp.float32),
         "dk_sum": pltpu.VMEM((kv_heads * plan.head_dim, plan.block_k), jnp.float32),
         "dv_sum": pltpu.VMEM((kv_heads * plan.value_dim, plan.block_k), jnp.float32),
+        "d_logits": pltpu.VMEM((DELAYS[2] + 1, UNIT_HEADS, LANES, LANES), operands["q"].dtype),
     }
     if plan.selection is not Selection.OFF:
         groups, width = plan.head_groups, plan.select_dim
@@ -124,7 +127,7 @@ def backward(
         scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, width), operands["q_sel"].dtype)
         scratch["dq_sel_sum"] = pltpu.VMEM((nq, width, plan.block_q), jnp.float32)
         scratch["s"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
-        scratch["d_logits"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
+        scratch["d_logits_sum"] = pltpu.VMEM((c, plan.block_k, LANES), jnp.float32)
         scratch["later_sum"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
     results = pl.pallas_call(
         functools.partial(_kernel, plan, nq, nk, tuple(operands) + tuple(shapes) + tuple(scratch)),
@@ -230,7 +233,7 @@ def _selection_chores(
         made: dict[str, Array] = {}
 
         def turn(c=c, block=block, made=made):
-            d_logits = ref.d_logits[c, lanes(block)]
+            d_logits = ref.d_logits_sum[c, lanes(block)]
             if plan.tau is not None:
                 # The memory statistic reads F too, where it is below tau; a hidden pair's F is not.
                 row = ref.d_forgotten[0, :, lanes(c)] * (1 / plan.tau)
@@ -264,37 +267,48 @@ def _selection_chores(
 def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
     """Gradients of q, k, v and of the selecting head from one tile."""
     squares = sorted(tile.squares(), key=lambda square: -square[0])
-    square_starts = {square: n * plan.group_heads for n, square in enumerate(squares)}
-    units = [(c, block, head) for c, block in squares for head in range(plan.group_heads)]
+    groups = [range(plan.group_heads)[n : n + UNIT_HEADS] for n in range(0, plan.group_heads, UNIT_HEADS)]
+    square_starts = {square: n * len(groups) for n, square in enumerate(squares)}
+    units = [
+        (n % (DELAYS[2] + 1), c, block, heads)
+        for n, ((c, block), heads) in enumerate(itertools.product(squares, groups))
+    ]
 
     def scores(unit):
-        c, block, head = unit
-        kv_head = plan.kv_head(head)
-        q_LL = fill_lanes(ref.q[c][0, head_rows(head, plan.head_dim)], kv_head)
-        d_out_LL = fill_lanes(ref.d_out[c][0, head_rows(head, plan.value_dim)], kv_head)
-        logits = dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), lanes(block)], q_LL, (1, 0))
-        d_weights = dot(ref.v_rows[lane_tile(kv_head, plan.value_dim), lanes(block)], d_out_LL, (1, 0))
-        return logits, d_weights
+        _, c, block, heads = unit
+        made = []
+        for head in heads:
+            kv_head = plan.kv_head(head)
+            q_LL = fill_lanes(ref.q[c][0, head_rows(head, plan.head_dim)], kv_head)
+            d_out_LL = fill_lanes(ref.d_out[c][0, head_rows(head, plan.value_dim)], kv_head)
+            logits = dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), lanes(block)], q_LL, (1, 0))
+            d_weights = dot(ref.v_rows[lane_tile(kv_head, plan.value_dim), lanes(block)], d_out_LL, (1, 0))
+            made.append((logits, d_weights))
+        return made
 
     def softmax(unit, scores):
-        c, block, head = unit
-        logits, d_weights = scores
-        at = (0, 0, slice(head, head + 1), lanes(c))
-        weights = jnp.exp2(logits * (plan.scale * LOG2_E) - ref.f[c, lanes(block)] - ref.log_sum[at])
-        d_logits = weights * (d_weights - ref.delta[at])
+        slot, c, block, heads = unit
+        made, total = [], jnp.zeros((LANES, LANES), jnp.float32)
+        for n, (head, (logits, d_weights)) in enumerate(zip(heads, scores, strict=True)):
+            at = (0, 0, slice(head, head + 1), lanes(c))
+            weights = jnp.exp2(logits * (plan.scale * LOG2_E) - ref.f[c, lanes(block)] - ref.log_sum[at])
+            d_logits = weights * (d_weights - ref.delta[at])
+            total += d_logits
+            ref.d_logits[slot, n] = d_logits.astype(ref.dq.dtype)
+            made.append(weights.astype(ref.dq.dtype))
         if plan.selection is not Selection.OFF:
-            ref.d_logits[c, lanes(block)] = d_logits if head == 0 else ref.d_logits[c, lanes(block)] + d_logits
-        return weights.astype(ref.dq.dtype), d_logits.astype(ref.dq.dtype)
+            ref.d_logits_sum[c, lanes(block)] = total if 0 in heads else ref.d_logits_sum[c, lanes(block)] + total
+        return made
 
-    def accumulate(unit, weights_and_gradients):
-        c, block, head = unit
-        weights, d_logits = weights_and_gradients
-        kv_head = plan.kv_head(head)
-        rows, kv_rows = (head_rows(h, plan.head_dim) for h in (head, kv_head))
-        value_rows, kv_value_rows = (head_rows(h, plan.value_dim) for h in (head, kv_head))
-        ref.dv_sum[kv_value_rows, lanes(block)] += dot(ref.d_out[c][0, value_rows], weights, (1, 1))
-        ref.dk_sum[kv_rows, lanes(block)] += dot(ref.q[c][0, rows], d_logits, (1, 1))
-        ref.dq_sum[i, rows, lanes(c)] += dot(ref.k[block][0, kv_rows], d_logits, (1, 0))
+    def accumulate(unit, weights):
+        slot, c, block, heads = unit
+        for n, (head, weights_LL) in enumerate(zip(heads, weights, strict=True)):
+            kv_head = plan.kv_head(head)
+            rows, kv_rows = (head_rows(h, plan.head_dim) for h in (head, kv_head))
+            value_rows, kv_value_rows = (head_rows(h, plan.value_dim) for h in (head, kv_head))
+            ref.dv_sum[kv_value_rows, lanes(block)] += dot(ref.d_out[c][0, value_rows], weights_LL, (1, 1))
+            ref.dk_sum[kv_rows, lanes(block)] += dot(ref.q[c][0, rows], ref.d_logits[slot, n], (1, 1))
+            ref.dq_sum[i, rows, lanes(c)] += dot(ref.k[block][0, kv_rows], ref.d_logits[slot, n], (1, 0))
 
     if plan.selection is not Selection.OFF:
         for c in range(plan.columns):
@@ -303,5 +317,5 @@ def _tile_gradients(plan: Plan, ref, i, tile: Tile) -> None:
             ref.q_sel_rows[lanes(c)] = shuffled.T.astype(ref.q_sel_rows.dtype)
     chores = _mask_chores(plan, ref, tile, square_starts, DELAYS[1])
     if plan.selection is not Selection.OFF:
-        chores += _selection_chores(plan, ref, i, tile, square_starts, plan.group_heads + DELAYS[1])
+        chores += _selection_chores(plan, ref, i, tile, square_starts, len(groups) + DELAYS[1])
     software_pipeline(units, [scores, softmax, accumulate], DELAYS, chores)

@@ -81,7 +81,7 @@ def to_columns(x_BNHD: Array, num_heads: int, width: int, block: int) -> Array:
 
 
 def from_columns(x_BCN: Array, width: int, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_columns`; `shape` is [B, N, H, D]."""
+    """The inverse of `to_columns`; `shape` is [B, N, H, D]."""
     x_BHDN = x_BCN.reshape(shape[0], -1, width, x_BCN.shape[2])
     return jnp.moveaxis(x_BHDN[:, : shape[2], : shape[3], : shape[1]], 3, 1)
 
