@@ -134,7 +134,7 @@ def _files(folder: Path, kernel: str) -> tuple[Path, Path]:
 
 def _regions(program: Path, table: Path) -> tuple[int, list[Region], int]:
     """Bundles of a kernel's whole program, its innermost regions that use the MXU, in program order, and the bundles
-    of the other conditional regions beside them.
+    of the other conditional regions beside them. A start of a block can be part of the only tile that it can meet.
     """
     capacities, uses = re.split(r"== UTILIZATION:\s*", table.read_text())
     slots, capacity = (line.replace(",", " ").split() for line in capacities.strip().splitlines()[-2:])
@@ -148,14 +148,17 @@ def _regions(program: Path, table: Path) -> tuple[int, list[Region], int]:
                 starts[name] = address
             elif name in starts:
                 spans.add((starts[name], address))
-    regions, tiles = [], []
+    using = {}  # the spans that use the MXU, and how much they use of everything
     for start, end in sorted(spans):
         rows = [row for row in use[start : end + 1] if len(row) == len(slots)]
-        holds_another = any(s != (start, end) and start <= s[0] and s[1] <= end and s[1] - s[0] > 100 for s in spans)
         total = dict(zip(slots, map(sum, zip(*rows, strict=True)), strict=True)) if rows else {}
-        if not holds_another and total.get("MXU"):
-            busy = {slot: total[slot] / len(rows) / int(n) for slot, n in zip(slots, capacity, strict=True)}
-            regions.append(Region(end - start + 1, busy, total["VSTORE:SPILL"]))
+        if total.get("MXU"):
+            using[start, end] = {slot: (n, n / len(rows)) for slot, n in total.items()}
+    regions, tiles = [], []
+    for (start, end), total in using.items():
+        if not any(s != (start, end) and start <= s[0] and s[1] <= end and s[1] - s[0] > 100 for s in using):
+            busy = {slot: total[slot][1] / int(n) for slot, n in zip(slots, capacity, strict=True)}
+            regions.append(Region(end - start + 1, busy, total["VSTORE:SPILL"][0]))
             tiles.append((start, end))
     return address + 1, regions, _bundles_beside(tiles, spans)
 
