@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ def measure(config: ConfigDict, topology: str, slices: int = 1) -> dict[str, Any
 
 def main() -> None:
     """Compiles what REQUEST asks for."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
         config, topology = ConfigDict(request["config"]), topologies.find(request["topology"])
