@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_FAILED
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)  # the terminal may be in the middle of a line
         code = EXIT_STOPPED
     sys.exit(code)
 

@@ -21,8 +21,8 @@ def compile_all(one: Callable[[Any], Result], of: Sequence[Any], what: str) -> l
     """
     print(announcement(len(of), what, workers()), file=sys.stderr)
     with ThreadPoolExecutor(workers()) as pool:
-        futures = [pool.submit(one, x) for x in of]
         try:
+            futures = [pool.submit(one, x) for x in of]
             for _ in tqdm(as_completed(futures), total=len(futures), desc=f"Compiling {what}", unit="", ncols=79):
                 pass
         except KeyboardInterrupt:

@@ -33,6 +33,6 @@ def test_temporaries_grow_linearly_with_the_context(tmp_path):
         made = plan(tmp_path, "--topology=v4-32", "--mesh=data=4,fsdp=1,context=4", *flags)
         assert made["fits"]
         temporaries.append(made["hbm_bytes"]["activations and temporaries"])
-    # Not quite 2: F at every 128th query is kept for the backward pass, and grows with the square. At 32,768 it is 34 MB
-    # of 1.5 GB here; F itself would be 1 GB, and the growth 2.6.
+    # Not quite 2: F at every 128th query is kept for the backward pass, and grows with the square. At 32,768 it is
+    # 34 MB of 1.5 GB here; F itself would be 1 GB, and the growth 2.6.
     assert temporaries[1] < 2.15 * temporaries[0]

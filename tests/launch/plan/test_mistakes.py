@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,6 +46,11 @@ def test_without_the_compiler_it_says_how_to_install_it():
     assert done.stderr.splitlines()[-1] == "error: the TPU compiler is not installed; run: pip install -e '.[tpu]'"
 
 
+def compilers(group: int) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "pgid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if line.split()[0] == str(group) and "launch.plan.compiler" in line]
+
+
 @pytest.mark.tpu_compile
 def test_a_sweep_says_how_long_it_takes_and_can_be_stopped(tmp_path):
     command = [sys.executable, "-m", "launch.plan", D8, "--topology=v4-2048", "--config.batch_size=4096", "--sweep"]
@@ -59,7 +65,10 @@ def test_a_sweep_says_how_long_it_takes_and_can_be_stopped(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = started.stderr.readline()
-    assert re.search(r"^Compiling \d+ meshes, \d at once: roughly \d+ minutes; Ctrl-C stops", first), first
+    said = re.search(r"^Compiling \d+ meshes, (\d) at once: roughly \d+ minutes; Ctrl-C stops", first)
+    assert said, first
+    while len(compilers(started.pid)) < int(said[1]):
+        time.sleep(0.1)
     os.killpg(started.pid, signal.SIGINT)
     rest = started.stderr.read()
     assert started.wait() == 130 and rest.splitlines()[-1] == "stopped", rest
