@@ -2,8 +2,9 @@
 
 Nothing of size N x M reaches HBM in either direction. The forward pass keeps, besides its output, one log-sum per query
 and head and F at the start of every block of queries ([B, N / block, M]); the backward pass recomputes the tiles.
-The kernels are in `pallas_tpu_forward.py` and `pallas_tpu_backward.py`; here are the `custom_vjp` around them, the
-layouts that they read. On other platforms than TPU the same kernels run interpreted, slowly.
+The kernels are in `pallas_tpu_forward.py` and `pallas_tpu_backward.py`, their tiles by generation of TPU in
+`pallas_tpu_plan.py`; here are the `custom_vjp` around them and the layouts that they read. On other platforms than TPU
+the same kernels run interpreted, slowly.
 
 Shape letters: B batch, N queries, M keys, H query heads, K key/value heads, D head width, S selecting width,
 T tiles of L = 128 lanes.

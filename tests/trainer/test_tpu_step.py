@@ -26,6 +26,11 @@ def test_the_paper_s_batch_fits_four_chips(tmp_path):
     assert made["fits"] and made["chips"] == 4 and made["batch_size"] == 256
 
 
+@pytest.mark.xfail(
+    reason="2.13 times: F at every 128th query, which is kept for the backward pass, grows with the square",
+    raises=AssertionError,
+    strict=True,
+)
 def test_temporaries_grow_linearly_with_the_context(tmp_path):
     temporaries = []
     for length in (16_384, 32_768):
@@ -33,6 +38,4 @@ def test_temporaries_grow_linearly_with_the_context(tmp_path):
         made = plan(tmp_path, "--topology=v4-32", "--mesh=data=4,fsdp=1,context=4", *flags)
         assert made["fits"]
         temporaries.append(made["hbm_bytes"]["activations and temporaries"])
-    # Not quite 2: F at every 128th query is kept for the backward pass, and grows with the square. At 32,768 it is
-    # 34 MB of 1.5 GB here; F itself would be 1 GB, and the growth 2.6.
-    assert temporaries[1] < 2.15 * temporaries[0]
+    assert temporaries[1] < 2.1 * temporaries[0]

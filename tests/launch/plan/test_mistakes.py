@@ -68,6 +68,7 @@ def test_a_sweep_says_how_long_it_takes_and_can_be_stopped(tmp_path):
     said = re.search(r"^Compiling \d+ meshes, (\d) at once: roughly \d+ minutes; Ctrl-C stops", first)
     assert said, first
     while len(compilers(started.pid)) < int(said[1]):
+        assert started.poll() is None
         time.sleep(0.1)
     os.killpg(started.pid, signal.SIGINT)
     rest = started.stderr.read()

@@ -52,17 +52,14 @@ def test_bundles_stay_under_what_was_measured(generation, forward, backward, vme
 def test_vmem_fits_and_no_array_of_queries_by_keys_reaches_hbm(generation, forward, backward, vmem):
     for row in measure_generation(generation).values():
         assert row["vmem"] < vmem
-        assert row["largest_array"] < BATCH * LENGTH**2  # F of all sequences
+        assert row["largest_array"] <= BATCH * LENGTH * HEADS * WIDTH < LENGTH**2
 
 
 def test_v4_takes_fewer_bundles_with_selection_than_splash_attention_without():
     assert sum(row["bundles"] for row in measure_generation("v4").values()) < 14  # splash attention: 22.5
 
 
-@pytest.mark.parametrize(
-    ("heads", "length"),
-    [(16, 1024), pytest.param(28, 2048, marks=pytest.mark.slow)],  # two passes over the heads; chunks of queries
-)
+@pytest.mark.parametrize(("heads", "length"), [(16, 1024), (28, 2048)])  # two passes over the heads; chunks of queries
 def test_wide_models_fit_vmem_at_long_contexts(heads, length):
     kernels = measure(f"--heads={heads}", f"--length={length}")
     assert max(row["vmem"] for row in kernels.values()) < 16 * MIB
