@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from configs import c4
 from trainer.batches import batch_sharding
-from trainer.checkpoint import Checkpoints, abstract_state
+from trainer.checkpoints.manager import Checkpoints, abstract_state
 from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
 from trainer.state import init_state, make_optimizer

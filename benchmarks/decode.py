@@ -28,7 +28,7 @@ from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
 from inference_budget.generation import decode
 from launch.plan.topologies import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
-from selective_attention.decoding import unstacked
+from selective_attention.transformer.decoding import unstacked
 
 LENGTH, VOCAB = 2_048, 8_192
 

@@ -90,7 +90,7 @@ def attention(program: str, length: int, heads: int, block: int):
 
 def try_block(kernel: str, generation: str, block: int) -> None:
     """Puts `block` into the table of tilings for one kernel; the other one keeps its own."""
-    from selective_attention import pallas_tpu_plan
+    from selective_attention.implementations.tpu import plan as pallas_tpu_plan
 
     name = kernel.removeprefix("selective_attention_")
     tiling = pallas_tpu_plan.TILINGS[generation]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs import demo
 from data import corpus, prepare
-from trainer.interrupt import EXIT_PREEMPTED
+from trainer.hosts.interrupt import EXIT_PREEMPTED
 
 DEVICES = 8
 VARIANTS = ("selective", "standard")
@@ -41,7 +41,7 @@ def main() -> None:
     _say("Report")
     # Imported late and run here with one device: the page needs the models, the steps above no JAX.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from launch import report
+    from launch.report import __main__ as report
 
     reports = report.write_report({variant: workdir / variant for variant in VARIANTS}, dataset, options.report)
     print(f"\n{report.terminal_table(reports)}\n")

@@ -11,7 +11,7 @@ import time
 
 STARTED_AT = time.time()  # before the slow imports
 
-from trainer.interrupt import Interrupt  # noqa: E402
+from trainer.hosts.interrupt import Interrupt  # noqa: E402
 
 interrupt = Interrupt()
 if __name__ == "__main__":
@@ -31,7 +31,6 @@ from ml_collections import config_flags  # noqa: E402
 from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 
 from data import DataError  # noqa: E402
-from trainer import distributed  # noqa: E402
 from trainer.config import check_config  # noqa: E402
 from trainer.errors import (  # noqa: E402
     EXIT_DIVERGED,
@@ -46,6 +45,7 @@ from trainer.errors import (  # noqa: E402
     ResumeError,
     StorageError,
 )
+from trainer.hosts import join as distributed  # noqa: E402
 from trainer.loop import train  # noqa: E402
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's checkpoints, TensorBoard events and result.")

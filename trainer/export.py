@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from selective_attention import export_safetensors
-from trainer.checkpoint import load_model
+from trainer.checkpoints.manager import load_model
 from trainer.errors import ResumeError
 
 

@@ -19,19 +19,19 @@ from ml_collections import ConfigDict
 
 from data import EvalBatches, TrainBatches, open_dataset
 from trainer.batches import Skipping, batch_sharding, global_batch, prefetch
-from trainer.checkpoint import Checkpoints, Restored, abstract_state
+from trainer.checkpoints.disk import check_workdir
+from trainer.checkpoints.manager import Checkpoints, Restored, abstract_state
 from trainer.config import check_batch, check_dataset
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, DivergedError, StorageError
 from trainer.evaluate import Evaluation, evaluate
 from trainer.goodput import Goodput
-from trainer.interrupt import Interrupt
+from trainer.hosts.interrupt import Interrupt
+from trainer.hosts.replicas import make_replica_check
+from trainer.hosts.watchdog import Watchdog
 from trainer.mesh import AXES, make_mesh
 from trainer.metrics import MetricsWriter, StepLog, progress_bar
-from trainer.replicas import make_replica_check
 from trainer.state import TrainState, init_state, make_optimizer, model_config
 from trainer.step import Batch, Request, make_eval_step, make_selection_step, make_train_step
-from trainer.storage import check_workdir
-from trainer.watchdog import Watchdog
 
 RESULT_FILE = "result.json"
 logger = logging.getLogger("trainer")

@@ -74,7 +74,7 @@ def main() -> None:
 def _compile(config: ConfigDict, topology: topologies.Topology, slices: int, dump: Path) -> dict[str, Any]:
     import jax
 
-    from trainer.checkpoint import abstract_state
+    from trainer.checkpoints.manager import abstract_state
     from trainer.config import check_batch
     from trainer.loop import compile_train_step
     from trainer.mesh import make_mesh

@@ -17,8 +17,8 @@ from jax import Array, P
 
 from selective_attention import Cache, Selection, TransformerConfig, partition_spec
 from selective_attention.attention import implementation_module
-from selective_attention.decoding import attend_slots, write
 from selective_attention.sharding import RULES
+from selective_attention.transformer.decoding import attend_slots, write
 
 from .budgets import Budgets
 from .eviction import Columns, evict, of_head_zero, over_heads, protected, victim

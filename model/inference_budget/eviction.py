@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from selective_attention import Selection
-from selective_attention.reference import BIG_NEGATIVE
+from selective_attention.implementations.reference import BIG_NEGATIVE
 from selective_attention.selection import Keys, Queries, select
 
 from .policies import EvictionPolicy, Held

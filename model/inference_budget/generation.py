@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer
-from selective_attention.decoding import check_sampling, decode_step, draw, unstacked
+from selective_attention.transformer.decoding import check_sampling, decode_step, draw, unstacked
 
 from .budgets import Budgets
 from .policies import EvictionPolicy

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer, selective_attention
-from selective_attention.transformer import rms_norm
+from selective_attention.transformer.transformer import rms_norm
 
 from .budgets import Budgets
 from .cache import attend_evicting

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from selective_attention import Cache, Transformer, reshard
-from selective_attention.decoding import run_layers
-from selective_attention.transformer import rms_norm
+from selective_attention.transformer.decoding import run_layers
+from selective_attention.transformer.transformer import rms_norm
 
 from .budgets import Budgets
 from .cache import PrunedLayerCache, init_pruned_cache

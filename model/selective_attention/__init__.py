@@ -1,14 +1,14 @@
 """Selective attention for JAX: the mechanism, a transformer that uses it, and its losses (arXiv 2410.02703)."""
 
 from .attention import Selection, selection_mask, selective_attention
-from .config import TransformerConfig
-from .decoding import Cache, LayerCache, decode_step, init_cache, prefill, sample
-from .encoder_decoder import EncoderDecoder
-from .interchange import export_safetensors, import_safetensors
-from .losses import lm_loss, memory_loss, memory_per_query, selection_statistics
 from .parallel import sharded_selective_attention, zigzag_positions
 from .sharding import RULES, partition_spec, reshard
-from .transformer import Block, Transformer
+from .transformer.config import TransformerConfig
+from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, prefill, sample
+from .transformer.encoder_decoder import EncoderDecoder
+from .transformer.interchange import export_safetensors, import_safetensors
+from .transformer.losses import lm_loss, memory_loss, memory_per_query, selection_statistics
+from .transformer.transformer import Block, Transformer
 
 __all__ = [
     "RULES",

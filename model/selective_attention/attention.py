@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import blockwise, pallas_tpu, reference
+from .implementations import blockwise, reference
+from .implementations.tpu import attend as pallas_tpu
 from .selection import Selection, selection_mask
 
 __all__ = ["Selection", "selection_mask", "selective_attention"]

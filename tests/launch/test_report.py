@@ -16,9 +16,9 @@ import pytest
 
 from configs import demo
 from data import open_dataset, prepare
-from launch import report
-from launch.report_page import Curve, SentenceMasks, legible
-from trainer.checkpoint import load_model
+from launch.report import __main__ as report
+from launch.report.page import Curve, SentenceMasks, legible
+from trainer.checkpoints.manager import load_model
 from trainer.loop import train
 from trainer.metrics import MetricsWriter
 

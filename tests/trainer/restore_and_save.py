@@ -18,8 +18,8 @@ jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", hosts, host)
 
 from configs import demo  # noqa: E402
-from trainer import checkpoint  # noqa: E402
-from trainer.integrity import digest  # noqa: E402
+from trainer.checkpoints import manager as checkpoint  # noqa: E402
+from trainer.checkpoints.integrity import digest  # noqa: E402
 from trainer.mesh import make_mesh  # noqa: E402
 from trainer.state import init_state, make_optimizer  # noqa: E402
 

@@ -11,10 +11,10 @@ from flax import nnx
 
 from data import TrainBatches, open_dataset
 from trainer.batches import Skipping, batch_sharding
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
+from trainer.hosts.replicas import make_replica_check
 from trainer.mesh import AXES, make_mesh
-from trainer.replicas import make_replica_check
 from trainer.state import init_state, make_optimizer
 from trainer.step import Request, make_train_step
 

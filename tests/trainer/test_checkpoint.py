@@ -12,13 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoints, abstract_state, load_model
+from trainer.checkpoints import manager as checkpoint
+from trainer.checkpoints.disk import check_workdir
+from trainer.checkpoints.integrity import digest
+from trainer.checkpoints.manager import Checkpoints, abstract_state, load_model
 from trainer.errors import ConfigError, ResumeError
-from trainer.integrity import digest
 from trainer.mesh import make_mesh
 from trainer.state import TrainState, init_state, make_optimizer
-from trainer.storage import check_workdir
 
 
 @pytest.fixture

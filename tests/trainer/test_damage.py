@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
-from trainer.checkpoint import Checkpoints, abstract_state, load_model
+from trainer.checkpoints.manager import Checkpoints, abstract_state, load_model
 from trainer.errors import ResumeError
 from trainer.mesh import make_mesh
 from trainer.state import init_state, make_optimizer
@@ -227,7 +227,7 @@ def test_unreadable_file_is_named(saved):
     program = """
 import os, sys
 from etils import epath
-from trainer.integrity import DamagedError, check_files, read_seal
+from trainer.checkpoints.integrity import DamagedError, check_files, read_seal
 folder = epath.Path(sys.argv[1])
 check_files(folder, read_seal(folder))
 os.chmod(folder / sys.argv[2], 0)

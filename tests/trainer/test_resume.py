@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from trainer.interrupt import EXIT_PREEMPTED
+from trainer.hosts.interrupt import EXIT_PREEMPTED
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ import json, sys
 import jax
 from ml_collections import ConfigDict
 from launch.plan import topologies
-from trainer.checkpoint import abstract_state
+from trainer.checkpoints.manager import abstract_state
 from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
 from trainer.state import init_state, make_optimizer

@@ -5,9 +5,9 @@ import json
 import pytest
 from small_model import make_model
 
-from inference_budget.__main__ import main
-from inference_budget.inputs import model_fingerprint
-from inference_budget.result import Journal, budgets_of, read_json, write_json
+from launch.budgets.__main__ import main
+from launch.budgets.inputs import model_fingerprint
+from launch.budgets.result import Journal, budgets_of, read_json, write_json
 
 CONTENT = {
     "checkpoint": {"path": "/runs/one", "fingerprint": "a" * 64},

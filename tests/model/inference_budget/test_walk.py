@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from small_model import make_model
 
-from inference_budget.__main__ import main
-from inference_budget.result import read_json
+from launch.budgets.__main__ import main
+from launch.budgets.result import read_json
 from selective_attention import export_safetensors
 
 PIECES, RECORD = 36, 64

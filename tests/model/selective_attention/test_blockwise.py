@@ -10,8 +10,8 @@ from attention_oracle import RULES, make_inputs, streaming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selective_attention import blockwise, reference
 from selective_attention.attention import Selection, selective_attention
+from selective_attention.implementations import blockwise, reference
 
 NAMES = ["q", "k", "v", "q_sel", "k_sel"]
 

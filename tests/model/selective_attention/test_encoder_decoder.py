@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from selective_attention import Selection, TransformerConfig, lm_loss
-from selective_attention.encoder_decoder import EncoderDecoder, full_attention
+from selective_attention.transformer.encoder_decoder import EncoderDecoder, full_attention
 
 AXES = ("data", "fsdp", "context", "tensor")
 

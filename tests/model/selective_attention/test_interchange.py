@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from selective_attention import Transformer, TransformerConfig
-from selective_attention.interchange import export_safetensors, import_safetensors
+from selective_attention.transformer.interchange import export_safetensors, import_safetensors
 
 safetensors = pytest.importorskip("safetensors.flax")
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from selective_attention import pallas_tpu, pallas_tpu_plan, reference
+from selective_attention.implementations import reference
+from selective_attention.implementations.tpu import attend as pallas_tpu
+from selective_attention.implementations.tpu import plan as pallas_tpu_plan
 from selective_attention.selection import Selection
 
 CASES = {

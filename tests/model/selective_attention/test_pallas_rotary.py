@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selective_attention.transformer import fused_norm_rotary, rms_norm, rotary
+from selective_attention.transformer.transformer import fused_norm_rotary, rms_norm, rotary
 
 AXES = ("data", "fsdp", "context", "tensor")
 

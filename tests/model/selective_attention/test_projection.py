@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from selective_attention.projection import contract, normalised_projections, rms_norm
 from selective_attention.sharding import reshard
+from selective_attention.transformer.projection import contract, normalised_projections, rms_norm
 
 AXES = ("data", "fsdp", "context", "tensor")
 PROJECTIONS = (

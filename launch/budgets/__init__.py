@@ -1,0 +1,1 @@
+"""The commands around inference_budget: search, evaluate, generate and report."""

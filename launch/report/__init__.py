@@ -1,0 +1,1 @@
+"""The page about the runs of the demo."""

@@ -1,0 +1,319 @@
+"""Selective attention in blocks of queries and keys, with `jax.custom_vjp`: nothing of size N x M ever exists.
+
+Forward: for query blocks in order and, inside, for the key blocks up to the diagonal, `_mask_tile` makes a tile of F
+from its carry (a vector f [M], F at the block's first query) and advances the carry; softmax is accumulated online.
+Backward, in reverse order: the tile of F is made again from the saved carry, and the transpose of `_mask_tile` takes
+the gradients of F and of the later carry to the selecting head's q and k and to the earlier carry.
+Between the two live the inputs, the outputs, their log-sum-exp, and the carries [B, N / R, M].
+
+Shape letters: B batch, N queries, M keys, K key/value heads, G query heads of each, D head width; R rows (queries) and
+C columns (keys) of a tile, I query blocks of R, J key blocks of C. What a single sequence passes through has no B.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..remat import keep
+from ..selection import Keys, Queries, Selection, select, selecting_head, visible
+
+BLOCK = 128  # rows and columns of a tile, at most
+GROUP = 16  # rows that are summed by one small matmul; blocks are multiples of it
+HIDDEN = 1e30  # instead of F where a query does not look; finite, so that rows that see nothing stay free of NaN
+NOTHING_SEEN = -1e29  # a running maximum that real logits exceed, and against which exp(-HIDDEN - .) is exactly 0
+
+
+class _Rule(NamedTuple):
+    """What is fixed when the program is traced."""
+
+    scale: float
+    selection: Selection
+    tau: float | None
+
+
+class _Blocks(NamedTuple):
+    """The inputs in blocks; a leading axis B, absent for a single sequence."""
+
+    q: Array  # [I, K, G, R, D]
+    k: Array  # [J, K, C, D]
+    v: Array  # [J, K, C, D]
+    q_sel: Array  # [I, R, D], float32
+    k_sel: Array  # [J, C, D], float32
+    f_start: Array  # [J, C], float32
+    q_segment: Array | None  # [I, R]
+    kv_segment: Array | None  # [J, C]
+    first: Array  # [J, C], as in Keys
+    evict_at: Array | None  # [J, C]
+
+    def keys(self, j: Array) -> Keys:
+        columns = self.first.shape[1]
+        segment, evict_at = (None if x is None else x[j] for x in (self.kv_segment, self.evict_at))
+        return Keys(j * columns + jnp.arange(columns, dtype=jnp.int32), self.first[j], segment, evict_at)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
+    f_start: Array,
+    *,
+    offset: Array | int,
+    evict_at: Array | None,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    scale: float,
+    selection: Selection,
+    tau: float | None,
+    logit_bound: Array | float | None = None,
+) -> tuple[Array, Array | None]:
+    """Selective attention of a block of queries; arguments and results as `reference.attend`."""
+    q_sel, k_sel = selecting_head(q, k, q_sel, k_sel)
+    batch, length, num_heads, head_dim = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    first = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])
+    q_segment, kv_segment, evict_at = jax.tree.map(_split, (q_segment_ids, kv_segment_ids, evict_at))
+    blocks = _Blocks(
+        q=jnp.einsum("birkgd->bikgrd", _split(q.reshape(batch, length, k.shape[2], -1, head_dim))),
+        k=jnp.einsum("bjckd->bjkcd", _split(k)),
+        v=jnp.einsum("bjckd->bjkcd", _split(v)),
+        q_sel=_split(q_sel.astype(dtype)),
+        k_sel=_split(k_sel.astype(dtype)),
+        f_start=_split(f_start.astype(dtype)),
+        q_segment=q_segment,
+        kv_segment=kv_segment,
+        first=_split(first),
+        evict_at=evict_at,
+    )
+    offset, blocks = _vary_alike((jnp.asarray(offset, jnp.int32), blocks))
+    out_BIKGRD, forgotten_BIR = _attend(_Rule(scale, selection, tau), offset, blocks)
+    out = _join(jnp.einsum("bikgrd->birkgd", out_BIKGRD), length).reshape(batch, length, num_heads, v.shape[-1])
+    return out, None if tau is None else _join(forgotten_BIR, length)
+
+
+def column_sums(
+    q_sel: Array,
+    k_sel: Array,
+    *,
+    offset: Array | int,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    scale: float,
+    selection: Selection,
+) -> Array:
+    """What a block of queries adds to F for all later queries; arguments and results as `reference.column_sums`."""
+    dtype = jnp.promote_types(q_sel.dtype, jnp.float32)
+    keys = Keys.of(k_sel.shape[1], kv_segment_ids)
+    q_sel, q_segment_ids, k_sel, keys = _vary_alike((q_sel.astype(dtype), q_segment_ids, k_sel.astype(dtype), keys))
+
+    @jax.checkpoint  # S is made again in the backward pass
+    def add_block(sums_BM, block):
+        position_R, q_sel_BRD, segment_BR = block
+        queries = Queries(offset + position_R, segment_BR)
+        return sums_BM + select(q_sel_BRD, k_sel, queries, keys, scale, selection).sum(axis=1), None
+
+    by_block = jax.tree.map(lambda x: jnp.moveaxis(_split(x), 1, 0), (q_sel, q_segment_ids))
+    positions_IR = _positions(by_block[0].shape[0], by_block[0].shape[2])
+    return jax.lax.scan(add_block, _zeros(k_sel.shape[:2], like=k_sel), (positions_IR, *by_block))[0]
+
+
+def _mask_tile(
+    q_sel_RD: Array, k_sel_CD: Array, f_C: Array, queries: Queries, keys: Keys, rule: _Rule
+) -> tuple[Array, Array]:
+    """A tile of F [R, C] from the carry f, F at its first row; and the carry for the row after its last."""
+    rows, columns = q_sel_RD.shape[0], k_sel_CD.shape[0]
+    if rule.selection is Selection.OFF:
+        return jnp.zeros((rows, columns), f_C.dtype), f_C
+    s_RC = select(q_sel_RD, k_sel_CD, queries, keys, rule.scale, rule.selection)
+    # The exclusive sum over rows: within groups of rows, and over the groups before. Small triangular matmuls, in full
+    # precision, are the fastest form of it.
+    s_grouped = s_RC.reshape(-1, GROUP, columns)
+    total = s_grouped.sum(axis=1)
+    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    within = dot("rs,gsc->grc", jnp.tri(GROUP, k=-1, dtype=s_RC.dtype), s_grouped)
+    before = dot("gh,hc->gc", jnp.tri(total.shape[0], k=-1, dtype=s_RC.dtype), total)
+    f_RC = (f_C + before[:, None, :] + within).reshape(rows, columns)
+    return f_RC, f_C + total.sum(axis=0)
+
+
+def _logits(rule: _Rule, q_KGRD: Array, k_KCD: Array, f_RC: Array, seen_RC: Array) -> Array:
+    """Logits minus F [K, G, R, C]: one subtrahend for all heads holds F and everything that hides keys."""
+    logits_KGRC = jnp.einsum("kgrd,kcd->kgrc", q_KGRD, k_KCD, preferred_element_type=f_RC.dtype)
+    return rule.scale * logits_KGRC - jnp.where(seen_RC, f_RC, HIDDEN)
+
+
+def _blocks_until(queries: Queries, blocks: _Blocks) -> Array:
+    """How many key blocks are not wholly above the diagonal of a block of queries."""
+    num_blocks, columns = blocks.first.shape
+    return jnp.minimum(num_blocks, queries.position[-1] // columns + 1)
+
+
+def _attend_sequence(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array, Array, Array]:
+    """Forward pass of one sequence: out [I, K, G, R, D], forgotten [I, R], log-sum-exp [I, K, G, R], f [I, J, C]."""
+    dtype = blocks.f_start.dtype
+    num_blocks, heads, rows = blocks.q.shape[0], blocks.q.shape[1:4], blocks.q.shape[3]
+
+    def query_block(f_JC, block):
+        position_R, q_KGRD, q_sel_RD, segment_R = block
+        queries = Queries(offset + position_R, segment_R)
+
+        def key_block(j, carry):
+            top_KGR, total_KGR, out_KGRD, forgotten_R, f_JC = carry
+            keys = blocks.keys(j)
+            seen_RC = visible(queries, keys)
+            f_RC, f_next_C = _mask_tile(q_sel_RD, blocks.k_sel[j], f_JC[j], queries, keys, rule)
+            logits_KGRC = _logits(rule, q_KGRD, blocks.k[j], f_RC, seen_RC)
+            new_top_KGR = jnp.maximum(top_KGR, logits_KGRC.max(axis=-1))
+            weights_KGRC = jnp.exp(logits_KGRC - new_top_KGR[..., None])
+            fade_KGR = jnp.exp(top_KGR - new_top_KGR)
+            v_KCD = blocks.v[j]
+            values_KGRD = jnp.einsum(
+                "kgrc,kcd->kgrd", weights_KGRC.astype(v_KCD.dtype), v_KCD, preferred_element_type=dtype
+            )
+            if rule.tau is not None:
+                forgotten_R += jnp.sum(jnp.minimum(f_RC, rule.tau) / rule.tau, axis=-1, where=seen_RC)
+            return (
+                new_top_KGR,
+                total_KGR * fade_KGR + weights_KGRC.sum(axis=-1),
+                out_KGRD * fade_KGR[..., None] + values_KGRD,
+                forgotten_R,
+                f_JC.at[j].set(f_next_C),
+            )
+
+        zeros = functools.partial(_zeros, like=blocks.f_start)
+        out_zeros = zeros((*heads, blocks.v.shape[-1]))
+        start = zeros(heads) + NOTHING_SEEN, zeros(heads), out_zeros, zeros((rows,)), f_JC
+        top_KGR, total_KGR, out_KGRD, forgotten_R, f_next_JC = jax.lax.fori_loop(
+            0, _blocks_until(queries, blocks), key_block, start
+        )
+        out_KGRD = (out_KGRD / jnp.where(total_KGR == 0, 1, total_KGR)[..., None]).astype(blocks.q.dtype)
+        # A row that sees nothing has a log-sum-exp above everything, so that the backward pass's weights are 0.
+        lse_KGR = jnp.where(total_KGR == 0, HIDDEN, top_KGR + jnp.log(total_KGR))
+        return f_next_JC, (out_KGRD, forgotten_R, lse_KGR, f_JC)
+
+    by_block = _positions(num_blocks, rows), blocks.q, blocks.q_sel, blocks.q_segment
+    return jax.lax.scan(query_block, blocks.f_start, by_block)[1]
+
+
+def _transpose_sequence(
+    rule: _Rule,
+    offset: Array,
+    blocks: _Blocks,
+    out_IKGRD: Array,
+    lse_IKGR: Array,
+    f_IJC: Array,
+    d_out_IKGRD: Array,
+    d_forgotten_IR: Array,
+) -> tuple[Array, ...]:
+    """Backward pass of one sequence: gradients of the first six fields of `_Blocks`."""
+    dtype = f_IJC.dtype
+    dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    zeros = functools.partial(_zeros, like=blocks.f_start)
+    delta_IKGR = jnp.sum(d_out_IKGRD.astype(dtype) * out_IKGRD.astype(dtype), axis=-1)
+
+    def query_block(carry, block):
+        position_R, q_KGRD, q_sel_RD, segment_R, lse_KGR, f_JC, delta_KGR, d_out_KGRD, d_forgotten_R = block
+        queries = Queries(offset + position_R, segment_R)
+
+        def key_block(j, carry):
+            d_q_KGRD, d_q_sel_RD, d_k_JKCD, d_v_JKCD, d_k_sel_JCD, d_f_JC = carry
+            keys, k_KCD, v_KCD = blocks.keys(j), blocks.k[j], blocks.v[j]
+            seen_RC = visible(queries, keys)
+            mask_tile = functools.partial(_mask_tile, queries=queries, keys=keys, rule=rule)
+            (f_RC, _), transpose = jax.vjp(mask_tile, q_sel_RD, blocks.k_sel[j], f_JC[j])
+            weights_KGRC = jnp.exp(_logits(rule, q_KGRD, k_KCD, f_RC, seen_RC) - lse_KGR[..., None])
+            d_weights_KGRC = dot("kgrd,kcd->kgrc", d_out_KGRD, v_KCD)
+            d_logits_KGRC = weights_KGRC * (d_weights_KGRC - delta_KGR[..., None])
+            d_f_RC = -d_logits_KGRC.sum(axis=(0, 1))
+            if rule.tau is not None:
+                d_f_RC += jnp.where(seen_RC & (f_RC < rule.tau), d_forgotten_R[:, None] / rule.tau, 0)
+            d_q_sel_tile, d_k_sel_tile, d_f_C = transpose((d_f_RC, d_f_JC[j]))
+            d_logits_KGRC = d_logits_KGRC.astype(k_KCD.dtype)
+            return (
+                d_q_KGRD + dot("kgrc,kcd->kgrd", d_logits_KGRC, k_KCD),
+                d_q_sel_RD + d_q_sel_tile,
+                d_k_JKCD.at[j].add(dot("kgrc,kgrd->kcd", d_logits_KGRC, q_KGRD)),
+                d_v_JKCD.at[j].add(dot("kgrc,kgrd->kcd", weights_KGRC.astype(v_KCD.dtype), d_out_KGRD)),
+                d_k_sel_JCD.at[j].add(d_k_sel_tile),
+                d_f_JC.at[j].set(d_f_C),
+            )
+
+        start = zeros(q_KGRD.shape), zeros(q_sel_RD.shape), *carry
+        d_q_KGRD, d_q_sel_RD, *carry = jax.lax.fori_loop(0, _blocks_until(queries, blocks), key_block, start)
+        return tuple(carry), ((rule.scale * d_q_KGRD).astype(q_KGRD.dtype), d_q_sel_RD)
+
+    nothing = tuple(zeros(x.shape) for x in (blocks.k, blocks.v, blocks.k_sel, blocks.f_start))
+    by_block = (
+        _positions(blocks.q.shape[0], blocks.q.shape[3]),
+        *(blocks.q, blocks.q_sel, blocks.q_segment),
+        *(lse_IKGR, f_IJC, delta_IKGR, d_out_IKGRD, d_forgotten_IR),
+    )
+    (d_k, d_v, d_k_sel, d_f_start), (d_q, d_q_sel) = jax.lax.scan(query_block, nothing, by_block, reverse=True)
+    return d_q, (rule.scale * d_k).astype(blocks.k.dtype), d_v.astype(blocks.v.dtype), d_q_sel, d_k_sel, d_f_start
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array]:
+    """(out [B, I, K, G, R, D], forgotten [B, I, R])."""
+    return _attend_forward(rule, offset, blocks)[0]
+
+
+def _attend_forward(rule: _Rule, offset: Array, blocks: _Blocks):
+    made = _each_sequence(functools.partial(_attend_sequence, rule, offset), blocks)
+    out, forgotten, lse, carries = map(keep, made)
+    return (out, forgotten), (offset, blocks, out, lse, carries)
+
+
+def _attend_backward(rule: _Rule, residuals, cotangents):
+    offset, *residuals = residuals
+    gradients = _each_sequence(functools.partial(_transpose_sequence, rule, offset), *residuals, *cotangents)
+    return None, _Blocks._make((*gradients, None, None, None, None))  # integers have no gradient
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _each_sequence(function: Callable, *arrays):
+    """`function` of every sequence of the batch: one after another on a CPU, so that tiles stay in its cache."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda one: function(*one), arrays)
+    return jax.vmap(function)(*arrays)
+
+
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros in the dtype of `like`, and varying over the same mesh axes, as the carry of a loop must."""
+    return jax.lax.pcast(jnp.zeros(shape, like.dtype), tuple(_varying(like)), to="varying")
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary_alike(arrays):
+    """All of them varying over every mesh axis that one varies over: inside a `shard_map` loops mix them."""
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), arrays)
+
+
+def _positions(num_blocks: int, rows: int) -> Array:
+    return jnp.arange(num_blocks * rows, dtype=jnp.int32).reshape(num_blocks, rows)
+
+
+def _split(x: Array) -> Array:
+    """[B, N, ...] to equal blocks [B, I, R, ...], filled up with zeros (a zero q_sel selects nothing)."""
+    length = x.shape[1]
+    num_blocks = math.ceil(length / BLOCK)
+    rows = math.ceil(length / num_blocks / GROUP) * GROUP
+    padded = jnp.pad(x, [(0, 0), (0, num_blocks * rows - length)] + [(0, 0)] * (x.ndim - 2))
+    return padded.reshape(x.shape[0], num_blocks, rows, *x.shape[2:])
+
+
+def _join(x: Array, length: int) -> Array:
+    """The inverse: [B, I, R, ...] to [B, length, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

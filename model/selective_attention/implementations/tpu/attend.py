@@ -1,0 +1,236 @@
+"""Selective attention as fused TPU kernels: `implementation="pallas"`.
+
+Nothing of size N x M reaches HBM in either direction. The forward pass keeps, besides its output, one log-sum per query
+and head and F at the start of every block of queries ([B, N / block, M]); the backward pass recomputes the tiles.
+The kernels are in `forward.py` and `backward.py`, their tiles by generation of TPU in
+`plan.py`; here are the `custom_vjp` around them and the layouts that they read. On other platforms than TPU
+the same kernels run interpreted, slowly.
+
+Shape letters: B batch, N queries, M keys, H query heads, K key/value heads, D head width, S selecting width,
+T tiles of L = 128 lanes.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...remat import keep
+from ...selection import Keys, Selection
+from ..blockwise import column_sums
+from .backward import backward
+from .forward import forward
+from .plan import make_plan, most_queries
+from .tile import LANES, LOG2_E, Plan, from_columns, on_platform, pad, shuffle, to_columns
+
+__all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
+
+# Logits (in base 2) of at most this size need no running maximum: sums of exp2 stay inside float32.
+LOGIT_BOUND = 60.0
+# What belongs to queries, in and out of the backward kernel, and its axis of positions.
+QUERY_AXES = {"q": 2, "d_out": 2, "log_sum": 3, "delta": 3, "q_sel": 2, "f_blocks": 2}
+QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 2, "dq_sel": 3}
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_sel: Array | None,
+    k_sel: Array | None,
+    f_start: Array,
+    *,
+    offset: Array | int,
+    evict_at: Array | None,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    scale: float,
+    selection: Selection,
+    tau: float | None,
+    logit_bound: Array | float | None = None,
+) -> tuple[Array, Array | None]:
+    """Selective attention of a block of queries; arguments and results as in `reference.attend`.
+
+    Raises:
+      ValueError: heads wider than 128.
+    """
+    for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q if q_sel is None else q_sel)):
+        if array.shape[-1] > LANES:
+            raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
+    plan = make_plan(
+        *(q, k, v, q if q_sel is None else q_sel),
+        segments=q_segment_ids is not None,
+        evict=evict_at is not None,
+        scale=scale,
+        selection=selection,
+        tau=tau,
+    )
+    integers = {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}
+    if q_segment_ids is not None and kv_segment_ids is not None:
+        integers |= _segment_rows(plan, q_segment_ids, kv_segment_ids)
+    if evict_at is not None:
+        integers["evict_at"] = pad(evict_at, plan.block_k, 1)[:, None]
+    protected = None
+    if selection is not Selection.UNPROTECTED_BOS:
+        first_BM = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])
+        protected = pad(first_BM, plan.block_k, 1)[:, None]
+    columns = {
+        "q": to_columns(q, plan.num_heads, plan.head_dim, plan.block_q),
+        "k": to_columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
+        "v": to_columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
+    }
+    if q_sel is not None and k_sel is not None and selection is not Selection.OFF:
+        columns["q_sel"] = to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q)
+        columns["k_sel"] = to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k)
+    f_start = pad(f_start.astype(jnp.float32), plan.block_k, 1)[:, None]
+    if logit_bound is None:
+        bounded = _bounded(plan, columns["q"], columns["k"])
+    else:
+        bounded = jnp.broadcast_to(_bounds(plan, jnp.asarray(logit_bound, jnp.float32)), k.shape[:1])
+    out, forgotten = _attend(plan, integers | {"bounded": bounded}, protected, columns, f_start)
+    out = from_columns(out, plan.value_dim, (*q.shape[:3], v.shape[3]))
+    return out, None if tau is None else forgotten[:, : q.shape[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, integers, protected, columns, f_start):
+    return _attend_forward(plan, integers, protected, columns, f_start)[0]
+
+
+def _attend_forward(plan: Plan, integers, protected, columns, f_start):
+    operands = _operands(plan, integers, protected, columns)
+    if plan.selection is not Selection.OFF:
+        operands["f_start"] = f_start
+    scalars = (integers["offset"], integers["bounded"])
+    made = jax.tree.map(keep, on_platform(functools.partial(forward, plan), operands, scalars))
+    forgotten = made["forgotten"][:, 0, 0] if "forgotten" in made else jnp.zeros(columns["q"].shape[::2], jnp.float32)
+    residuals = (integers, protected, columns, made["out"], made["log_sum"], made.get("f_blocks"))
+    return (made["out"], forgotten), residuals
+
+
+def _attend_backward(plan: Plan, residuals, cotangents):
+    integers, protected, columns, out, log_sum, f_blocks = residuals
+    plan = dataclasses.replace(plan, block_q=plan.backward_block, block_k=plan.backward_block)
+    d_out, d_forgotten = cotangents
+    # Split into heads before multiplying: so the compiler does it where the matmul makes d_out.
+    out_BHDN, d_out_BHDN = (x.reshape(x.shape[0], -1, plan.value_dim, x.shape[2]) for x in (out, d_out))
+    delta_BHN = jnp.sum(out_BHDN.astype(jnp.float32) * d_out_BHDN.astype(jnp.float32), axis=2)
+    operands = _operands(plan, integers, protected, columns) | {
+        "d_out": d_out,
+        "log_sum": log_sum,
+        "delta": delta_BHN.reshape(log_sum.shape),
+    }
+    if plan.selection is not Selection.OFF:
+        operands["f_blocks"] = f_blocks
+        if plan.tau is not None:
+            operands["d_forgotten"] = d_forgotten[:, None]
+    made = _backward_in_chunks(plan, operands, integers["offset"], columns["k"].dtype)
+    d_columns = {name: made[f"d{name}"].astype(columns[name].dtype) for name in ("q", "k", "v")}
+    if plan.selection is Selection.OFF:
+        return None, None, d_columns, jnp.zeros_like(log_sum, shape=(out.shape[0], 1, columns["k"].shape[2]))
+    d_sel = {name: made[f"d{name}"].sum(1) for name in ("q_sel", "k_sel")}
+    if protected is not None:
+        d_sel["k_sel"] = jnp.where(protected, 0, d_sel["k_sel"])
+    for name, d_x in d_sel.items():
+        if name in columns:
+            d_columns[name] = d_x.astype(columns[name].dtype)
+        else:
+            of_head = d_columns[name[0]].at[:, : plan.select_dim]
+            d_columns[name[0]] = of_head.set((of_head.get() + d_x).astype(d_columns[name[0]].dtype))
+    return None, None, d_columns, made["df_start"].sum(1)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _operands(plan: Plan, integers, protected, columns) -> dict[str, Array]:
+    """What both kernels read. Head 0 selects, unless the selecting head has its own columns."""
+    operands = dict(columns)
+    if plan.selection is not Selection.OFF:
+        operands["q_sel"] = columns.get("q_sel", columns["q"][:, : plan.select_dim])
+        k_sel = columns.get("k_sel", columns["k"][:, : plan.select_dim])
+        # A key of zeros is never selected, which is all that protects the first token of a segment.
+        operands["k_sel"] = k_sel if protected is None else jnp.where(protected, 0, k_sel)
+    return operands | {name: rows for name, rows in integers.items() if name not in ("offset", "bounded")}
+
+
+def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype) -> dict[str, Array]:
+    """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
+    batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
+    num_blocks = operands["q"].shape[2] // plan.block_q
+    largest = num_blocks
+    if most_queries(plan, operands["q"].dtype, dtype) < num_blocks * plan.block_q:
+        largest = max(1, most_queries(plan, operands["q"].dtype, jnp.float32) // plan.block_q)
+    chunks = next(n for n in range(1, num_blocks + 1) if num_blocks % n == 0 and num_blocks // n <= largest)
+    later = jnp.zeros((batch, plan.head_groups, 1, num_keys), jnp.float32)
+    selecting = plan.selection is not Selection.OFF
+
+    def run(offset, later, operands, key_dtype):
+        operands = operands | ({"later": later} if selecting else {})
+        return on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, offset)
+
+    if chunks == 1:
+        return run(offset, later, operands, dtype)
+    of_keys = {name: x for name, x in operands.items() if name not in QUERY_AXES}
+    of_queries = {name: _split(x, QUERY_AXES[name], chunks) for name, x in operands.items() if name in QUERY_AXES}
+
+    def step(carry, chunk):
+        sums, later = carry
+        start, of_queries = chunk
+        made = run(offset + start, later, of_keys | of_queries, jnp.float32)
+        if selecting:
+            later = -made["df_start"]
+        return ({name: x + made[name] for name, x in sums.items()}, later), {
+            n: made[n] for n in made if n in QUERY_AXES
+        }
+
+    widths = {"dk": plan.num_kv_heads * plan.head_dim, "dv": plan.num_kv_heads * plan.value_dim}
+    shapes: dict[str, tuple[int, ...]] = {name: (batch, width, num_keys) for name, width in widths.items()}
+    if selecting:
+        shapes["dk_sel"] = (batch, plan.head_groups, plan.select_dim, num_keys)
+    zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    starts = jnp.arange(chunks, dtype=jnp.int32) * (num_blocks // chunks * plan.block_q)
+    (sums, later), of_queries = jax.lax.scan(step, (zeros, later), (starts, of_queries), reverse=True)
+    joined = {name: _join(x, QUERY_AXES[name]) for name, x in of_queries.items()}
+    return joined | sums | {"df_start": -later}
+
+
+def _split(x: Array, axis: int, chunks: int) -> Array:
+    """Chunks of `axis` along a new first axis."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x: Array, axis: int) -> Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _bounded(plan: Plan, q_BCN: Array, k_BCN: Array) -> Array:
+    """Int32 [B]: whether Cauchy-Schwarz bounds all logits of a sequence, so that no running maximum is needed."""
+
+    def largest_norm(x_BCN: Array) -> Array:
+        squares = jnp.square(x_BCN.astype(jnp.float32)).reshape(x_BCN.shape[0], -1, plan.head_dim, x_BCN.shape[2])
+        return jnp.sqrt(jnp.max(jnp.sum(squares, 2), (1, 2)))
+
+    return _bounds(plan, abs(plan.scale) * jax.lax.stop_gradient(largest_norm(q_BCN) * largest_norm(k_BCN)))
+
+
+def _bounds(plan: Plan, largest_logit: Array) -> Array:
+    """Int32, whether logits of at most this size let a tile do without a running maximum.
+
+    F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That holds
+    for neither a leaky rule (which raises logits) nor evicted keys (one's own may be gone).
+    """
+    if plan.selection is Selection.LEAKY or plan.evict:
+        return jnp.zeros(largest_logit.shape, jnp.int32)
+    return (largest_logit * LOG2_E <= LOGIT_BOUND).astype(jnp.int32)
+
+
+def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
+    """Segment ids as rows [B, 1, N or M] of which plain equality decides: padding equals nothing."""
+    q_segment = pad(jnp.where(q_segment_ids < 0, -2, q_segment_ids), plan.block_q, 1, -2)
+    kv_segment = pad(jnp.where(kv_segment_ids < 0, -1, kv_segment_ids), plan.block_k, 1, -1)
+    return {"q_segment": shuffle(q_segment, 1)[:, None], "kv_segment": kv_segment[:, None]}

@@ -1,0 +1,111 @@
+"""QK normalisation and rotary positions of all heads, in one pass of a TPU kernel over columns [B, heads * D, N].
+
+XLA makes half a dozen passes of it: a reduction over a head's width and a rotation of its halves do not fuse. Here both
+happen in registers: a head's width runs along sublanes, where sums are cheap and halves are whole registers.
+
+Shape letters: B batch, N positions, H heads, D head width, C = H * D, L = 128 lanes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tile import LANES, from_columns, head_rows, on_platform, to_columns
+
+EPSILON = 1e-6
+
+
+def norm_rotary(x_BNHD: Array, scale_D: Array, cos_ND: Array, sin_ND: Array) -> Array:
+    """`rotary(rms_norm(x, scale))`, rounded once to x's dtype; D a multiple of 32.
+
+    Args:
+      x_BNHD: [B, N, H, D].
+      scale_D: float32 [D], of the normalisation.
+      cos_ND, sin_ND: float32 [N, D / 2], of the positions' angles.
+    """
+    heads, width = x_BNHD.shape[2:]
+    angles = [jnp.pad(angle_ND.T, ((0, 0), (0, -angle_ND.shape[0] % LANES))) for angle_ND in (cos_ND, sin_ND)]
+    return from_columns(_norm_rotary(to_columns(x_BNHD, heads, width, LANES), scale_D, *angles), width, x_BNHD.shape)
+
+
+@jax.custom_vjp
+def _norm_rotary(x_BCN: Array, scale_D: Array, cos_DN: Array, sin_DN: Array) -> Array:
+    return _call(_forward, 1, scale_D, cos_DN, sin_DN, x_BCN)
+
+
+def _save(x_BCN: Array, scale_D: Array, cos_DN: Array, sin_DN: Array):
+    return _norm_rotary(x_BCN, scale_D, cos_DN, sin_DN), (x_BCN, scale_D, cos_DN, sin_DN)
+
+
+def _transpose(residuals, d_out_BCN: Array):
+    x_BCN, scale_D, cos_DN, sin_DN = residuals
+    d_x_BCN, d_scale_BDL = _call(_backward, 2, scale_D, cos_DN, sin_DN, x_BCN, d_out_BCN)
+    return d_x_BCN, jnp.sum(d_scale_BDL, (0, 2)), None, None
+
+
+_norm_rotary.defvjp(_save, _transpose)
+
+
+def _call(kernel, num_results: int, scale_D: Array, cos_DN: Array, sin_DN: Array, *columns_BCN: Array):
+    """Grid: (sequence, 128 positions). A second result is float32 [B, D, 128], summed over a sequence's steps."""
+    batch, rows, length = columns_BCN[0].shape
+    width = scale_D.shape[0]
+    window = pl.BlockSpec((1, rows, LANES), lambda b, n: (b, 0, n))
+    angle = pl.BlockSpec((width // 2, LANES), lambda b, n: (0, n))
+    shapes = [jax.ShapeDtypeStruct(columns_BCN[0].shape, columns_BCN[0].dtype)]
+    shapes += [jax.ShapeDtypeStruct((batch, width, LANES), jnp.float32)] * (num_results - 1)
+    out_specs = [window, pl.BlockSpec((1, width, LANES), lambda b, n: (b, 0, 0))][:num_results]
+
+    def run(operands, _, interpret):
+        return pl.pallas_call(
+            functools.partial(kernel, width),
+            grid=(batch, length // LANES),
+            in_specs=[pl.BlockSpec((width, LANES), lambda b, n: (0, 0)), angle, angle] + [window] * len(columns_BCN),
+            out_specs=out_specs,
+            out_shape=shapes,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            interpret=interpret,
+            name=f"norm_rotary{kernel.__name__}",
+        )(*operands)
+
+    scale_DL = jnp.broadcast_to(scale_D.astype(jnp.float32)[:, None], (width, LANES))
+    made = on_platform(run, [scale_DL, cos_DN, sin_DN, *columns_BCN], ())
+    return made[0] if num_results == 1 else made
+
+
+def _normalised(x_DL: Array) -> tuple[Array, Array]:
+    """A head without its scale, float32, and the factor [1, 128] that normalised it."""
+    wide = x_DL.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + EPSILON)
+    return wide * factor, factor
+
+
+def _rotate(x_DL: Array, cos: Array, sin: Array) -> Array:
+    x1, x2 = jnp.split(x_DL, 2, axis=0)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=0)
+
+
+def _forward(width: int, scale_ref, cos_ref, sin_ref, x_ref, out_ref) -> None:
+    for head in range(x_ref.shape[1] // width):
+        rows = head_rows(head, width)
+        scaled = _normalised(x_ref[0, rows])[0] * scale_ref[...]
+        out_ref[0, rows] = _rotate(scaled, cos_ref[...], sin_ref[...]).astype(out_ref.dtype)
+
+
+def _backward(width: int, scale_ref, cos_ref, sin_ref, x_ref, d_out_ref, d_x_ref, d_scale_ref) -> None:
+    @pl.when(pl.program_id(1) == 0)
+    def _start_of_sequence():
+        d_scale_ref[...] = jnp.zeros_like(d_scale_ref)
+
+    for head in range(x_ref.shape[1] // width):
+        rows = head_rows(head, width)
+        normalised, factor = _normalised(x_ref[0, rows])
+        d_scaled = _rotate(d_out_ref[0, rows].astype(jnp.float32), cos_ref[...], -sin_ref[...])
+        d_scale_ref[0] += d_scaled * normalised
+        d_normalised = d_scaled * scale_ref[...]
+        along = jnp.mean(d_normalised * normalised, axis=0, keepdims=True)
+        d_x_ref[0, rows] = (factor * (d_normalised - normalised * along)).astype(d_x_ref.dtype)

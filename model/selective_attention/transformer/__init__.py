@@ -1,0 +1,1 @@
+"""A transformer that uses the mechanism: its parts, losses, decoding and files."""

@@ -1,0 +1,366 @@
+"""Decoding: the `Transformer` of training, one token at a time, through a cache.
+
+A layer's cache holds keys, values, and F as one vector f for all heads: a query attends with f, then adds its own
+choices to f, for all later queries. `Block` takes attention as an argument; here the layer's cache is what attends. Any
+other `LayerCache` decodes through the same functions, with as many slots in each layer as it likes.
+
+Shape letters: B batch, N positions, M slots of a cache, E d_model, H query heads, K key/value heads, G = H / K, D head
+width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from ..attention import Selection, implementation_module, selective_attention
+from ..implementations.reference import BIG_NEGATIVE
+from ..selection import allowed, rectified
+from .config import TransformerConfig
+from .transformer import Attend, Block, Transformer, rms_norm
+
+
+class LayerCache(Protocol):
+    """What one layer remembers; a pytree."""
+
+    def attend(
+        self, position_B: Array, q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None
+    ) -> tuple[Array, Self]:
+        """Takes in the token at `position_B` int32 [B], and attends for it: (out [B, 1, H, D], the cache after it).
+
+        The other arguments are a block's projections of this token, [B, 1, heads, D], `q_sel` and `k_sel` [B, 1, D] or
+        None, where the selecting head has no projections of its own.
+        """
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The state of decoding. Rows may be at different positions."""
+
+    position: Array  # int32 [B], tokens taken in: the position of each row's next token
+    layers: tuple[LayerCache, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullLayerCache:
+    """Every token of the sequence, slot m holding position m."""
+
+    k: Array  # [B, K, M, D]
+    v: Array  # [B, K, M, D]
+    k_sel: Array | None  # [B, 1, M, D], only where the selecting head has its own projections
+    f: Array | None  # float32 [B, M], F of the next query; None if nothing selects
+    selection: Selection = dataclasses.field(metadata={"static": True})
+
+    def attend(
+        self, position_B: Array, q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None
+    ) -> tuple[Array, "FullLayerCache"]:
+        """As `LayerCache.attend`."""
+        k, v = write(self.k, k[:, 0], position_B), write(self.v, v[:, 0], position_B)
+        k_sel = None if self.k_sel is None or k_sel is None else write(self.k_sel, k_sel, position_B)
+        out, f, _ = attend_slots(
+            q,
+            k,
+            v,
+            self.f,
+            q_sel=q_sel,
+            k_sel=None if k_sel is None else k_sel[:, 0],
+            position_B=position_B,
+            slot_position_BM=jnp.broadcast_to(jnp.arange(k.shape[2]), (k.shape[0], k.shape[2])),
+            selection=self.selection,
+        )
+        return out, FullLayerCache(k, v, k_sel, f, self.selection)
+
+
+def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty full cache for `batch` rows of up to `length` tokens; keys and values in `dtype`, by default the
+    model's.
+    """
+    c, dtype = config, jnp.dtype(dtype or config.dtype)
+    kv_shape, f_dtype = (batch, c.num_kv_heads, length, c.head_dim), jnp.promote_types(c.dtype, jnp.float32)
+
+    def layer() -> FullLayerCache:  # arrays of its own, or the cache could not be donated
+        return FullLayerCache(
+            k=jnp.zeros(kv_shape, dtype),
+            v=jnp.zeros(kv_shape, dtype),
+            k_sel=jnp.zeros((batch, 1, length, c.head_dim), dtype) if c.selection is Selection.OWN_HEAD else None,
+            f=None if c.selection is Selection.OFF else jnp.zeros((batch, length), f_dtype),
+            selection=c.selection,
+        )
+
+    return Cache(jnp.zeros(batch, jnp.int32), tuple(layer() for _ in range(c.num_layers)))
+
+
+def decode_step(model: Transformer, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
+    """Takes in one token a row: (logits [B, V] float32 of the token after it, the cache after it).
+
+    The first token of a sequence must be <BOS>. No mesh. A full cache must have a slot left in every row: positions are
+    traced, so that nothing here can check it.
+    """
+    position_B1 = cache.position[:, None]
+    attends = [functools.partial(layer.attend, cache.position) for layer in cache.layers]
+    x_B1E, layers = run_layers(model, model.embed(tokens_B[:, None], position_B1), position_B1, attends)
+    return _logits(model, x_B1E)[:, 0], Cache(cache.position + 1, layers)
+
+
+def prefill(
+    model: Transformer, tokens_BN: Array, lengths_B: Array | None = None, *, length: int, dtype: Any = None
+) -> tuple[Array, Cache]:
+    """Takes in whole prompts in one parallel pass: (logits [B, V] of the token after each, a full cache after it).
+
+    The cache has `length` slots a row; it is the same as after `decode_step` for each token. No mesh.
+
+    Args:
+      model: the transformer.
+      tokens_BN: int32 [B, N], N at most `length`; each row starts with <BOS>.
+      lengths_B: int32 [B], the tokens of each prompt, at least 1; what follows them in `tokens_BN` is padding.
+      length: slots of the cache.
+      dtype: of keys and values in the cache; by default the model's.
+
+    Raises:
+      ValueError: prompts that do not fit into the cache.
+    """
+    c, (batch, num_tokens) = model.config, tokens_BN.shape
+    if num_tokens > length:
+        raise ValueError(f"prompts of {num_tokens} tokens do not fit into a cache of length {length}")
+    empty = init_cache(c, batch, length, dtype)
+    position_N = jnp.arange(num_tokens, dtype=jnp.int32)
+    lengths_B = jnp.full(batch, num_tokens, jnp.int32) if lengths_B is None else lengths_B.astype(jnp.int32)
+    segments_BN = jnp.where(position_N < lengths_B[:, None], 0, -1)  # negative: padding, which selects nothing
+
+    def attend(layer, q, k, v, q_sel, k_sel):
+        out = selective_attention(
+            q,
+            k,
+            v,
+            q_sel=q_sel,
+            k_sel=k_sel,
+            segment_ids=segments_BN,
+            selection=c.selection,
+            implementation=c.attention,
+        )
+        f = layer.f
+        if f is not None:
+            f_BN = implementation_module(c.attention).column_sums(
+                q[:, :, 0] if q_sel is None else q_sel,
+                k[:, :, 0] if k_sel is None else k_sel,
+                offset=0,
+                q_segment_ids=segments_BN,
+                kv_segment_ids=segments_BN,
+                scale=c.head_dim**-0.5,
+                selection=c.selection,
+            )
+            f = f.at[:, :num_tokens].set(f_BN)
+        filled = FullLayerCache(
+            k=layer.k.at[:, :, :num_tokens].set(jnp.swapaxes(k, 1, 2)),
+            v=layer.v.at[:, :, :num_tokens].set(jnp.swapaxes(v, 1, 2)),
+            k_sel=None if layer.k_sel is None else layer.k_sel.at[:, :, :num_tokens].set(k_sel[:, None]),
+            f=f,
+            selection=c.selection,
+        )
+        return out, filled
+
+    attends = [functools.partial(attend, layer) for layer in empty.layers]
+    x_BNE, layers = run_layers(model, model.embed(tokens_BN, position_N), position_N, attends)
+    last_B1E = jnp.take_along_axis(x_BNE, (lengths_B - 1)[:, None, None], axis=1)
+    return _logits(model, last_B1E)[:, 0], Cache(lengths_B, layers)
+
+
+def sample(
+    model: Transformer,
+    prompt_BN: Array,
+    num_tokens: int,
+    *,
+    key: Array,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    lengths_B: Array | None = None,
+) -> Array:
+    """Continues prompts: int32 [B, num_tokens], drawn from the model token by token.
+
+    Args:
+      model: the transformer. No mesh.
+      prompt_BN, lengths_B: prompts as `prefill` takes them.
+      num_tokens: tokens to draw; together with the prompt at most `max_length`.
+      key: of `jax.random`.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: if given, draw only from so many likeliest tokens.
+
+    Raises:
+      ValueError: a length, temperature or top_k out of range.
+    """
+    check_sampling(model.config, prompt_BN.shape[1], num_tokens, temperature, top_k)
+    graph, parameters = nnx.split(model)
+    return _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, num_tokens=num_tokens, top_k=top_k)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
+def _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, *, num_tokens: int, top_k: int | None) -> Array:
+    model = unstacked(nnx.merge(graph, parameters))
+
+    def step(carry, key):
+        logits_BV, cache = carry
+        tokens_B = draw(logits_BV, key, temperature, top_k)
+        return decode_step(model, cache, tokens_B), tokens_B
+
+    keys = jax.random.split(key, num_tokens)
+    start = prefill(model, prompt_BN, lengths_B, length=prompt_BN.shape[1] + num_tokens)
+    (logits_BV, _), tokens_NB = jax.lax.scan(step, start, keys[:-1])  # the last token need not be taken in
+    return jnp.concatenate([tokens_NB, draw(logits_BV, keys[-1], temperature, top_k)[None]]).T
+
+
+def check_sampling(
+    config: TransformerConfig,
+    prompt_length: int,
+    num_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None = None,
+) -> None:
+    """Raises ValueError for what cannot be drawn."""
+    left = config.max_length - prompt_length
+    if not 1 <= num_tokens <= left:
+        raise ValueError(
+            f"num_tokens must be from 1 to {left}, what max_length={config.max_length} leaves after a prompt of "
+            f"{prompt_length}; got {num_tokens}"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k must be from 1 to vocab_size={config.vocab_size}, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def draw(
+    logits_BV: Array, key: Array, temperature: Array | float, top_k: int | None = None, top_p: Array | None = None
+) -> Array:
+    """One token a row, int32 [B]: from the `top_k` likeliest, and of these from the fewest that have a probability of
+    `top_p` together. A temperature of 0 takes the likeliest.
+    """
+    greedy_B = jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
+    if top_k is not None:
+        logits_BV = jnp.where(logits_BV < jax.lax.top_k(logits_BV, top_k)[0][:, -1:], -jnp.inf, logits_BV)
+    if top_p is not None:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        p_BV = jax.nn.softmax(sorted_BV)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jnp.where(temperature > 0, jax.random.categorical(key, logits_BV), greedy_B).astype(jnp.int32)
+
+
+def run_layers(
+    model: Transformer, x_BNE: Array, position: Array, attends: Sequence[Attend]
+) -> tuple[Array, tuple[Any, ...]]:
+    """The blocks one after the other, each with its own attention: (x after the last, what each attention adds).
+
+    Not scanned, since caches may differ in shape from layer to layer and are updated in place this way.
+    `position` is int32 [N] or [B, N].
+    """
+    extras = []
+    for block, attend in zip(_blocks(model), attends, strict=True):
+        x_BNE, extra = block(x_BNE, position, attend)
+        extras.append(extra)
+    return x_BNE, tuple(extras)
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The model with arrays of its own for each layer's parameters, for `decode_step` and `prefill` only.
+
+    Of stacked ones, XLA's CPU backend copies every layer's slice at every step, which costs more than the step.
+    """
+    alone = nnx.merge(*nnx.split(model))
+    alone.blocks = nnx.List(_blocks(model))  # type: ignore[assignment]
+    return alone
+
+
+def _blocks(model: Transformer) -> Sequence[Block]:
+    if isinstance(model.blocks, nnx.List):
+        return model.blocks
+    graph, parameters = nnx.split(model.blocks)
+    number_of_layers = range(model.config.num_layers)
+    return [nnx.merge(graph, jax.tree.map(lambda p, n=n: p[n], parameters)) for n in number_of_layers]
+
+
+def attend_slots(
+    q: Array,
+    k_BKMD: Array,
+    v_BKMD: Array,
+    f_BM: Array | None,
+    *,
+    q_sel: Array | None,
+    k_sel: Array | None,
+    position_B: Array,
+    slot_position_BM: Array,
+    selection: Selection,
+    share_selection: Callable[[Array], Array] = lambda s_BM: s_BM,
+) -> tuple[Array, Array | None, Array]:
+    """One query a row over the slots of a cache, its own token among them.
+
+    Args:
+      q: [B, 1, H, D].
+      k_BKMD, v_BKMD: keys and values of the slots.
+      f_BM: float32, F of this query; None if nothing selects.
+      q_sel, k_sel: [B, 1, D] and [B, M, D] of the selecting head; None where head 0 selects.
+      position_B: int32, the query's position.
+      slot_position_BM: int32, the position of each slot's token, in any order; negative for an empty slot. Slots of
+        positions after the query's are not seen.
+      selection: the rule of F.
+      share_selection: under a `shard_map` over heads, gives every shard what the one with head 0 has selected.
+
+    Returns:
+      out [B, 1, H, D]; f of the next query; and the attention weights [B, M], averaged over the heads.
+    """
+    batch, _, num_heads, head_dim = q.shape
+    num_kv_heads = k_BKMD.shape[1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scale = head_dim**-0.5
+    held_BM = (slot_position_BM >= 0) & (slot_position_BM <= position_B[:, None])
+    q_BKGD = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    raw_BKGM = scale * jnp.einsum("bkgd,bkmd->bkgm", q_BKGD, k_BKMD, preferred_element_type=dtype)
+    logits_BKGM = raw_BKGM if f_BM is None else raw_BKGM - f_BM[:, None, None]
+    logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM, BIG_NEGATIVE)
+    weights_BKGM = jax.nn.softmax(logits_BKGM, axis=-1)
+    out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", weights_BKGM.astype(v_BKMD.dtype), v_BKMD, preferred_element_type=dtype)
+    out = out_BKGD.reshape(batch, 1, num_heads, head_dim).astype(q.dtype)
+    weights_BM = jnp.mean(weights_BKGM, axis=(1, 2))
+    if selection is Selection.OFF or f_BM is None:
+        return out, f_BM, weights_BM
+    if q_sel is None or k_sel is None:
+        selecting_BM = raw_BKGM[:, 0, 0]
+    else:
+        selecting_BM = scale * jnp.einsum("bnd,bmd->bm", q_sel, k_sel, preferred_element_type=dtype)
+    allowed_BM = held_BM & allowed(position_B[:, None], slot_position_BM, slot_position_BM == 0, selection)
+    s_BM = jnp.where(allowed_BM, rectified(selecting_BM, selection), 0)
+    return out, f_BM + share_selection(s_BM), weights_BM
+
+
+def write(slots_BKMD: Array, new_BKD: Array, slot_B: Array) -> Array:
+    """The slots with each row's `slot_B` replaced, in the way that is fast on the platform."""
+
+    def scatter(slots_BKMD, new_BKD, slot_B):
+        # Heads as rows, and without a check of bounds: in any other form XLA's CPU backend copies the cache of one row.
+        (batch, heads), slots = slots_BKMD.shape[:2], slots_BKMD.reshape(-1, *slots_BKMD.shape[2:])
+        here = slots.at[jnp.arange(batch * heads), jnp.repeat(slot_B, heads)]
+        new = new_BKD.reshape(-1, new_BKD.shape[2])
+        return here.set(new, unique_indices=True, mode="promise_in_bounds").reshape(slots_BKMD.shape)
+
+    def choose(slots_BKMD, new_BKD, slot_B):  # fuses into the attention that reads it; a scatter would copy the cache
+        here_BM = jnp.arange(slots_BKMD.shape[2]) == slot_B[:, None]
+        return jnp.where(here_BM[:, None, :, None], new_BKD[:, :, None], slots_BKMD)
+
+    new_BKD = new_BKD.astype(slots_BKMD.dtype)
+    return jax.lax.platform_dependent(slots_BKMD, new_BKD, slot_B, tpu=choose, default=scatter)
+
+
+def _logits(model: Transformer, x_BNE: Array) -> Array:
+    return model.logits(rms_norm(x_BNE, model.final_norm[...]))

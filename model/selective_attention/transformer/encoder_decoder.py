@@ -1,0 +1,153 @@
+"""An encoder-decoder in the manner of T5 whose decoder's self-attention is selective.
+
+Encoder and decoder are made of the same `Block` as the `Transformer`. The encoder attends in both directions and the
+decoder's cross-attention to the whole input, both without selection: it is defined for causal attention alone.
+
+Shape letters: B batch, M input positions, N output positions, E d_model, H query heads, K key/value heads, G = H / K,
+D head width, L layers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from ..implementations.reference import BIG_NEGATIVE
+from ..parallel import sharded_selective_attention
+from ..remat import rematerialised
+from ..selection import Selection
+from ..sharding import reshard
+from .config import TransformerConfig
+from .transformer import (
+    Block,
+    Transformer,
+    contract,
+    make_parameter,
+    make_scale,
+    permute,
+    rms_norm,
+    sequence_order,
+)
+
+
+def full_attention(q: Array, k: Array, v: Array, visible_BM: Array) -> Array:
+    """softmax(q k^T / sqrt(D)) v over all visible keys: q [B, N, H, D]; k, v [B, M, K, D]; visible bool [B, M]."""
+    batch, length, num_heads, head_dim = q.shape
+    k, v = (reshard(x, "batch", None, "kv_heads", None) for x in (k, v))
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q_BNKGD = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], head_dim)
+    logits_BKGNM = jnp.einsum("bnkgd,bmkd->bkgnm", q_BNKGD, k, preferred_element_type=dtype) * head_dim**-0.5
+    visible = reshard(visible_BM, "batch", None)[:, None, None, None, :]
+    weights_BKGNM = jax.nn.softmax(jnp.where(visible, logits_BKGNM, BIG_NEGATIVE), axis=-1) * visible
+    out_BNKGD = jnp.einsum("bkgnm,bmkd->bnkgd", weights_BKGNM.astype(v.dtype), v, preferred_element_type=dtype)
+    return out_BNKGD.reshape(q.shape).astype(q.dtype)
+
+
+class CrossAttention(nnx.Module):
+    """Attention from the decoder to the encoder's output; stacked and called like `Block`."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        c, layers = config, config.num_layers
+        into, out = c.d_model**-0.5, (c.num_heads * c.head_dim * 2 * layers) ** -0.5
+        kv_shape = (layers, c.d_model, c.num_kv_heads, c.head_dim)
+        heads, kv_heads = (None, "embed", "heads", None), (None, "embed", "kv_heads", None)
+        self.config = config
+        self.norm = make_scale((layers, c.d_model))
+        self.w_query = make_parameter(rngs, (layers, c.d_model, c.num_heads, c.head_dim), heads, into)
+        self.w_key = make_parameter(rngs, kv_shape, kv_heads, into)
+        self.w_value = make_parameter(rngs, kv_shape, kv_heads, into)
+        out_shape = (layers, c.num_heads, c.head_dim, c.d_model)
+        self.w_out = make_parameter(rngs, out_shape, (None, "heads", None, "embed"), out)
+        if c.qk_norm:
+            self.query_norm = make_scale((layers, c.head_dim))
+            self.key_norm = make_scale((layers, c.head_dim))
+
+    def __call__(self, x_BNE: Array, encoded_BME: Array, visible_BM: Array) -> Array:
+        """x + attention to `encoded_BME` where `visible_BM`."""
+        q = contract("bne,ehd->bnhd", rms_norm(x_BNE, self.norm[...]), self.w_query, "batch", "sequence", "heads", None)
+        k = contract("bme,ekd->bmkd", encoded_BME, self.w_key, "batch", "sequence", "kv_heads", None)
+        v = contract("bme,ekd->bmkd", encoded_BME, self.w_value, "batch", "sequence", "kv_heads", None)
+        if self.config.qk_norm:
+            q, k = rms_norm(q, self.query_norm[...]), rms_norm(k, self.key_norm[...])
+        out_BNHD = full_attention(q, k, v, visible_BM)
+        return x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)
+
+
+class EncoderDecoder(nnx.Module):
+    """Input tokens and output tokens so far to logits of the next output token. Meshes as for `Transformer`."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        """`config` is of the decoder; the encoder has the same sizes, and both share the embedding."""
+        self.config = config
+        self.decoder = Transformer(config, rngs=rngs)
+        self.cross_attention = CrossAttention(config, rngs)
+        self.encoder_blocks = Block(dataclasses.replace(config, selection=Selection.OFF), rngs)
+        self.encoder_norm = make_scale((config.d_model,))
+
+    def __call__(self, inputs_BM: Array, outputs_BN: Array, *, visible_BM: Array | None = None) -> Array:
+        """Logits [B, N, V] float32.
+
+        Args:
+          inputs_BM: int32 tokens of the encoder; M at most `max_length`.
+          outputs_BN: int32 tokens of the decoder, beginning with BOS, which selection protects.
+          visible_BM: bool, False for padding of the input; by default all are seen.
+        """
+        return self.decoder.logits(self.hidden(inputs_BM, outputs_BN, visible_BM=visible_BM)[0])
+
+    def encode(self, inputs_BM: Array, visible_BM: Array) -> Array:
+        """The encoder's normalised output, [B, M, E]."""
+        position_M = np.arange(inputs_BM.shape[1])
+        graph, layers = nnx.split(self.encoder_blocks)
+
+        def attend(q, k, v, q_sel, k_sel):
+            return full_attention(q, k, v, visible_BM), None
+
+        def layer(x_BME, parameters):
+            return nnx.merge(graph, parameters)(x_BME, position_M, attend)
+
+        x_BME = self.decoder.embed(inputs_BM, position_M)
+        return rms_norm(
+            jax.lax.scan(rematerialised(layer, self.config.remat), x_BME, layers)[0], self.encoder_norm[...]
+        )
+
+    def hidden(
+        self,
+        inputs_BM: Array,
+        outputs_BN: Array,
+        *,
+        visible_BM: Array | None = None,
+        memory_tau: float | None = None,
+    ) -> tuple[Array, Array | None]:
+        """The decoder's final states [B, N, E], and with `memory_tau` its memory statistic [L, B, N]."""
+        c = self.config
+        visible = jnp.ones_like(inputs_BM, bool) if visible_BM is None else visible_BM
+        encoded_BME = self.encode(inputs_BM, visible)
+        position_N = sequence_order(outputs_BN.shape[1])
+        graph, layers = nnx.split((self.decoder.blocks, self.cross_attention))
+
+        def attend(q, k, v, q_sel, k_sel):
+            result = sharded_selective_attention(
+                q,
+                k,
+                v,
+                q_sel=q_sel,
+                k_sel=k_sel,
+                selection=c.selection,
+                memory_tau=memory_tau,
+                implementation=c.attention,
+            )
+            return result if memory_tau is not None else (result, None)
+
+        def layer(x_BNE, parameters):
+            block, cross_attention = nnx.merge(graph, parameters)
+            x_BNE, forgotten_BN = block.attention(x_BNE, position_N, attend)
+            return block.mlp(cross_attention(x_BNE, encoded_BME, visible)), forgotten_BN
+
+        x_BNE = self.decoder.embed(permute(outputs_BN, position_N), position_N)
+        x_BNE, forgotten_LBN = jax.lax.scan(rematerialised(layer, c.remat), x_BNE, layers)
+        back_N = np.argsort(position_N)
+        hidden_BNE = permute(rms_norm(x_BNE, self.decoder.final_norm[...]), back_N, axis=1)
+        return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)

@@ -1,0 +1,293 @@
+"""A decoder-only transformer with selective attention (Flax NNX).
+
+Pre-norm RMSNorm, QK normalisation, SwiGLU, no biases (section 4 of the paper). The layers are one `Block` whose
+parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth.
+
+Shape letters: B batch, N positions, E d_model, H query heads, K key/value heads, D head width, F SwiGLU width,
+V vocabulary, L layers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from ..attention import Selection, selection_mask
+from ..implementations.tpu.rotary import norm_rotary
+from ..parallel import SEQUENCE_AXIS, sharded_selective_attention, zigzag_positions
+from ..remat import keep, rematerialised
+from ..sharding import Axes, partition_spec, reshard
+from .config import TransformerConfig
+from .projection import contract, normalised_projections, rms_norm
+
+# (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
+Attend = Callable[[Array, Array, Array, Array | None, Array | None], tuple[Array, Any]]
+
+
+def make_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
+    """Normal float32 parameter, made where it will live: under a mesh every device draws only its own shard."""
+    spec = partition_spec(axes, shape)
+    value = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec) * stddev
+    return nnx.Param(value, axes=axes)
+
+
+def make_scale(shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
+
+
+def rotary_angles(position_N: ArrayLike, width: int, base: float) -> tuple[Array, Array]:
+    """Cosine and sine by which the halves of heads of this width are rotated, float32 [(B,) N, D / 2]."""
+    half = width // 2
+    frequency_D = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.asarray(position_N, jnp.float32)[..., None] * frequency_D
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotary(x_BNHD: Array, position_N: ArrayLike, base: float) -> Array:
+    """Rotary position embedding, halves rotated as (x1, x2); `position_N` int32 [N] or [B, N]."""
+    cos, sin = (angle[..., None, :] for angle in rotary_angles(position_N, x_BNHD.shape[-1], base))
+    x1, x2 = jnp.split(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32)), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BNHD.dtype)
+
+
+def fused_norm_rotary(x_BNHD: Array, scale: Array, position_N: ArrayLike, base: float, heads: str | None) -> Array:
+    """`rotary(rms_norm(x, scale), position_N, base)` as a TPU kernel, every device on its own part."""
+    angles = rotary_angles(position_N, x_BNHD.shape[-1], base)
+    spec = partition_spec(("batch", "sequence", heads, None), x_BNHD.shape)
+    if spec is None:
+        return norm_rotary(x_BNHD, scale, *angles)
+    along = partition_spec(("sequence", None), angles[0].shape)
+    specs = spec, jax.P(), along, along
+    local = [jax.reshard(x, s) for x, s in zip((x_BNHD, scale, *angles), specs, strict=True)]
+    return jax.shard_map(norm_rotary, in_specs=specs, out_specs=spec, check_vma=False)(*local)
+
+
+class Block(nnx.Module):
+    """One pre-norm layer. Constructed with a leading axis of `num_layers`; called on one layer's slice."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        c, layers = config, config.num_layers
+        into = c.d_model**-0.5
+        # Outputs onto the residual stream are scaled down so that its variance does not grow with depth.
+        attention_out = (c.num_heads * c.head_dim * 2 * layers) ** -0.5
+        mlp_out = (c.mlp_dim * 2 * layers) ** -0.5
+        self.config = config
+        self.attention_norm = make_scale((layers, c.d_model))
+        self.w_query = make_parameter(
+            rngs, (layers, c.d_model, c.num_heads, c.head_dim), (None, "embed", "heads", None), into
+        )
+        kv_shape = (layers, c.d_model, c.num_kv_heads, c.head_dim)
+        self.w_key = make_parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
+        self.w_value = make_parameter(rngs, kv_shape, (None, "embed", "kv_heads", None), into)
+        out_shape = (layers, c.num_heads, c.head_dim, c.d_model)
+        self.w_out = make_parameter(rngs, out_shape, (None, "heads", None, "embed"), attention_out)
+        if c.qk_norm:
+            self.query_norm = make_scale((layers, c.head_dim))
+            self.key_norm = make_scale((layers, c.head_dim))
+        if c.selection is Selection.OWN_HEAD:
+            self.w_query_sel = make_parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
+            self.w_key_sel = make_parameter(rngs, (layers, c.d_model, c.head_dim), (None, "embed", None), into)
+            if c.qk_norm:
+                self.query_sel_norm = make_scale((layers, c.head_dim))
+                self.key_sel_norm = make_scale((layers, c.head_dim))
+        self.mlp_norm = make_scale((layers, c.d_model))
+        self.w_gate = make_parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
+        self.w_up = make_parameter(rngs, (layers, c.d_model, c.mlp_dim), (None, "embed", "mlp"), into)
+        self.w_down = make_parameter(rngs, (layers, c.mlp_dim, c.d_model), (None, "mlp", "embed"), mlp_out)
+
+    def __call__(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
+        """x [B, N, E], positions int32 [N] or [B, N], attention -> (x of the next layer, what `attend` adds)."""
+        x_BNE, extra = self.attention(x_BNE, position_N, attend)
+        return self.mlp(x_BNE), extra
+
+    def attention(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
+        """The first half of the layer: x + attention, and what `attend` adds."""
+        q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
+        out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
+        # h and w, since einsum contracts letters in their order, and d before h would transpose the weights on CPUs.
+        return keep(x_BNE + contract("bnhw,hwe->bne", out_BNHD, self.w_out, "batch", "sequence", None)), extra
+
+    @property
+    def logit_bound(self) -> Array | None:
+        """float32 scalar, which no attention logit exceeds: normalised, q and k are at most D ** 0.5 times a scale."""
+        if not self.config.qk_norm:
+            return None
+        largest = [jnp.max(jnp.abs(scale[...])) for scale in (self.query_norm, self.key_norm)]
+        return self.config.head_dim**0.5 * jax.lax.stop_gradient(largest[0] * largest[1])
+
+    def mlp(self, x_BNE: Array) -> Array:
+        """The second half: x + SwiGLU."""
+        hidden = "batch", "sequence", "mlp"
+        gate_BNF, up_BNF = normalised_projections(
+            x_BNE, self.mlp_norm[...], ("bne,ef->bnf", self.w_gate, hidden), ("bne,ef->bnf", self.w_up, hidden)
+        )
+        h_BNF = jax.nn.silu(gate_BNF) * up_BNF
+        return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None)
+
+    def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
+        """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
+        c = self.config
+        q_BNHD = keep(contract("bne,ehd->bnhd", h_BNE, self.w_query, "batch", "sequence", "heads", None))
+        k_BNKD = keep(contract("bne,ekd->bnkd", h_BNE, self.w_key, "batch", "sequence", "kv_heads", None))
+        v_BNKD = keep(contract("bne,ekd->bnkd", h_BNE, self.w_value, "batch", "sequence", "kv_heads", None))
+
+        def place(x_BNHD: Array, scale: str, heads: str | None) -> Array:
+            if c.fuses_norm_rotary and np.ndim(position_N) == 1:
+                return fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
+            if c.qk_norm:
+                x_BNHD = rms_norm(x_BNHD, getattr(self, scale)[...])
+            return rotary(x_BNHD, position_N, c.rotary_base) if c.positions == "rotary" else x_BNHD
+
+        q_BNHD, k_BNKD = place(q_BNHD, "query_norm", "heads"), place(k_BNKD, "key_norm", "kv_heads")
+        if c.selection is not Selection.OWN_HEAD:
+            return q_BNHD, k_BNKD, v_BNKD, None, None
+        q_sel_BND = keep(contract("bne,ed->bnd", h_BNE, self.w_query_sel, "batch", "sequence", None))
+        k_sel_BND = keep(contract("bne,ed->bnd", h_BNE, self.w_key_sel, "batch", "sequence", None))
+        q_sel_BND = place(q_sel_BND[:, :, None], "query_sel_norm", None)[:, :, 0]
+        k_sel_BND = place(k_sel_BND[:, :, None], "key_sel_norm", None)[:, :, 0]
+        return q_BNHD, k_BNKD, v_BNKD, q_sel_BND, k_sel_BND
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits. `Transformer(config, rngs=nnx.Rngs(params=seed))`; under `jax.jit` and a mesh, sharded from
+    the start.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        self.embedding = make_parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
+        if c.positions == "learned":
+            shape = (c.max_length, c.d_model)
+            self.position_embedding = make_parameter(rngs, shape, (None, "embed"), c.d_model**-0.5)
+        self.blocks = Block(config, rngs)
+        self.final_norm = make_scale((c.d_model,))
+        if not c.tied_embeddings:
+            self.output = make_parameter(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5)
+
+    def __call__(self, tokens_BN: Array, *, segment_ids: Array | None = None, evict_at: Array | None = None) -> Array:
+        """Logits [B, N, V] float32 of the next token, from int32 tokens [B, N]; N at most `max_length`.
+
+        `segment_ids` int32 [B, N] and `evict_at` int32 [L, B, N] are as in `selective_attention`.
+        """
+        return self.logits(self.hidden(tokens_BN, segment_ids=segment_ids, evict_at=evict_at)[0])
+
+    def hidden(
+        self,
+        tokens_BN: Array,
+        *,
+        segment_ids: Array | None = None,
+        evict_at: Array | None = None,
+        memory_tau: float | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Final hidden states [B, N, E], and with `memory_tau` the memory statistic [L, B, N] of
+        `selective_attention`.
+        """
+        c = self.config
+        position_N = sequence_order(tokens_BN.shape[1])
+        tokens_BN = permute(tokens_BN, position_N)
+        segment_ids, evict_at = (None if x is None else permute(x, position_N) for x in (segment_ids, evict_at))
+
+        def attend(layer_evict_at, logit_bound, q, k, v, q_sel, k_sel):
+            result = sharded_selective_attention(
+                q,
+                k,
+                v,
+                q_sel=q_sel,
+                k_sel=k_sel,
+                evict_at=layer_evict_at,
+                segment_ids=segment_ids,
+                selection=c.selection,
+                memory_tau=memory_tau,
+                logit_bound=logit_bound,
+                implementation=c.attention,
+            )
+            return result if memory_tau is not None else (result, None)
+
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BNE, layer_and_evict_at):
+            layer_parameters, layer_evict_at = layer_and_evict_at
+            block = nnx.merge(graph, layer_parameters)
+            return block(x_BNE, position_N, functools.partial(attend, layer_evict_at, block.logit_bound))
+
+        x_BNE, forgotten_LBN = jax.lax.scan(
+            rematerialised(layer, c.remat),
+            self.embed(tokens_BN, position_N),
+            (layers, evict_at),
+            unroll=1 if c.scan_layers else c.num_layers,
+        )
+        back_N = np.argsort(position_N)
+        hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)
+        return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)
+
+    def embed(self, tokens_BN: Array, position_N: ArrayLike) -> Array:
+        """[B, N, E]: embedded tokens, with learned positions added if the model has them."""
+        x_BNE = _lookup(self.embedding, tokens_BN)
+        if self.config.positions == "learned":
+            x_BNE = x_BNE + reshard(self.position_embedding[...], None, None)[jnp.asarray(position_N)]
+        return x_BNE.astype(self.config.dtype)
+
+    def logits(self, hidden_BNE: Array) -> Array:
+        """float32 [B, N, V] from final hidden states, sharded over `tensor` along V."""
+        weight = self.embedding if self.config.tied_embeddings else self.output
+        gathered_VE = reshard(weight[...].astype(hidden_BNE.dtype), "vocab", None)
+        spec = partition_spec(("batch", "sequence", "vocab"), (*hidden_BNE.shape[:2], gathered_VE.shape[0]))
+        dtype = jnp.promote_types(hidden_BNE.dtype, jnp.float32)
+        return jnp.einsum("bne,ve->bnv", hidden_BNE, gathered_VE, preferred_element_type=dtype, out_sharding=spec)
+
+    def selection_masks(self, tokens_BN: Array, reduce: Callable[[Array], Any] = lambda f_BNM: f_BNM) -> Any:
+        """`reduce(F)` of every layer, stacked along a leading L: by default F itself, [L, B, N, N] float32.
+
+        For looking at the mask, not for training: one layer's whole F is in memory at a time.
+        """
+        c = self.config
+        position_N = sequence_order(tokens_BN.shape[1])
+        back_N = np.argsort(position_N)
+        graph, layers = nnx.split(self.blocks)
+
+        def whole(x_BND: Array) -> Array:
+            return reshard(permute(reshard(x_BND, "batch", "sequence", None), back_N, axis=1), "batch", None, None)
+
+        def attend(q, k, v, q_sel, k_sel):
+            out_BNHD = sharded_selective_attention(
+                q, k, v, q_sel=q_sel, k_sel=k_sel, selection=c.selection, implementation=c.attention
+            )
+            q_sel = reshard(q, "batch", "sequence", None, None)[:, :, 0] if q_sel is None else q_sel
+            k_sel = reshard(k, "batch", "sequence", None, None)[:, :, 0] if k_sel is None else k_sel
+            f_BNM = selection_mask(whole(q_sel), whole(k_sel), scale=c.head_dim**-0.5, selection=c.selection)
+            return out_BNHD, reduce(f_BNM)
+
+        def layer(x_BNE, layer_parameters):
+            return nnx.merge(graph, layer_parameters)(x_BNE, position_N, attend)
+
+        return jax.lax.scan(layer, self.embed(permute(tokens_BN, position_N), position_N), layers)[1]
+
+
+def sequence_order(length: int) -> np.ndarray:
+    """int32 [N]: the position that each place of a sequence holds on the mesh that is set (`zigzag_positions`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return zigzag_positions(length, 1 if mesh.empty else mesh.shape.get(SEQUENCE_AXIS, 1))
+
+
+def permute(x: Array, order_N: np.ndarray, axis: int = -1) -> Array:
+    """`x` with its sequence axis put in this order: tokens [B, N], [L, B, N] or, with axis 1, [B, N, E]."""
+    if np.array_equal(order_N, np.arange(len(order_N))):
+        return x
+    leading = (None,) * (x.ndim - 2) if axis == -1 else ()
+    trailing = (None,) * (x.ndim - 2) if axis == 1 else ()
+    whole = reshard(x, *leading, "batch", None, *trailing)
+    return reshard(jnp.take(whole, order_N, axis=axis), *leading, "batch", "sequence", *trailing)
+
+
+def _lookup(table: nnx.Param, tokens_BN: Array) -> Array:
+    spec = partition_spec(("batch", "sequence", None), (*tokens_BN.shape, table.shape[1]))
+    if spec is None:
+        return table[...][tokens_BN]
+    return reshard(table[...], None, None).at[tokens_BN].get(out_sharding=spec)

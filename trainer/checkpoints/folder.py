@@ -1,0 +1,113 @@
+"""One checkpoint in storage: listed, read, verified, sealed, renamed; and which ones need not be kept."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from configs import base
+from trainer.checkpoints.disk import root_cause
+from trainer.checkpoints.integrity import (
+    DamagedError,
+    Seal,
+    checksums,
+    digest,
+    list_files,
+    read_seal,
+    seal_path,
+    write_seal,
+)
+from trainer.errors import ResumeError
+from trainer.state import TrainState
+
+
+def checkpoint_folder(workdir: str) -> epath.Path:
+    """Where the checkpoints are; absolute, because Orbax fails on relative paths, and only once it saves."""
+    return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir)) / "checkpoints"
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """The steps of all checkpoints in `folder`, whole or not, in no order."""
+    if not folder.exists():
+        return []
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal() and str(int(path.name)) == path.name]
+
+
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """What `Checkpoints.save` put beside the arrays: config, dataset_fingerprint, notes, loss, digest.
+
+    Fields that the config did not have when it was saved are at their defaults, which keep what was done then.
+
+    Raises:
+      DamagedError: it is not there, or cannot be read.
+    """
+    try:
+        metadata = ocp.metadata(folder).custom_metadata
+    except Exception as error:
+        raise DamagedError(f"its metadata cannot be read: {root_cause(error)}") from error
+    if not isinstance(metadata, dict) or "digest" not in metadata:
+        raise DamagedError(f"{folder} holds none of this trainer's metadata")
+    return metadata | {"config": _completed(metadata["config"], base.get_config().to_dict())}
+
+
+def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    groups = {key: _completed(value, defaults.get(key, {})) for key, value in config.items() if isinstance(value, dict)}
+    return defaults | config | groups
+
+
+def load_state(folder: epath.Path, metadata: dict[str, Any], abstract: TrainState, *, sealed: bool) -> TrainState:
+    """The arrays, if they are those that were saved.
+
+    Raises:
+      DamagedError: they are not, or cannot be read though nothing says that the files are whole.
+      ResumeError: they cannot be read though the files are whole.
+    """
+    try:
+        state = ocp.load(folder, abstract)
+    except Exception as error:
+        if not sealed:
+            raise DamagedError(f"it cannot be read: {root_cause(error)}") from error
+        raise ResumeError(f"{folder} does not fit this model: {root_cause(error)}") from error
+    found = digest(state)
+    changed = [name for name, value in found.items() if metadata["digest"].get(name) != value]
+    if changed:
+        raise DamagedError(f"the array {changed[0]} is not the one that was saved")
+    return state
+
+
+def seal_checkpoint(folder: epath.Path, loss: float | None) -> None:
+    """Reads all files of a complete checkpoint and writes its seal."""
+    write_seal(folder, Seal(loss, checksums(folder, list_files(folder))))
+
+
+def loss_of(folder: epath.Path) -> float | None:
+    """The validation loss in a checkpoint's seal, None if there is none."""
+    try:
+        seal = read_seal(folder)
+    except DamagedError:
+        return None
+    return None if seal is None else seal.loss
+
+
+def set_aside(folder: epath.Path, reason: str) -> str:
+    """Renames a checkpoint, and its seal, so that nothing takes it for one; its new name."""
+    names = [f"{folder.name}.{reason}"] + [f"{folder.name}.{reason}.{number}" for number in range(2, 1000)]
+    free = next(path for path in (folder.parent / name for name in names) if not path.exists())
+    folder.rename(free)
+    if seal_path(folder).exists():
+        seal_path(folder).rename(seal_path(free))
+    return free.name
+
+
+def expendable(losses: Mapping[int, float | None], config: ConfigDict) -> list[int]:
+    """Which of these steps, by validation loss, need not be kept: neither among the last `keep_last`, nor a multiple of
+    `keep_every_steps`, nor among the `keep_best` of lowest loss.
+    """
+    newest = sorted(losses)[-config.keep_last :]
+    multiples = [step for step in losses if config.keep_every_steps and step % config.keep_every_steps == 0]
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    best = sorted(known, key=lambda step: (known[step], step))[: config.keep_best]
+    return sorted(losses.keys() - {*newest, *multiples, *best})
