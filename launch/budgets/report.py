@@ -41,8 +41,9 @@ h2 { margin-top: 2.5rem } h4 { margin: 1rem 0 .2rem } p.note { color: var(--soft
 .scroll { overflow-x: auto } svg { display: block; width: 100%; min-width: 640px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child { padding-left: 0; text-align: left; white-space: nowrap }
-.tokens { font: 13px/1.7 ui-monospace, monospace; overflow-wrap: anywhere } .tokens span { border-radius: 2px }
+td:nth-child(-n + 2), th:nth-child(-n + 2) { text-align: left; white-space: nowrap }
+td:first-child, th:first-child { padding-left: 0 }
+.tokens { font: 13px/1.7 ui-monospace, monospace; word-break: break-all } .tokens span { border-radius: 2px }
 """
 
 
@@ -82,10 +83,6 @@ def _model(search: SearchFile) -> str:
     return path.parent.parent.name if path.parent.name == "export" else path.name  # an exported step: its run's name
 
 
-def _name(search: SearchFile) -> str:
-    return ", ".join(dict.fromkeys([_model(search), search["policy"]]))  # a model may be called as its policy
-
-
 def _colour(search: SearchFile) -> str:
     return charts.SERIES[list(POLICIES).index(search["policy"])]
 
@@ -99,7 +96,7 @@ def table(searches: Sequence[SearchFile]) -> list[list[str]]:
         holding = held_out.get("largest_at_target")
         rows.append(
             [
-                _name(search),
+                f"{_model(search)}, {search['policy']}",
                 f"{search['memory_factor']:.2f}",
                 f"{held_out['full']['perplexity']:.2f}",
                 f"{held_out['pruned']['perplexity']:.2f}",
@@ -113,7 +110,8 @@ def table(searches: Sequence[SearchFile]) -> list[list[str]]:
 
 
 def _table_html(searches: Sequence[SearchFile]) -> str:
-    head, *rows = (map(escape, row) for row in table(searches))
+    names = [["model", "policy"], *([_model(search), search["policy"]] for search in searches)]
+    head, *rows = (map(escape, [*name, *row[1:]]) for name, row in zip(names, table(searches), strict=True))
     parts = ["<h2>At the target, on held-out windows</h2><div class=scroll><table><tr><th>", "<th>".join(head)]
     parts += ["<tr><td>" + "<td>".join(row) for row in rows]
     return "".join(parts) + "</table></div>"
@@ -150,6 +148,7 @@ def _chart(model: str, searches: Sequence[SearchFile], most: float, limits: tupl
     axes.set_xscale("log", base=2)
     axes.set(xlim=(1, max(most, 2)), ylim=limits)
     factors = [2**n for n in range(int(math.log2(most)) + 1)]
+    axes.locator_params(axis="y", nbins=6)
     axes.set_xticks(factors, [f"{factor}x" for factor in factors])
     for target in sorted({round(search["search"]["target_perplexity"], 6) for search in searches}):
         if limits[0] <= target <= limits[1]:
@@ -211,9 +210,10 @@ def _survivors(search: SearchFile) -> str:
     middle_1N = inputs[len(inputs) // 2][None]
     hidden_at = np.asarray(eviction_times(model, jnp.asarray(middle_1N), budgets, policy)[0])
     rows = hidden_at.shape[1]
+    name = ", ".join(dict.fromkeys([_model(search), search["policy"]]))  # a model may be called as its policy
     note = " (its first key/value head)" if rows > 1 else ""
     parts = [
-        f"<h2>Which tokens survive: {escape(_name(search))}{note}</h2><p class=note>The first {SAMPLE} tokens ",
+        f"<h2>Which tokens survive: {escape(name)}{note}</h2><p class=note>The first {SAMPLE} tokens ",
         f"of a held-out window of {budgets.context_length}. Strong: held to its end. Faint: evicted soon. Point ",
         "at a token to see by which one. &middot; is a space, ↵ a line break, [E2] a byte.</p>",
     ]
