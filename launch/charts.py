@@ -59,6 +59,12 @@ def add_axes(figure: "Figure", box: tuple[float, float, float, float], x: str = 
     return axes
 
 
+def add_dot(axes: "Axes", x: float, y: float, size: float, colour: str, *, css: str = "", title: str = "") -> None:
+    """A dot, with classes and a text under the pointer: a line without length, whose round ends make it."""
+    ends = [x, x], [y, y]
+    axes.plot(*ends, color=colour, linewidth=size, solid_capstyle="round", clip_on=False, gid=gid(css, title))
+
+
 def gid(css: str, title: str = "") -> str:
     """A `gid` for an artist, which in `svg` gets these classes, and a text that appears under the pointer."""
     return f"css:{css}|{title}"

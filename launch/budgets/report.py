@@ -147,9 +147,9 @@ def _chart(model: str, searches: Sequence[SearchFile], most: float, limits: tupl
     axes = charts.add_axes(figure, (64, 10, 700, 310), "memory factor: context over mean budget", "perplexity")
     axes.set_xscale("log", base=2)
     axes.set(xlim=(1, max(most, 2)), ylim=limits)
-    factors = [2**n for n in range(int(math.log2(most)) + 1)]
+    powers = [2**n for n in range(int(math.log2(most)) + 1)]
+    axes.set_xticks(powers, [f"{power}x" for power in powers])
     axes.locator_params(axis="y", nbins=6)
-    axes.set_xticks(factors, [f"{factor}x" for factor in factors])
     for target in sorted({round(search["search"]["target_perplexity"], 6) for search in searches}):
         if limits[0] <= target <= limits[1]:
             axes.axhline(target, color=charts.INK, linewidth=1, clip_on=False)
@@ -158,13 +158,11 @@ def _chart(model: str, searches: Sequence[SearchFile], most: float, limits: tupl
         colour, found = _colour(search), search["found"]
         for name, points in _lines(search).items():
             ordered = sorted(points, key=lambda point: point["memory_factor"])
-            factor_P, perplexity_P = ([p["memory_factor"] for p in ordered], [p["perplexity"] for p in ordered])
-            axes.plot(factor_P, np.minimum(perplexity_P, limits[1]), LINES[name][0], color=colour, linewidth=2,
-                      clip_on=False)  # fmt: skip
-        # A line without length, whose round ends make a dot.
-        ends = [found["memory_factor"]] * 2, [found["perplexity"]] * 2
-        says = f"{search['policy']}: {found['memory_factor']:.2f}x, perplexity {found['perplexity']:.2f}"
-        axes.plot(*ends, color=colour, linewidth=10, solid_capstyle="round", clip_on=False, gid=charts.gid("", says))
+            factors = [point["memory_factor"] for point in ordered]
+            perplexities = np.minimum([point["perplexity"] for point in ordered], limits[1])
+            axes.plot(factors, perplexities, LINES[name][0], color=colour, linewidth=2, clip_on=False)
+        title = f"{search['policy']}: {found['memory_factor']:.2f}x, perplexity {found['perplexity']:.2f}"
+        charts.add_dot(axes, found["memory_factor"], found["perplexity"], 10, colour, title=title)
     for search in searches:
         axes.plot([], [], color=_colour(search), linewidth=6, label=search["policy"])
     for style, what in LINES.values():

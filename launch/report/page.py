@@ -209,10 +209,9 @@ def _chart(lines, marks, unit: str, title: str, zero: bool = False) -> str:
         axes.plot(thin.steps, np.clip(thin.values, low, high), color=colour, clip_on=False, **style)
     for curve, series, name in marks:
         for step, value in zip(curve.steps, curve.values, strict=True):
-            # A line without length, whose round ends make a dot.
-            gid = charts.gid("mark", f"{name}, step {step:,}: validation {value:.4f}")
-            ends = [step] * 2, [min(max(value, low), high)] * 2
-            axes.plot(*ends, color=charts.SERIES[series], linewidth=8, solid_capstyle="round", clip_on=False, gid=gid)
+            title = f"{name}, step {step:,}: validation {value:.4f}"
+            inside = min(max(value, low), high)
+            charts.add_dot(axes, step, inside, 8, charts.SERIES[series], css="mark", title=title)
     named = [(curve.thinned(), name) for curve, _, name in lines if name]
     readout = {
         "last": last,
