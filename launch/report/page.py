@@ -178,7 +178,13 @@ def _legend(reports: Sequence[RunReport]) -> str:
     )
 
 
-def _chart(lines, marks, unit: str, title: str, zero: bool = False) -> str:
+def _chart(
+    lines: Sequence[tuple[Curve, int, str | None]],
+    marks: Sequence[tuple[Curve, int, str]],
+    unit: str,
+    title: str,
+    zero: bool = False,
+) -> str:
     """A line chart.
 
     Args:
@@ -204,14 +210,14 @@ def _chart(lines, marks, unit: str, title: str, zero: bool = False) -> str:
     if zero:
         axes.axhline(0, color=charts.SOFT, linewidth=1, clip_on=False)
     for curve, series, name in lines:
-        thin, colour = curve.thinned(), charts.SERIES[series]
-        style = {"gid": charts.gid("line"), "linewidth": 2} if name else {"alpha": 0.3, "linewidth": 1}
-        axes.plot(thin.steps, np.clip(thin.values, low, high), color=colour, clip_on=False, **style)
+        thin, (css, width, alpha) = curve.thinned(), ("line", 2, 1.0) if name else ("raw", 1, 0.3)
+        values, colour, gid = np.clip(thin.values, low, high), charts.SERIES[series], charts.gid(css)
+        axes.plot(thin.steps, values, color=colour, linewidth=width, alpha=alpha, gid=gid, clip_on=False)
     for curve, series, name in marks:
         for step, value in zip(curve.steps, curve.values, strict=True):
-            title = f"{name}, step {step:,}: validation {value:.4f}"
+            says = f"{name}, step {step:,}: validation {value:.4f}"
             inside = min(max(value, low), high)
-            charts.add_dot(axes, step, inside, 8, charts.SERIES[series], css="mark", title=title)
+            charts.add_dot(axes, step, inside, 8, charts.SERIES[series], css="mark", title=says)
     named = [(curve.thinned(), name) for curve, _, name in lines if name]
     readout = {
         "last": last,

@@ -122,6 +122,8 @@ def test_both_runs_have_curves_and_only_the_selective_one_has_masks(written):
     assert page.count("g", "line") == 3  # a loss curve each, and their difference
     assert page.count("g", "mark") == 6
     assert page.count("svg", "heat") == 1  # one layer
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert labels[:2] == ["Loss over training steps", "Difference of the losses over training steps"]
     assert page.count("span", "chip") == len(reports[0].masks.pieces)
 
 
