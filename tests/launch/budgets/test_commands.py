@@ -42,3 +42,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
         main(arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_workdir_without_a_checkpoint_is_named(capsys, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["search", f"--checkpoint={tmp_path}/run", "--data=x", "--target-perplexity=9", f"--output={tmp_path}/x"])
+    assert exit_info.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"error: {tmp_path}/run could not be exported: there is no checkpoint in {tmp_path}/run/checkpoints"
