@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -24,10 +23,10 @@ from data import DataError, Dataset, EvalBatches, Tokenizer, open_dataset
 from launch.report.page import Curve, RunReport, SentenceMasks, render
 from selective_attention import Transformer
 from selective_attention.transformer.decoding import sample
-from trainer.checkpoints.manager import load_model
 from trainer.errors import ResumeError
+from trainer.export import load_model
 from trainer.loop import RESULT_FILE
-from trainer.state import model_config
+from trainer.settings import Settings
 
 SENTENCE_TOKENS = (40, 60)  # of the sentence that is shown, without BOS
 MAX_WINDOWS = 200  # of the validation split that are searched for it
@@ -91,7 +90,7 @@ def write_report(
 def _run_report(
     name: str,
     workdir: str | Path,
-    loaded: tuple[Transformer, ConfigDict],
+    loaded: tuple[Transformer, Settings],
     dataset: Dataset,
     sentence: np.ndarray | None,
     seed: int,
@@ -106,7 +105,7 @@ def _run_report(
     return RunReport(
         name=name,
         selective=config.model.selective,
-        parameters=model_config(config).parameter_counts()["total"],
+        parameters=config.transformer.parameter_counts()["total"],
         num_layers=model.config.num_layers,
         steps=result["steps"],
         train_tokens=result["steps"] * config.batch_size * config.context_length,
