@@ -1,4 +1,4 @@
-"""Raw text -> tokenizer -> ArrayRecord -> deterministic batches. See README.md in this folder."""
+"""Raw text -> tokenizer -> ArrayRecord -> deterministic batches. See docs/data.md."""
 
 from data.batches import EvalBatches, TrainBatches
 from data.dataset import Dataset, open_dataset

@@ -76,7 +76,7 @@ def open_dataset(path: str | Path) -> Dataset:
     Raises DataError.
     """
     if "://" in str(path):
-        raise DataError(f"{path} is not a folder on this machine; mount the bucket, see data/README.md")
+        raise DataError(f"{path} is not a folder on this machine; mount the bucket, see docs/data.md")
     path = Path(path)
     try:
         text = (path / MANIFEST_FILE).read_text()

@@ -4,7 +4,7 @@
     python -m data.prepare --runner beam ... -- --runner=DataflowRunner --project=P --region=R --temp_location=gs://B/T
 
 The same options and inputs give the same bytes, with any number of workers and any runner. It can be stopped and run
-again at any time: only what is missing is done. See data/README.md.
+again at any time: only what is missing is done. See docs/data.md.
 """
 
 import argparse
