@@ -25,9 +25,9 @@ from launch.plan.estimate import plan
 from launch.plan.remedies import try_remedies
 from launch.plan.sweep import sweep
 from launch.slices import Topology, find
-from trainer.__main__ import CONFIG, EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
+from trainer.__main__ import CONFIG, parse_flags
 from trainer.config import check_config
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, ConfigError
 from trainer.mesh import AXES
 
 TOPOLOGY = flags.DEFINE_list("topology", [], "Slices by their public names; by default the config's mesh.topology.")
