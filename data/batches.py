@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from data.dataset import Dataset
-from data.manifest import DataError
+from data.errors import DataError
 
 FILLER = -1
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from data.manifest import DataError
+from data.errors import DataError, WorkError
 from data.workers import Task
 
 try:
@@ -30,7 +30,7 @@ def run_on_beam(
             # Without the reshuffle a runner may fuse both steps and give every task to one worker.
             _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(lambda task: function(task, [0, 0]))
     except Exception as error:
-        raise DataError(
+        raise WorkError(
             f"the Beam pipeline failed: {error}; what is done is kept, run the same command again"
         ) from error
     for task in tasks:

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.errors import DataError, end
 from data.sources import in_validation
 
 # What the application itself needs, directly or not, and documents at length. The list is fixed so that installing an
@@ -91,7 +91,7 @@ _ROLE = re.compile(r":[a-z:]+:(?=`)")
 _WORD = re.compile(r"[\"'(`*\u201c\u2018]*[A-Za-z]+(['\u2019/-][A-Za-z]+)*[\"'`*\u201d\u2019]*[.,;:!?)]*")
 
 
-class CorpusError(RuntimeError):
+class CorpusError(DataError):
     """The installation does not hold enough documentation to build the corpus."""
 
 
@@ -260,7 +260,7 @@ def main() -> None:
     try:
         sizes = build(arguments.output)
     except CorpusError as error:
-        sys.exit(f"error: {error}")
+        end(error)
     print(", ".join(f"{split} {size / 1e6:.2f} MB" for split, size in sizes.items()), "of text in", arguments.output)
 
 

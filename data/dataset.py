@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard, file_crc32
+from data.errors import DataError
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, file_crc32
 from data.tokenizer import Tokenizer
 
 # Random access: no read-ahead inside a shard, and no threads but our own.

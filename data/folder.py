@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data.manifest import DataError
+from data.errors import DataError
 from data.sources import filesystem
 
 

@@ -4,12 +4,12 @@ python -m data.inspect DIR [--verify]
 """
 
 import argparse
-import sys
 
 from tqdm import tqdm
 
 from data.dataset import Dataset, open_dataset
-from data.manifest import DataError, Manifest
+from data.errors import DataError, end
+from data.manifest import Manifest
 
 _SHOWN_TOKENS = 64
 
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
             verify(dataset)
             print(f"\nall {len(dataset.manifest.shards):,} shards have the right checksums")
     except DataError as error:
-        sys.exit(f"error: {error}")
+        end(error)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import DataError
+
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 MAX_UINT16_VOCAB = 65_536
-
-
-class DataError(ValueError):
-    """Text, a dataset or a batch request that cannot be used; the message says which and what to do."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from data.errors import DataError
 from data.folder import Folder
-from data.manifest import DataError
 from data.sources import BadDocument, filesystem, in_validation, read_documents
 from data.stages import FileTask, Receipt, ShardTask, SplitCount, TokenRange
 

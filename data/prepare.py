@@ -19,8 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.errors import DataError, end
 from data.folder import Folder
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard, Split, record_dtype
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split, record_dtype
 from data.plan import SHARD_BYTES, Plan, find_inputs, shard_tasks, split_totals
 from data.sources import SOURCES
 from data.stages import Receipt, tokenize_file, write_shard
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
             plan, options.output, run=run, max_bad_fraction=options.max_bad_fraction, tokenizer=tokenizer
         )
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        end(error)
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on")
     print(summary(manifest))

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from data.manifest import DataError
+from data.errors import DataError
 
 SOURCES = {
     "c4": "JSON lines with a `text` field, as allenai/c4 has them",

@@ -16,8 +16,9 @@ from functools import cache
 import numpy as np
 from array_record.python import array_record_module
 
+from data.errors import DataError, WorkError
 from data.folder import Folder
-from data.manifest import TOKENIZER_FILE, DataError, Shard, file_crc32, record_dtype
+from data.manifest import TOKENIZER_FILE, Shard, file_crc32, record_dtype
 from data.sources import BadDocument, in_validation, read_documents
 from data.tokenizer import SPACE_SYMBOL, Tokenizer
 from data.workers import Position
@@ -166,7 +167,7 @@ def write_shard(task: ShardTask, position: Position) -> None:
         try:
             _write_records(str(path), _records(task, dtype.itemsize, pad), position)
         except RuntimeError as error:
-            raise DataError(f"cannot write {task.file}: {error}; is there room? Run the same command again") from None
+            raise WorkError(f"cannot write {task.file}: {error}; is there room? Run the same command again") from None
         reader = array_record_module.ArrayRecordReader(str(path))
         if not reader.ok() or reader.num_records() != task.records:
             raise DataError(f"{task.file} came out with {reader.num_records()} records instead of {task.records}")

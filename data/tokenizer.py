@@ -14,7 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.manifest import DataError, TokenizerIdentity
+from data.errors import DataError
+from data.manifest import TokenizerIdentity
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 SPACE_SYMBOL = "\u2581"
