@@ -14,15 +14,17 @@ fit, 130 stopped by Ctrl-C.
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
 from launch.plan import chart, scaling, tables
-from launch.plan.estimate import plan
+from launch.plan.planner import plan
 from launch.plan.remedies import try_remedies
+from launch.plan.result import Plan
 from launch.plan.sweep import sweep
 from launch.slices import Topology, find
 from trainer.__main__ import CONFIG, parse_flags
@@ -73,27 +75,27 @@ def _run(config: ConfigDict, topologies: list[Topology], fixed: dict[str, int]) 
     topology, slices = topologies[0], SLICES.value
     if SWEEP.value:
         plans = sweep(config, topology, slices, fixed, plan)
-        _write({"topology": topology.name, "slices": slices, "plans": plans})
+        _write({"topology": topology.name, "slices": slices, "plans": [made.to_json() for made in plans]})
         print(f"{topology.name}, batch {config.batch_size} x {config.context_length} tokens\n")
         print(tables.sweep_table(plans))
-        return 0 if plans[0]["fits"] else EXIT_OUT_OF_MEMORY
+        return 0 if plans[0].fits else EXIT_OUT_OF_MEMORY
     if len(topologies) > 1:
         rows = scaling.scale(config, topologies, slices, plan)
         _write({"scaling": rows})
         if PNG.value:
-            chart.draw(rows, PNG.value)
+            chart.draw([dict(row) for row in rows], PNG.value)
         print(tables.scaling_table(rows))
         return 0 if any("error" not in row for row in rows) else EXIT_OUT_OF_MEMORY
     made = plan(config, topology, slices)
-    hlo = made.pop("hlo", "")
-    if HLO.value and hlo:
-        Path(HLO.value).write_text(hlo)
-    if not made["fits"]:
+    if HLO.value and isinstance(made, Plan):
+        Path(HLO.value).write_text(made.step.hlo)
+    remedies = None
+    if not made.fits:
         print("It does not fit; compiling what might", file=sys.stderr)
-        made["remedies"] = try_remedies(config, made, plan)
-    _write(made)
-    print(tables.plan_table(made, PRICE.value))
-    return 0 if made["fits"] else EXIT_OUT_OF_MEMORY
+        remedies = try_remedies(config, made, plan)
+    _write(made.to_json() | ({} if remedies is None else {"remedies": remedies}))
+    print(tables.plan_table(made, PRICE.value, remedies))
+    return 0 if made.fits else EXIT_OUT_OF_MEMORY
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -131,7 +133,7 @@ def _find(names: list[str]) -> list[Topology]:
         raise ConfigError(f"--topology: {error}") from error
 
 
-def _write(result: dict[str, Any]) -> None:
+def _write(result: Mapping[str, object]) -> None:
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -10,9 +10,11 @@ from PIL import Image
 
 from configs import c4
 from launch.plan import chart, several
-from launch.plan.compiler import out_of_memory
+from launch.plan.compiler import shortage
 from launch.plan.meshes import check_mesh, sensible_meshes
+from launch.plan.planner import make_run
 from launch.plan.remedies import candidates, try_remedies
+from launch.plan.result import DoesNotFit, OversizedStep, Place, Plan, Shortage, Step
 from launch.plan.scaling import scale
 from launch.plan.several import announcement
 from launch.plan.sweep import sweep
@@ -27,9 +29,17 @@ def ideal(config, topology, slices):
     """A plan of a machine that takes a millisecond for each sequence of a chip, and more for each part of fsdp."""
     chips = topology.num_chips * slices
     step_ms = config.batch_size / chips + config.mesh.fsdp
-    facts = {"step_ms": step_ms, "mfu": 0.5, "headroom": 0.5, "step_ms_by_part": {"matmuls": step_ms}}
-    facts |= {"mesh": config.mesh.to_dict(), "tokens_per_second": 1e3 * config.batch_size / step_ms}
-    return {"fits": config.batch_size / chips <= 128, "topology": topology.name, "slices": slices, **facts}
+    step = Step(config.mesh.to_dict(), {"parameters": 1}, 1, 1, {"matmuls": step_ms}, [], [], 1.0, 1.0, 1.0, "")
+    run = make_run(config, step_ms / 1e3, chips, step.state_bytes)
+    place = Place(topology.name, slices, chips, config.batch_size, config.context_length)
+    speed = 1e3 * config.batch_size / step_ms
+    return Plan(place, 2 * config.batch_size // chips, 256, 0.5, step_ms, 0.5, speed, run, step)
+
+
+def failed(mesh, slices, shortage):
+    """A plan of d12 on slices of v4-32 that it does not fit."""
+    step = OversizedStep(mesh, {"parameters": 1}, 1, shortage)
+    return DoesNotFit(Place("v4-32", slices, 16 * slices, 256, 512), 2**30, step)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +94,7 @@ def test_a_mesh_that_the_slice_cannot_have_names_one_that_it_can(name, topology,
 
 def test_a_sweep_ranks_by_time():
     plans = sweep(c4.get_config("d12"), find("v4-32"), 1, {"tensor": 1}, ideal)
-    assert [plan["mesh"]["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
+    assert [plan.mesh["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
     table = sweep_table(plans)
     assert max(map(len, table.splitlines())) <= 80 and table.count("50%") >= 5
 
@@ -158,35 +168,33 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("message", "gib"), MESSAGES)
 def test_every_message_about_memory_becomes_one_line(message, gib):
-    found = out_of_memory(message)
-    assert found["needed_bytes"] == pytest.approx(gib * 2**30)
-    assert found["error"] == f"needs at least {gib:.2f} GiB of HBM on each chip, which has 30.75"
+    found = shortage(message)
+    assert found.needed_bytes == pytest.approx(gib * 2**30)
+    assert found.error == f"needs at least {gib:.2f} GiB of HBM on each chip, which has 30.75"
 
 
 def test_remedies_shard_within_a_slice_and_split_what_can_be_split():
     config = c4.get_config("d12")
-    single, combined = candidates(config, {"mesh": V4_32, "slices": 2})
+    single, combined = candidates(config, failed(V4_32, 2, Shortage("needs more")))
     assert single == [{"model.remat": "block"}, {"mesh.data": 2, "mesh.fsdp": 8}, {"accumulation": 2}]
     assert combined[-1] == {"model.remat": "block", "mesh.data": 2, "mesh.fsdp": 8, "accumulation": 16}
 
 
 def test_only_fewer_heads_help_where_vmem_is_too_small():
-    found = out_of_memory(
+    found = shortage(
         "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem. "
         "Used 16.14M of 16.00M vmem."
     )
-    assert found["error"] == "a kernel needs more VMEM than a core has"
-    single, combined = candidates(c4.get_config("d12"), {"mesh": V4_32, "slices": 1} | found)
+    assert found.error == "a kernel needs more VMEM than a core has"
+    single, combined = candidates(c4.get_config("d12"), failed(V4_32, 1, found))
     assert (single, combined) == ([{"mesh.data": 8, "mesh.tensor": 2}], [])
 
 
 def test_remedies_go_together_only_where_none_alone_is_enough():
-    failed = {"mesh": V4_32, "topology": "v4-32", "slices": 1, "chips": 16, "batch_size": 256, "hbm_limit_bytes": 2**30}
-    failed |= {"context_length": 512}
-    failed |= {"hbm_bytes": {"parameters": 1}, "error": "needs more", "fits": False}
-    rows = try_remedies(c4.get_config("d12"), failed, ideal)
+    too_large = failed(V4_32, 1, Shortage("needs more"))
+    rows = try_remedies(c4.get_config("d12"), too_large, ideal)
     assert rows[0]["change"] == "--config.model.remat=block" and len(rows) == 3
-    rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"})
+    rows = try_remedies(c4.get_config("d12"), too_large, lambda *_: too_large)
     assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
-    table = plan_table(failed | {"remedies": rows})
+    table = plan_table(too_large, remedies=rows)
     assert "choose a larger slice" in table and max(map(len, table.splitlines())) <= 80

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import c4
-from launch.plan.estimate import changed, matmul_flops, model_flops
+from launch.plan.planner import changed, matmul_flops, model_flops
 from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
 from trainer.state import model_config
