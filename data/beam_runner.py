@@ -17,10 +17,13 @@ except ImportError:
 def run_on_beam(
     function: Callable, tasks: list[Task], progress: tqdm, *, pipeline_arguments: list[str]
 ) -> Iterator[Task]:
-    """One pipeline that calls `function` with each task, and yields them all when it has ended.
+    """Calls `function` with each task in one pipeline, and yields them all when it has ended.
 
     The workers need this project installed, and a folder that they all reach; results travel through that folder, so
-    that a pipeline that failed is continued by running it again. Raises DataError when the pipeline fails.
+    that a pipeline that failed is continued by running it again.
+
+    Raises:
+      WorkError: the pipeline fails.
     """
     if not tasks:
         return

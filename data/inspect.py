@@ -63,7 +63,11 @@ def windows(dataset: Dataset) -> list[tuple[str, str]]:
 
 
 def verify(dataset: Dataset) -> None:
-    """Reads every byte; raises DataError for the first shard whose checksum is wrong."""
+    """Reads every byte of every shard.
+
+    Raises:
+      DataError: the checksum of a shard is wrong.
+    """
     with tqdm(
         total=sum(shard.bytes for shard in dataset.manifest.shards), desc="verify", unit="B", unit_scale=True
     ) as progress:

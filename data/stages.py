@@ -47,7 +47,7 @@ class Receipt:
     splits: dict[str, SplitCount]
     bad_documents: int
     bad: list[tuple[int, str]]
-    changed_documents: int  # Those with U+2581, which comes back as a space.
+    changed_documents: int  # those with U+2581, which comes back as a space
 
     @classmethod
     def from_json(cls, content: bytes) -> "Receipt":
@@ -106,7 +106,7 @@ class ShardTask:
 
     @property
     def size(self) -> int:
-        """In records."""
+        """The size of the shard in records."""
         return self.records
 
     def __str__(self) -> str:
@@ -119,7 +119,11 @@ def _load_tokenizer(work: Folder) -> Tokenizer:
 
 
 def tokenize_file(task: FileTask, position: Position) -> None:
-    """Stage one; `position` follows the line and the bytes read. Raises DataError for an unreadable input."""
+    """Turns an input file into tokens: stage one. `position` follows the line and the bytes read.
+
+    Raises:
+      DataError: the input cannot be read.
+    """
 
     def at_byte(offset: int) -> None:
         position[1] = offset
@@ -156,7 +160,7 @@ def tokenize_file(task: FileTask, position: Position) -> None:
 
 
 def write_shard(task: ShardTask, position: Position) -> None:
-    """Stage two; `position` follows the records written.
+    """Writes a shard from its ranges of tokens: stage two. `position` follows the records written.
 
     The shard is read back for its checksum, and its records are counted, before it appears.
     """

@@ -44,8 +44,11 @@ def run_tasks(
 ) -> Iterator[Task]:
     """Calls `function` with each task in a process of its own, at most `workers` at once; yields the tasks as they end.
 
-    A process that dies (killed, out of memory) is retried once. Raises DataError when it dies again, naming the task
-    and its line, or when `function` raises.
+    A process that dies (killed, out of memory) is retried once.
+
+    Raises:
+      DataError: `function` raised it.
+      WorkError: `function` raised something else, or a process died again; the message names the task and its line.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
@@ -99,7 +102,7 @@ def _succeeded(connection: Connection, ended: _Running) -> bool:
 
 
 def _work(connection: Connection, function: Callable, task: Task, position: Position) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     problem: DataError | None = None
     try:

@@ -45,8 +45,11 @@ def sensible_meshes(config: ConfigDict, topology: Topology, slices: int, fixed: 
 
 
 def check_mesh(config: ConfigDict, topology: Topology, slices: int) -> None:
-    """Raises ConfigError where the config's mesh has other chips than the slices, or more parts of a batch than the
-    batch has sequences. The message names what would do.
+    """Checks that the slices can have the config's mesh.
+
+    Raises:
+      ConfigError: the mesh has other chips than the slices, or more parts of a batch than the batch has sequences. The
+        message names what would do.
     """
     chips = topology.num_chips * slices
     try:
