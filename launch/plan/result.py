@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+Json = dict[str, Any]  # an object of `json`
+
 
 class CollectiveRow(TypedDict):
     """All collectives of one kind, axes, group size and network in a step."""
@@ -104,7 +106,7 @@ class Plan:
     def mesh(self) -> dict[str, int]:
         return self.step.mesh
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What `--json` writes."""
         values = {"fits": self.fits, **_flat(self)}
         del values["hlo"]
@@ -129,7 +131,7 @@ class DoesNotFit:
     def error(self) -> str:
         return self.step.shortage.error
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What `--json` writes."""
         return {"fits": self.fits, **_flat(self)}
 
@@ -143,7 +145,7 @@ class Impossible:
 
     fits = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What `--json` writes."""
         return {"fits": self.fits, **_flat(self)}
 
@@ -178,9 +180,9 @@ def refusal(plan: Plan | DoesNotFit, otherwise: str) -> str:
     return plan.error if isinstance(plan, DoesNotFit) else otherwise
 
 
-def _flat(of: Any) -> dict[str, Any]:
+def _flat(of: Any) -> Json:
     """The fields that are known, among them those of the dataclasses in it; a run is kept apart."""
-    values: dict[str, Any] = {}
+    values: Json = {}
     for field in dataclasses.fields(of):
         value = getattr(of, field.name)
         if isinstance(value, Run):
