@@ -6,45 +6,43 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
 from data import EvalBatches, TrainBatches, open_dataset
-from trainer.batches import Skipping, batch_sharding, global_batch, prefetch
+from trainer.batches import Batch, Skipping, batch_sharding, global_batch, prefetch
 from trainer.checkpoints.disk import check_workdir
-from trainer.checkpoints.manager import Checkpoints, Restored, abstract_state
-from trainer.config import check_batch, check_dataset
+from trainer.checkpoints.manager import Checkpoints, Restored
+from trainer.checks import check_batch, check_dataset
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, DivergedError, StorageError
 from trainer.evaluate import Evaluation, evaluate
 from trainer.goodput import Goodput
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.replicas import make_replica_check
+from trainer.hosts.requests import Request, request_array
 from trainer.hosts.watchdog import Watchdog
-from trainer.mesh import AXES, make_mesh
+from trainer.mesh import make_mesh
 from trainer.metrics import MetricsWriter, StepLog, progress_bar
-from trainer.state import TrainState, init_state, make_optimizer, model_config
-from trainer.step import Batch, Request, make_eval_step, make_selection_step, make_train_step
+from trainer.settings import Settings
+from trainer.state import TrainState, abstract_state, init_state
+from trainer.step import compile_train_step, make_eval_step, make_selection_step
 
 RESULT_FILE = "result.json"
 logger = logging.getLogger("trainer")
 
 
 def train(
-    config: ConfigDict,
+    settings: Settings,
     workdir: str,
     interrupt: Interrupt | None = None,
     override_resume: Sequence[str] = (),
     started_at: float | None = None,
 ) -> int:
-    """Trains to `config.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
+    """Trains to `settings.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
 
     Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `goodput.json` and at the end `result.json` into
     `workdir`. `override_resume` names config fields that may differ from the checkpoint's; `started_at` is when this
@@ -60,30 +58,29 @@ def train(
     started_at = started_at or time.time()
     interrupt = interrupt or Interrupt()
     is_main = jax.process_index() == 0
-    dataset = open_dataset(config.data.path)
-    check_dataset(config, dataset)
-    mesh = make_mesh(config.mesh)
-    check_batch(config, mesh)
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(_initial_state(config))))
-    check_workdir(workdir, state_bytes)
+    dataset = open_dataset(settings.data.path)
+    check_dataset(settings, dataset.manifest)
+    mesh = make_mesh(settings.mesh)
+    check_batch(settings, mesh.shape)
+    state_shape = abstract_state(settings, mesh)
+    check_workdir(workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shape)))
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.time() - started_at)
-    checkpoints = Checkpoints(workdir, config, dataset.manifest.fingerprint, override_resume)
-    finished = checkpoints.latest_step() == config.steps and epath.Path(workdir, RESULT_FILE).exists()
+    checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume)
+    finished = checkpoints.latest_step() == settings.steps and epath.Path(workdir, RESULT_FILE).exists()
     if is_main:
-        counts = model_config(config).parameter_counts()
+        counts = settings.transformer.parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
         logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
 
     with jax.set_mesh(mesh):
-        state_shape = abstract_state(jax.eval_shape(_initial_state(config)), mesh)
         pad_id = dataset.manifest.tokenizer.pad_id
         # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
         # waiting for it.
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
-        compile_step = functools.partial(compile_train_step, config, pad_id, state_shape, mesh)
+        compile_step = functools.partial(compile_train_step, settings, pad_id, state_shape, mesh)
         compiled = None if finished else compiler.submit(compile_step)
-        faults = config.faults
+        faults = settings.faults
         watchdog = Watchdog(
             faults.step_timeout_seconds,
             faults.step_timeout_factor,
@@ -92,26 +89,26 @@ def train(
         )
         with goodput.span("restore"):
             watchdog.begin("restoring a checkpoint")
-            start = checkpoints.restore(state_shape) or _fresh_start(config)
+            start = checkpoints.restore(state_shape) or _fresh_start(settings)
             watchdog.end()
-        if finished and start.step == config.steps:  # else the last checkpoint turned out to be damaged
+        if finished and start.step == settings.steps:  # else the last checkpoint turned out to be damaged
             logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
             checkpoints.close()
             return EXIT_FINISHED
         compiled = compiled or compiler.submit(compile_step)
         compiler.shutdown(wait=False)
         if is_main:
-            logger.info("starting at step %d of %d", start.step, config.steps)
-        batch_options = {"context_length": config.context_length, "batch_size": config.batch_size}
+            logger.info("starting at step %d of %d", start.step, settings.steps)
+        length, rows = settings.context_length, settings.batch_size
         run = Run(
-            config=config,
+            settings=settings,
             workdir=workdir,
             mesh=mesh,
             state_shape=state_shape,
             compiled=compiled,
             pad_id=pad_id,
-            train_batches=TrainBatches(dataset, seed=config.seed, **batch_options),
-            eval_batches=EvalBatches(dataset, **batch_options),
+            train_batches=TrainBatches(dataset, context_length=length, batch_size=rows, seed=settings.seed),
+            eval_batches=EvalBatches(dataset, context_length=length, batch_size=rows),
             checkpoints=checkpoints,
             goodput=goodput,
             interrupt=interrupt,
@@ -126,7 +123,7 @@ def train(
 class Run:
     """One process's part of a run, from a state to the end or to an interruption; all hosts do the same."""
 
-    config: ConfigDict
+    settings: Settings
     workdir: str
     mesh: Mesh
     state_shape: TrainState
@@ -143,50 +140,50 @@ class Run:
     last_eval_step: int = -1
 
     def __post_init__(self) -> None:
-        config = self.config
+        settings = self.settings
         self.sharding = batch_sharding(self.mesh)
-        self.eval_step = jax.jit(make_eval_step(config, self.pad_id))
-        self.selection_step = jax.jit(make_selection_step(config, self.pad_id))
+        self.eval_step = jax.jit(make_eval_step(settings.transformer, self.pad_id))
+        self.selection_step = jax.jit(make_selection_step(settings.transformer, settings.memory_loss.tau, self.pad_id))
         self.check_replicas = make_replica_check(self.state_shape.params, self.mesh)
         self.first_eval_batch = functools.partial(global_batch, self.eval_batches, 0, self.sharding)
-        self.request_array = functools.cache(functools.partial(_request_array, self.mesh))
+        self.request_array = functools.cache(functools.partial(request_array, self.mesh))
         self.rolled_back_to: int | None = None
         self.failed_saves = 0
 
     def run(self, start: Restored) -> int:
         """Trains and evaluates; the exit code."""
-        config = self.config
+        settings = self.settings
         self.begin_at(start)  # batches are read while the compiler still works
         with self.goodput.span("compile"):
             self.train_step = self.compiled.result()
         self.writer = MetricsWriter(f"{self.workdir}/tensorboard", self.step + 1, enabled=self.is_main)
         self.last_save_time = time.monotonic()
-        self.interrupt.can_save(config.faults.exit_seconds)
-        num_eval_batches = min(config.eval.batches, self.eval_batches.num_batches)
-        with progress_bar(config.steps, "train", self.is_main, initial=self.step) as bar:
-            self.log = StepLog(self.writer, self.goodput, config.log_every_steps, bar, self.is_main, self.started_at)
+        self.interrupt.can_save(settings.faults.exit_seconds)
+        num_eval_batches = min(settings.eval.batches, self.eval_batches.num_batches)
+        with progress_bar(settings.steps, "train", self.is_main, initial=self.step) as bar:
+            self.log = StepLog(self.writer, self.goodput, settings.log_every_steps, bar, self.is_main, self.started_at)
             while True:
                 # `step` updates are done. What is due here is done before the next update.
-                if self.is_due(config.eval.every_steps) and self.step != self.last_eval_step:
+                if self.is_due(settings.eval.every_steps) and self.step != self.last_eval_step:
                     self.log.drain()
                     if self.evaluate(num_eval_batches, "eval") is None:
                         return self.leave()
                     self.last_eval_step = self.step
-                every = config.faults.check_replicas_every_steps
-                if self.is_due(every) or (every and self.step == config.steps):
+                every = settings.faults.check_replicas_every_steps
+                if self.is_due(every) or (every and self.step == settings.steps):
                     self.log.drain()
                     self.check_replicas(self.state.params, self.step)
-                if self.is_due(config.checkpoint.every_steps):
+                if self.is_due(settings.checkpoint.every_steps):
                     self.save()
-                if self.step == config.steps:
+                if self.step == settings.steps:
                     self.log.drain()
-                if self.log.bad_steps >= config.faults.max_bad_steps:
+                if self.log.bad_steps >= settings.faults.max_bad_steps:
                     self.roll_back()
                     continue
                 if self.log.requests[Request.STOP]:
                     self.log.drain()
                     return self.leave()
-                if self.step == config.steps:
+                if self.step == settings.steps:
                     break
                 if self.log.requests[Request.SAVE] or self.log.requests[Request.SAVE_AGAIN]:
                     self.save()
@@ -206,12 +203,12 @@ class Run:
         self.skipped: list[tuple[int, int]] = [(first, stop) for first, stop in start.notes["skipped_batches"]]
         source = Skipping(self.train_batches, self.skipped)
         self.batches: Iterator[tuple[Batch, float]] = prefetch(
-            source, range(self.step, self.config.steps), self.sharding
+            source, range(self.step, self.settings.steps), self.sharding
         )
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something that is done every so many steps is due at this one, on the way."""
-        return every_steps > 0 and self.first_step < self.step < self.config.steps and self.step % every_steps == 0
+        return every_steps > 0 and self.first_step < self.step < self.settings.steps and self.step % every_steps == 0
 
     def make_step(self) -> None:
         """Dispatches the next update, then reads what the one before computed."""
@@ -230,7 +227,7 @@ class Run:
         saving = self.checkpoints.poll()
         if self.checkpoints.failures_in_a_row >= 2:
             raise StorageError(f"two checkpoints in a row could not be saved: {self.checkpoints.failure}")
-        minutes = self.config.checkpoint.every_minutes
+        minutes = self.settings.checkpoint.every_minutes
         overdue = minutes > 0 and time.monotonic() - self.last_save_time > 60 * minutes
         asked = {
             Request.STOP: self.interrupt.requested,
@@ -241,7 +238,7 @@ class Run:
 
     def evaluate(self, num_batches: int, name: str) -> Evaluation | None:
         """Validation loss and what is masked, into TensorBoard; None if a host was told to stop meanwhile."""
-        config = self.config
+        settings = self.settings
         with self.goodput.span("evaluation"), progress_bar(num_batches, name, self.is_main) as bar:
 
             def on_batch() -> None:
@@ -257,7 +254,7 @@ class Run:
             if result is not None:
                 self.last_eval_loss = result.loss
                 self.writer.write(self.step, {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity})
-                if config.model.selective:
+                if settings.model.selective:
                     statistics = jax.device_get(self.selection_step(params, self.first_eval_batch()))
                     for statistic, value_L in statistics.items():
                         layers = {f"{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
@@ -309,7 +306,7 @@ class Run:
         self.checkpoints.set_aside_after(first)
         del self.state, self.batches  # two states may not fit
         with self.goodput.span("restore"):
-            start = self.checkpoints.restore(self.state_shape) or _fresh_start(self.config)
+            start = self.checkpoints.restore(self.state_shape) or _fresh_start(self.settings)
         self.watchdog.end()
         if start.step == self.rolled_back_to:
             raise DivergedError(
@@ -338,7 +335,7 @@ class Run:
         self.close()
         if self.is_main:
             result = {
-                "steps": self.config.steps,
+                "steps": self.settings.steps,
                 "loss": final.loss,
                 "perplexity": final.perplexity,
                 "tokens": final.tokens,
@@ -356,34 +353,6 @@ class Run:
             logger.info("%s", self.goodput.summary())
 
 
-def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
-    """The train step compiled for exactly these shapes and shardings, its state donated."""
-    shape, sharding = (config.batch_size, config.context_length), batch_sharding(mesh)
-    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    requests = jax.ShapeDtypeStruct((mesh.size, len(Request)), jnp.int32, sharding=_request_sharding(mesh))
-    start = time.monotonic()
-    with jax.set_mesh(mesh):  # of this thread
-        step = jax.jit(make_train_step(config, make_optimizer(config), pad_id), donate_argnums=0)
-        compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), requests).compile()
-    logger.info("compiled the train step in %.1f s", time.monotonic() - start)
-    return compiled
-
-
-def _fresh_start(config: ConfigDict) -> Restored:
-    state = jax.jit(_initial_state(config))()
+def _fresh_start(settings: Settings) -> Restored:
+    state = jax.jit(lambda: init_state(settings))()
     return Restored(state, 0, {"last_eval_step": -1, "skipped_batches": []})
-
-
-def _initial_state(config: ConfigDict) -> Callable[[], TrainState]:
-    return lambda: init_state(config, make_optimizer(config))
-
-
-def _request_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, jax.P(AXES))
-
-
-def _request_array(mesh: Mesh, asked: tuple[bool, ...]) -> Array:
-    """int32 [devices, len(Request)], this host's rows set to `asked`: hosts may differ, which is the point."""
-    row = np.array([asked], np.int32)
-    shards = [jax.device_put(row, device) for device in mesh.local_devices]
-    return jax.make_array_from_single_device_arrays((mesh.size, len(asked)), _request_sharding(mesh), shards)

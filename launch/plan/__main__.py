@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from launch.plan import chart, scaling, tables
 from launch.plan.planner import plan
@@ -27,10 +26,10 @@ from launch.plan.remedies import try_remedies
 from launch.plan.result import Plan
 from launch.plan.sweep import sweep
 from launch.slices import Topology, find
-from trainer.__main__ import CONFIG, parse_flags
-from trainer.config import check_config
 from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, ConfigError
+from trainer.flags import CONFIG, parse_flags
 from trainer.mesh import AXES
+from trainer.settings import Settings, read_settings
 
 TOPOLOGY = flags.DEFINE_list("topology", [], "Slices by their public names; by default the config's mesh.topology.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices, joined by their hosts' network.", lower_bound=1)
@@ -50,15 +49,13 @@ def main(argv: list[str]) -> None:
         )
     if importlib.util.find_spec("libtpu") is None:
         _mistake("the TPU compiler is not installed; run: pip install -e '.[tpu]'")
-    config = CONFIG.value
     try:
-        names = [name.strip() for name in TOPOLOGY.value] or [config.mesh.topology]
+        names = [name.strip() for name in TOPOLOGY.value] or [CONFIG.value.mesh.topology]
         _check_flags(names)
         topologies = _find(names)
         fixed = parse_mesh(MESH.value)
-        config.mesh.update(fixed)
-        check_config(config)
-        code = _run(config, topologies, fixed)
+        CONFIG.value.mesh.update(fixed)
+        code = _run(read_settings(CONFIG.value), topologies, fixed)
     except ConfigError as error:
         _mistake(str(error))
     except RuntimeError as error:
@@ -70,7 +67,7 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def _run(config: ConfigDict, topologies: list[Topology], fixed: dict[str, int]) -> int:
+def _run(config: Settings, topologies: list[Topology], fixed: dict[str, int]) -> int:
     """Plans what the flags ask for, writes and prints it; the exit code."""
     topology, slices = topologies[0], SLICES.value
     if SWEEP.value:

@@ -19,8 +19,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from launch.plan import times
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Program
@@ -28,11 +26,12 @@ from launch.plan.result import CollectiveRow, OversizedStep, Shortage, Step
 from launch.plan.schedule import environment
 from launch.slices import Topology, find
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed, read_settings
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measure(config: ConfigDict, topology: Topology, slices: int = 1) -> Step | OversizedStep:
+def measure(config: Settings, topology: Topology, slices: int = 1) -> Step | OversizedStep:
     """What the compiler says of the train step of `config` on `slices` slices.
 
     Raises:
@@ -42,7 +41,7 @@ def measure(config: ConfigDict, topology: Topology, slices: int = 1) -> Step | O
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request = {
-            "config": json.loads(config.to_json()),
+            "config": dataclasses.asdict(config),
             "topology": topology.name,
             "slices": slices,
             "dump": f"{name}/dump",
@@ -67,7 +66,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
-        config, topology = ConfigDict(request["config"]), find(request["topology"])
+        config, topology = read_settings(request["config"]), find(request["topology"])
         made = _compile(config, topology, request["slices"], Path(request["dump"]))
     except ConfigError as error:
         result: dict[str, object] = {"mistake": str(error)}
@@ -76,21 +75,19 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
-def _compile(config: ConfigDict, topology: Topology, slices: int, dump: Path) -> Step | OversizedStep:
+def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> Step | OversizedStep:
     import jax
 
-    from trainer.checkpoints.manager import abstract_state
-    from trainer.config import check_batch
-    from trainer.loop import compile_train_step
+    from trainer.checks import check_batch
     from trainer.mesh import make_mesh
-    from trainer.state import init_state, make_optimizer
+    from trainer.state import abstract_state
+    from trainer.step import compile_train_step
 
     if config.model.attention == "auto":
-        config.model.attention = "pallas"  # what "auto" is on a TPU
+        config = changed(config, {"model.attention": "pallas"})  # what "auto" is on a TPU
     mesh = make_mesh(config.mesh, devices=list(topology.describe(slices).devices))
-    check_batch(config, mesh)
-    with jax.set_mesh(mesh):
-        state = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+    check_batch(config, mesh.shape)
+    state = abstract_state(config, mesh)
 
     def per_chip(tree: Any) -> int:
         return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))

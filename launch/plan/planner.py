@@ -3,21 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from data import DataError, Manifest
 from launch.plan.compiler import measure
 from launch.plan.meshes import check_mesh
 from launch.plan.result import DoesNotFit, OversizedStep, Place, Plan, Run
 from launch.slices import Topology
 from trainer.errors import ConfigError
-from trainer.state import model_config
+from trainer.settings import Settings
 
 Change = dict[str, object]  # fields of a config, with dots, and their values
-Planner = Callable[[ConfigDict, Topology, int], Plan | DoesNotFit]
+Planner = Callable[[Settings, Topology, int], Plan | DoesNotFit]
 
 
-def plan(config: ConfigDict, topology: Topology, slices: int = 1) -> Plan | DoesNotFit:
+def plan(config: Settings, topology: Topology, slices: int = 1) -> Plan | DoesNotFit:
     """The plan of one config.
 
     Raises:
@@ -44,14 +42,7 @@ def plan(config: ConfigDict, topology: Topology, slices: int = 1) -> Plan | Does
     )
 
 
-def changed(config: ConfigDict, change: Change) -> ConfigDict:
-    """A copy of `config` with these fields set."""
-    copy = ConfigDict(config.to_dict())
-    copy.update_from_flattened_dict(change)
-    return copy
-
-
-def model_flops(config: ConfigDict) -> float:
+def model_flops(config: Settings) -> float:
     """FLOPs of the model in a step: 6 x parameters in matmuls x tokens, and 12 x layers x heads' width x N x N / 2 a
     sequence for causal attention; neither the selection nor what is recomputed counts.
     """
@@ -60,15 +51,15 @@ def model_flops(config: ConfigDict) -> float:
     return matmul_flops(config) + config.batch_size * attention
 
 
-def matmul_flops(config: ConfigDict) -> float:
+def matmul_flops(config: Settings) -> float:
     """Of `model_flops`, what is not attention: forward and backward of the projections, SwiGLU and the logits."""
-    model = model_config(config)
+    model = config.transformer
     counts = model.parameter_counts()
     parameters = counts["attention"] + counts["mlp"] + model.vocab_size * model.d_model
     return 6.0 * parameters * config.batch_size * config.context_length
 
 
-def make_run(config: ConfigDict, step_seconds: float, chips: int, state_bytes: int) -> Run:
+def make_run(config: Settings, step_seconds: float, chips: int, state_bytes: int) -> Run:
     """The whole run: its length and cost in chips, its checkpoints and its data."""
     tokens = config.batch_size * config.context_length * config.steps
     seconds = config.steps * step_seconds
@@ -105,6 +96,6 @@ def _dataset_tokens(folder: str) -> int | None:
         raise ConfigError(f"--config.data.path={folder}: {error}") from error
 
 
-def _layers_times_width(config: ConfigDict) -> int:
-    model = model_config(config)
+def _layers_times_width(config: Settings) -> int:
+    model = config.transformer
     return model.num_layers * model.num_heads * model.head_dim

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
-from launch.plan.planner import Change, Planner, changed
+from launch.plan.planner import Change, Planner
 from launch.plan.result import DoesNotFit, Plan, Remedy, refusal
 from launch.plan.several import compile_all
 from launch.slices import find
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed
 
 
 def flags(change: Change) -> str:
@@ -16,7 +15,7 @@ def flags(change: Change) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def candidates(config: ConfigDict, failed: Plan | DoesNotFit) -> tuple[list[Change], list[Change]]:
+def candidates(config: Settings, failed: Plan | DoesNotFit) -> tuple[list[Change], list[Change]]:
     """Single changes, and after them all together: recompute layers, shard the state over more chips, split the batch.
     Where VMEM is too small, only fewer heads on a chip help. Sharding never leaves a slice.
     """
@@ -41,7 +40,7 @@ def candidates(config: ConfigDict, failed: Plan | DoesNotFit) -> tuple[list[Chan
     return single, combined
 
 
-def try_remedies(config: ConfigDict, failed: Plan | DoesNotFit, planner: Planner) -> list[Remedy]:
+def try_remedies(config: Settings, failed: Plan | DoesNotFit, planner: Planner) -> list[Remedy]:
     """One row for each change that was compiled. Changes together are compiled only where none alone is enough."""
     single, combined = candidates(config, failed)
     rows = _try(config, single, failed, planner)
@@ -50,7 +49,7 @@ def try_remedies(config: ConfigDict, failed: Plan | DoesNotFit, planner: Planner
     return rows
 
 
-def _try(config: ConfigDict, changes: Sequence[Change], failed: Plan | DoesNotFit, planner: Planner) -> list[Remedy]:
+def _try(config: Settings, changes: Sequence[Change], failed: Plan | DoesNotFit, planner: Planner) -> list[Remedy]:
     topology = find(failed.place.topology)
 
     def attempt(change: Change) -> Remedy:

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
 from launch.plan.meshes import check_mesh
-from launch.plan.planner import Planner, changed
+from launch.plan.planner import Planner
 from launch.plan.result import DoesNotFit, ScalingRow, refusal
 from launch.plan.several import compile_all
 from launch.slices import Topology
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed
 
 
-def scale(config: ConfigDict, topologies: Sequence[Topology], slices: int, planner: Planner) -> list[ScalingRow]:
+def scale(config: Settings, topologies: Sequence[Topology], slices: int, planner: Planner) -> list[ScalingRow]:
     """The rows of weak scaling, then those of strong.
 
     The weak batch is the config's on the first topology. What both kinds share is compiled once.

@@ -1,18 +1,17 @@
 """All sensible meshes of a topology, compiled and ranked by estimated step time."""
 
-from ml_collections import ConfigDict
-
 from launch.plan.meshes import sensible_meshes
-from launch.plan.planner import Planner, changed
+from launch.plan.planner import Planner
 from launch.plan.result import DoesNotFit, Impossible, Plan
 from launch.plan.several import compile_all
 from launch.slices import Topology
 from trainer.errors import ConfigError
 from trainer.mesh import AXES
+from trainer.settings import Settings, changed
 
 
 def sweep(
-    config: ConfigDict, topology: Topology, slices: int, fixed: dict[str, int], planner: Planner
+    config: Settings, topology: Topology, slices: int, fixed: dict[str, int], planner: Planner
 ) -> list[Plan | DoesNotFit | Impossible]:
     """The plans of all sensible meshes, the fastest first, those that do not fit last.
 

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import threading
@@ -18,11 +17,8 @@ from typing import Any, Literal
 
 import jax
 from etils import epath
-from flax import nnx
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from selective_attention import Transformer
 from trainer.checkpoints.disk import explain, retried
 from trainer.checkpoints.folder import (
     checkpoint_folder,
@@ -34,11 +30,12 @@ from trainer.checkpoints.folder import (
     seal_checkpoint,
     set_aside,
 )
-from trainer.checkpoints.identity import check_identity, check_override
+from trainer.checkpoints.identity import Identity, check_override
 from trainer.checkpoints.integrity import DamagedError, Seal, check_files, digest, read_seal, seal_path
 from trainer.errors import ResumeError
 from trainer.hosts.gather import gather
-from trainer.state import TrainState, init_state, make_optimizer, model_config, model_graph
+from trainer.settings import Settings
+from trainer.state import TrainState
 
 logger = logging.getLogger("trainer")
 
@@ -69,25 +66,25 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: str, config: ConfigDict, dataset_fingerprint: str, override: Iterable[str] = ()
+        self, workdir: str, settings: Settings, dataset_fingerprint: str, override: Iterable[str] = ()
     ) -> None:
         """Removes what interrupted saves left; reads nothing yet.
 
         Args:
           workdir: A path, or a URL such as gs://bucket/run.
-          config: The run's config.
+          settings: The run's.
           dataset_fingerprint: Of the run's dataset.
-          override: Config fields in which a checkpoint may differ from `config`, though they change the run's course.
+          override: Config fields in which a checkpoint may differ from `settings`, though they change the run's course.
 
         Raises:
           ConfigError: `override` names a field that is unknown, or never compared.
         """
-        check_override(override, config)
+        check_override(override)
         self.saved_step: int | None = None
         self.failure: str | None = None
         self.failures_in_a_row = 0
-        self._override, self._config = tuple(override), config.checkpoint
-        self._identity = {"config": json.loads(config.to_json()), "dataset_fingerprint": dataset_fingerprint}
+        self._override, self._config = tuple(override), settings.checkpoint
+        self._identity = Identity(settings, dataset_fingerprint)
         self._folder = checkpoint_folder(workdir)
         self._status: Literal["idle", "saving", "failed"] = "idle"
         self._thread: threading.Thread | None = None  # finishes the last save
@@ -121,7 +118,7 @@ class Checkpoints:
             try:
                 seal = self._check_files(folder)
                 metadata = read_metadata(folder)
-                check_identity(step, metadata, self._identity, self._override)
+                self._identity.check(step, metadata, self._override)
                 state = load_state(folder, metadata, abstract_state, sealed=seal is not None)
             except DamagedError as error:
                 tried[step] = str(error)
@@ -168,7 +165,7 @@ class Checkpoints:
             return
         response = None
         if not there[0]:  # else the step is complete, and only its seal could not be written
-            metadata = self._identity | {"notes": dict(notes), "loss": loss, "digest": digest(state)}
+            metadata = self._identity.metadata() | {"notes": dict(notes), "loss": loss, "digest": digest(state)}
             try:
                 with contextlib.suppress(Exception):
                     self._orbax.wait()  # Orbax raises the last save's error once more, and would then save nothing
@@ -345,46 +342,3 @@ def _start(action: Callable[[], Any]) -> concurrent.futures.Future[Any]:
     future = pool.submit(action)
     pool.shutdown(wait=False)
     return future
-
-
-def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:
-    """The model of a workdir's newest whole checkpoint, on this process's first device: (model, the run's config,
-    step). Changes nothing in the workdir.
-
-    Raises:
-      ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
-    """
-    reasons = []
-    for step in sorted(list_steps(checkpoint_folder(workdir)), reverse=True):
-        folder = checkpoint_folder(workdir) / str(step)
-        try:
-            seal = read_seal(folder)
-            if seal is not None:
-                check_files(folder, seal)
-            metadata = read_metadata(folder)
-            config = ConfigDict(metadata["config"])
-            params = load_state(folder, metadata, _on_one_device(config), sealed=seal is not None).params
-        except DamagedError as error:
-            logger.warning("checkpoint %d is damaged and was passed over: %s", step, error)
-            reasons.append(f"{step}: {error}")
-            continue
-        return nnx.merge(model_graph(model_config(config)), params), config, step
-    if reasons:
-        raise ResumeError(f"no checkpoint in {workdir}/checkpoints is whole ({'; '.join(reasons)})")
-    raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
-
-
-def abstract_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """ShapeDtypeStructs with concrete shardings, from a state traced by `jax.eval_shape` under the mesh."""
-
-    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = jax.P() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    return jax.tree.map(concrete, state)
-
-
-def _on_one_device(config: ConfigDict) -> TrainState:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    state = jax.eval_shape(lambda: init_state(config, make_optimizer(config)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
