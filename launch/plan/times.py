@@ -14,7 +14,7 @@ from pathlib import Path
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Operation, Program
 from launch.plan.schedule import kernel_cycles
-from launch.plan.topologies import Generation
+from launch.slices import Generation
 
 MOVES = {"copy", "transpose", "reshape", "pad", "slice", "broadcast", "bitcast", "parameter", "constant", "tuple"}
 MOVES |= {"dynamic-slice", "dynamic-update-slice", "get-tuple-element", "concatenate", "iota", "convert", "fusion"}
@@ -28,7 +28,7 @@ class Times:
     collectives: list[Collective]
 
 
-def estimate(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
+def step_times(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
     """`dump` is the folder of the kernels' schedules."""
     chip = network.topology.chip
     parts: dict[str, float] = collections.defaultdict(float)

@@ -12,9 +12,9 @@ from itertools import zip_longest
 import pytest
 
 from configs import c4
-from launch.plan.estimate import matmul_flops, model_flops
+from launch.plan.planner import matmul_flops, model_flops
 from launch.plan.schedule import environment
-from launch.plan.topologies import TOPOLOGIES
+from launch.slices import TOPOLOGIES
 from trainer.settings import Settings, changed, read_settings
 
 from .conftest import PLANS, ROOT, TINY, run_plan
@@ -144,13 +144,13 @@ def test_the_program_has_the_configs_hyperparameters(planned):
 
 COMPILE = """
 import json, sys
-from launch.plan import topologies
+from launch.slices import find
 from trainer.mesh import make_mesh
 from trainer.settings import read_settings
 from trainer.state import abstract_state
 from trainer.step import compile_train_step
 settings = read_settings(json.loads(sys.argv[1]))
-mesh = make_mesh(settings.mesh, list(topologies.find("v4-8").describe(2).devices))
+mesh = make_mesh(settings.mesh, list(find("v4-8").describe(2).devices))
 m = compile_train_step(settings, 0, abstract_state(settings, mesh), mesh).memory_analysis()
 print(m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes,
       m.generated_code_size_in_bytes)
@@ -175,7 +175,7 @@ def test_memory_is_the_compilers_own_account(planned):
 
 
 DESCRIBE = """
-from launch.plan.topologies import TOPOLOGIES
+from launch.slices import TOPOLOGIES
 for topology in TOPOLOGIES.values():
     for slices in (1, 2):
         devices = topology.describe(slices).devices
