@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from trainer.checkpoints.integrity import shard_digest
+from trainer.checkpoints.digest import shard_digest
 from trainer.errors import ReplicaError
 from trainer.mesh import AXES
 
