@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from configs import c4
 from trainer.batches import batch_sharding
 from trainer.checkpoints.manager import Checkpoints, abstract_state
-from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
 from trainer.state import init_state, make_optimizer
+from trainer.step import compile_train_step
 
 PAD_ID = 0
 TIMES = {

@@ -2,15 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import grain
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from selective_attention import partition_spec
-from trainer.step import Batch
+
+
+class Batch(TypedDict):
+    """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
+
+    inputs: Array  # int32 [B, N]
+    targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
 
 
 class Rows(Protocol):

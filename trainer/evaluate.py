@@ -10,7 +10,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from trainer.batches import Rows, prefetch
-from trainer.step import EvalStep, Request
+from trainer.hosts.requests import Request
+from trainer.step import EvalStep
 
 
 @dataclasses.dataclass(frozen=True)

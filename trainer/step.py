@@ -3,34 +3,25 @@
 Shape letters: B batch, N positions, A accumulation parts.
 """
 
-import enum
+import logging
+import time
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from selective_attention import lm_loss, memory_loss, reshard, selection_statistics
-from trainer.state import Health, TrainState, learning_rate, model_config, model_graph
+from trainer.batches import Batch, batch_sharding
+from trainer.hosts.requests import Request, request_sharding
+from trainer.state import Health, TrainState, learning_rate, make_optimizer, model_config, model_graph
 
-
-class Batch(TypedDict):
-    """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
-
-    inputs: Array  # int32 [B, N]
-    targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
-
-
-class Request(enum.IntEnum):
-    """What a host can ask of all: the columns of a step's `requests`."""
-
-    STOP = 0  # it was told to stop
-    SAVE = 1  # a checkpoint is due by the clock
-    SAVE_AGAIN = 2  # its part of the last save failed
+logger = logging.getLogger("trainer")
 
 
 _MEMORY = 0.99  # how much of the running mean of the loss a step keeps
@@ -98,6 +89,19 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
     return train_step
+
+
+def compile_train_step(config: ConfigDict, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
+    """The train step compiled for exactly these shapes and shardings, its state donated."""
+    shape, sharding = (config.batch_size, config.context_length), batch_sharding(mesh)
+    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    requests = jax.ShapeDtypeStruct((mesh.size, len(Request)), jnp.int32, sharding=request_sharding(mesh))
+    start = time.monotonic()
+    with jax.set_mesh(mesh):  # of this thread
+        step = jax.jit(make_train_step(config, make_optimizer(config), pad_id), donate_argnums=0)
+        compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), requests).compile()
+    logger.info("compiled the train step in %.1f s", time.monotonic() - start)
+    return compiled
 
 
 def make_eval_step(config: ConfigDict, pad_id: int) -> EvalStep:

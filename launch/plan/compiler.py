@@ -76,9 +76,9 @@ def _compile(config: ConfigDict, topology: topologies.Topology, slices: int, dum
 
     from trainer.checkpoints.manager import abstract_state
     from trainer.config import check_batch
-    from trainer.loop import compile_train_step
     from trainer.mesh import make_mesh
     from trainer.state import init_state, make_optimizer
+    from trainer.step import compile_train_step
 
     if config.model.attention == "auto":
         config.model.attention = "pallas"  # what "auto" is on a TPU

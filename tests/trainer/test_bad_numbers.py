@@ -14,9 +14,10 @@ from trainer.batches import Skipping, batch_sharding
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
 from trainer.hosts.replicas import make_replica_check
+from trainer.hosts.requests import Request
 from trainer.mesh import AXES, make_mesh
 from trainer.state import init_state, make_optimizer
-from trainer.step import Request, make_train_step
+from trainer.step import make_train_step
 
 
 class Steps:
@@ -173,11 +174,12 @@ def test_a_replica_that_differs_is_found_and_named(tiny_config):
 
 def test_a_step_that_hangs_prints_all_stacks_and_ends_the_process():
     program = (
-        "import time; from trainer.watchdog import Watchdog\n"
+        "import time; from trainer.hosts.watchdog import Watchdog\n"
         "dog = Watchdog(least_seconds=0.5, factor=2, first_seconds=60)\n"
-        "for _ in range(3): dog.begin('a step'); time.sleep(0.01)\n"
+        "for _ in range(3):\n"
+        "    with dog.watch('a step'): time.sleep(0.01)\n"
         "def hangs(): time.sleep(120)\n"
-        "dog.begin('a step'); hangs()\n"
+        "with dog.watch('a step'): hangs()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_PEER_LOST

@@ -7,9 +7,10 @@ import pytest
 from data import EvalBatches, open_dataset
 from trainer.batches import batch_sharding
 from trainer.evaluate import evaluate
+from trainer.hosts.requests import Request
 from trainer.mesh import AXES, make_mesh
 from trainer.state import init_state, make_optimizer
-from trainer.step import Request, make_eval_step
+from trainer.step import make_eval_step
 
 
 @pytest.mark.parametrize("stopped_at", [None, 2])

@@ -148,9 +148,9 @@ import jax
 from ml_collections import ConfigDict
 from launch.plan import topologies
 from trainer.checkpoints.manager import abstract_state
-from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
 from trainer.state import init_state, make_optimizer
+from trainer.step import compile_train_step
 config = ConfigDict(json.loads(sys.argv[1]))
 mesh = make_mesh(config.mesh, list(topologies.find("v4-8").describe(2).devices))
 with jax.set_mesh(mesh):
