@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding
 
-from trainer.batches import Batch, Rows, Skipping, prefetch
+from trainer.batches import Batch, RemainingBatches, Rows, prefetch
 from trainer.checkpoints.manager import Restored
 from trainer.state import TrainState
 
@@ -31,5 +31,5 @@ class Position:
 def begin_at(source: Rows, steps: int, sharding: NamedSharding, start: Restored) -> Position:
     """Goes on from a checkpoint, or from the beginning, up to update number `steps`; begins to read batches at once."""
     skipped = [(first, stop) for first, stop in start.notes["skipped_batches"]]
-    batches = prefetch(Skipping(source, skipped), range(start.step, steps), sharding)
+    batches = prefetch(RemainingBatches(source, skipped), range(start.step, steps), sharding)
     return Position(start.state, start.step, start.step, batches, skipped, start.notes["last_eval_step"])

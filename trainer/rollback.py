@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-from trainer.batches import Rows, Skipping
+from trainer.batches import RemainingBatches, Rows
 from trainer.checkpoints.manager import Checkpoints, Restored
 from trainer.errors import DivergedError
 
@@ -32,7 +32,7 @@ class Rollback:
         Raises:
           DivergedError: the run was rolled back to this very step before.
         """
-        source = Skipping(self.train_batches, skipped)
+        source = RemainingBatches(self.train_batches, skipped)
         window = (source.index(first), source.index(last - 1) + 1)
         described = f"steps {first + 1} to {last}, batches {window[0]} to {window[1] - 1} of the data order"
         self.checkpoints.wait()

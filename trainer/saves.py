@@ -15,7 +15,7 @@ from trainer.position import Position
 
 
 class Saves:
-    """The saves of one run: when they are due by its steps, by the clock, once more after a failure, and at its end."""
+    """The saves of one run: what asks for them, by the clock or after a failure, and what they take and leave."""
 
     def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter) -> None:
         self._checkpoints, self._phases, self._interrupt = job.checkpoints, job.phases, job.interrupt

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from data import TrainBatches, open_dataset
-from trainer.batches import Skipping, batch_sharding
+from trainer.batches import RemainingBatches, batch_sharding
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
 from trainer.hosts.replicas import make_replica_check
@@ -90,8 +90,8 @@ def test_skipped_windows_leave_out_these_batches_and_no_others():
         def rows(self, step, rows):
             return {"inputs": np.full((1, 1), step)}
 
-    skipping = Skipping(Source(), [(7, 9), (3, 5)])
-    read = [int(skipping.rows(step, range(1))["inputs"][0, 0]) for step in range(8)]
+    remaining = RemainingBatches(Source(), [(7, 9), (3, 5)])
+    read = [int(remaining.rows(step, range(1))["inputs"][0, 0]) for step in range(8)]
     assert read == [0, 1, 2, 5, 6, 9, 10, 11]
 
 
