@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from data import Dataset, open_dataset
 from trainer.checkpoints.disk import check_workdir
-from trainer.checkpoints.manager import Checkpoints, Restored, abstract_state
-from trainer.config import check_batch, check_dataset
+from trainer.checkpoints.manager import Checkpoints, Restored
+from trainer.checks import check_batch, check_dataset
 from trainer.goodput import Goodput, Phases
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.watchdog import Watchdog
 from trainer.mesh import make_mesh
-from trainer.state import TrainState, init_state, make_optimizer, model_config
+from trainer.settings import Settings
+from trainer.state import TrainState, abstract_state, init_state
 
 logger = logging.getLogger("trainer")
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("trainer")
 class Job:
     """One process's view of it; all hosts have the same."""
 
-    settings: ConfigDict
+    settings: Settings
     workdir: str
     mesh: Mesh
     dataset: Dataset
@@ -52,7 +52,7 @@ class Job:
 
 
 def open_job(
-    settings: ConfigDict, workdir: str, interrupt: Interrupt, override_resume: Sequence[str], started_at: float
+    settings: Settings, workdir: str, interrupt: Interrupt, override_resume: Sequence[str], started_at: float
 ) -> Job:
     """Checks dataset, mesh and workdir against the settings, and each other; see `train` for the arguments.
 
@@ -61,18 +61,16 @@ def open_job(
     """
     is_main = jax.process_index() == 0
     dataset = open_dataset(settings.data.path)
-    check_dataset(settings, dataset)
+    check_dataset(settings, dataset.manifest)
     mesh = make_mesh(settings.mesh)
-    check_batch(settings, mesh)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(settings, make_optimizer(settings)))
-        state_shape = abstract_state(state, mesh)
+    check_batch(settings, mesh.shape)
+    state_shape = abstract_state(settings, mesh)
     check_workdir(workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shape)))
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.time() - started_at)
     checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume)
     if is_main:
-        counts = model_config(settings).parameter_counts()
+        counts = settings.transformer.parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
         logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
     faults = settings.faults
@@ -83,6 +81,6 @@ def open_job(
     return Job(settings, workdir, mesh, dataset, state_shape, checkpoints, phases, interrupt, started_at, is_main)
 
 
-def _beginning(settings: ConfigDict) -> Restored:
-    state = jax.jit(lambda: init_state(settings, make_optimizer(settings)))()
+def _beginning(settings: Settings) -> Restored:
+    state = jax.jit(lambda: init_state(settings))()
     return Restored(state, 0, {"last_eval_step": -1, "skipped_batches": []})

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from data import TrainBatches
 from trainer.batches import batch_sharding
@@ -25,6 +24,7 @@ from trainer.outcomes import Outcomes
 from trainer.position import Position, begin_at
 from trainer.rollback import Rollback
 from trainer.saves import Saves
+from trainer.settings import Settings
 from trainer.step import compile_train_step
 from trainer.validation import Validation
 
@@ -33,13 +33,13 @@ logger = logging.getLogger("trainer")
 
 
 def train(
-    config: ConfigDict,
+    settings: Settings,
     workdir: str,
     interrupt: Interrupt | None = None,
     override_resume: Sequence[str] = (),
     started_at: float | None = None,
 ) -> int:
-    """Trains to `config.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
+    """Trains to `settings.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
 
     Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `goodput.json` and at the end `result.json` into
     `workdir`. `override_resume` names config fields that may differ from the checkpoint's; `started_at` is when this
@@ -52,22 +52,22 @@ def train(
       ConfigError, ResumeError, data.DataError: before any step was made; nothing was overwritten.
       StorageError, DivergedError, ReplicaError: see there; the checkpoints before stand.
     """
-    job = open_job(config, workdir, interrupt or Interrupt(), override_resume, started_at or time.time())
-    finished = job.checkpoints.latest_step() == config.steps and epath.Path(workdir, RESULT_FILE).exists()
+    job = open_job(settings, workdir, interrupt or Interrupt(), override_resume, started_at or time.time())
+    finished = job.checkpoints.latest_step() == settings.steps and epath.Path(workdir, RESULT_FILE).exists()
     with jax.set_mesh(job.mesh):
         # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
         # waiting for it.
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
-        compile_step = functools.partial(compile_train_step, config, job.pad_id, job.state_shape, job.mesh)
+        compile_step = functools.partial(compile_train_step, settings, job.pad_id, job.state_shape, job.mesh)
         compiled = None if finished else compiler.submit(compile_step)
         with job.phases("restoring a checkpoint", "restore"):
             start = job.restore()
-        if finished and start.step == config.steps:  # else the last checkpoint turned out to be damaged
+        if finished and start.step == settings.steps:  # else the last checkpoint turned out to be damaged
             logger.info("already finished: see %s/%s; for another run give another --workdir", workdir, RESULT_FILE)
             job.checkpoints.close()
             return EXIT_FINISHED
         if job.is_main:
-            logger.info("starting at step %d of %d", start.step, config.steps)
+            logger.info("starting at step %d of %d", start.step, settings.steps)
         run = Run(job, start, compiled or compiler.submit(compile_step))
         compiler.shutdown(wait=False)
         with jax.transfer_guard("disallow"):  # a copy to or from the devices that nobody meant would keep them waiting

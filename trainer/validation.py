@@ -23,8 +23,12 @@ class Validation:
         self._batches = EvalBatches(job.dataset, context_length=settings.context_length, batch_size=settings.batch_size)
         self._sharding, self._phases, self._is_main = batch_sharding(job.mesh), job.phases, job.is_main
         self._writer, self._requests = writer, requests
-        self._eval_step = jax.jit(make_eval_step(settings, job.pad_id))
-        self._selection_step = jax.jit(make_selection_step(settings, job.pad_id)) if settings.model.selective else None
+        self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id))
+        self._selection_step = (
+            jax.jit(make_selection_step(settings.transformer, settings.memory_loss.tau, job.pad_id))
+            if settings.model.selective
+            else None
+        )
 
     def __call__(self, name: str, step: int, params: nnx.State, num_batches: int | None = None) -> Evaluation | None:
         """Writes loss and perplexity of so many batches, by default all, under `name`, and the selection's statistics;

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from launch.plan import chart, scaling, tables
 from launch.plan.estimate import plan
 from launch.plan.remedies import try_remedies
 from launch.plan.sweep import sweep
-from trainer.__main__ import CONFIG, EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
-from trainer.config import check_config
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, ConfigError
+from trainer.flags import CONFIG, parse_flags
 from trainer.mesh import AXES
+from trainer.settings import Settings, read_settings
 
 TOPOLOGY = flags.DEFINE_list("topology", [], "Slices by their public names; by default the config's mesh.topology.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices, joined by their hosts' network.", lower_bound=1)
@@ -47,14 +46,12 @@ def main(argv: list[str]) -> None:
         )
     if importlib.util.find_spec("libtpu") is None:
         _mistake("the TPU compiler is not installed; run: pip install -e '.[tpu]'")
-    config = CONFIG.value
     try:
-        names = [name.strip() for name in TOPOLOGY.value] or [config.mesh.topology]
+        names = [name.strip() for name in TOPOLOGY.value] or [CONFIG.value.mesh.topology]
         _check_flags(names)
         fixed = parse_mesh(MESH.value)
-        config.mesh.update(fixed)
-        check_config(config)
-        code = _run(config, names, fixed)
+        CONFIG.value.mesh.update(fixed)
+        code = _run(read_settings(CONFIG.value), names, fixed)
     except ConfigError as error:
         _mistake(str(error))
     except RuntimeError as error:
@@ -66,7 +63,7 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def _run(config: ConfigDict, names: list[str], fixed: dict[str, int]) -> int:
+def _run(config: Settings, names: list[str], fixed: dict[str, int]) -> int:
     """Plans what the flags ask for, writes and prints it; the exit code."""
     slices = SLICES.value
     if SWEEP.value:

@@ -19,18 +19,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from launch.plan import times, topologies
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Program
 from launch.plan.schedule import environment
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed, read_settings
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measure(config: ConfigDict, topology: str, slices: int = 1) -> dict[str, Any]:
+def measure(config: Settings, topology: str, slices: int = 1) -> dict[str, Any]:
     """What the compiler says of the train step of `config` on `slices` slices.
 
     Of a step that does not fit: `error`, one line; `needed_bytes`, at least; and `hbm_bytes` of the state alone.
@@ -42,7 +41,7 @@ def measure(config: ConfigDict, topology: str, slices: int = 1) -> dict[str, Any
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request = {
-            "config": json.loads(config.to_json()),
+            "config": dataclasses.asdict(config),
             "topology": topology,
             "slices": slices,
             "dump": f"{name}/dump",
@@ -64,28 +63,26 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
-        config, topology = ConfigDict(request["config"]), topologies.find(request["topology"])
+        config, topology = read_settings(request["config"]), topologies.find(request["topology"])
         result = _compile(config, topology, request["slices"], Path(request["dump"]))
     except ConfigError as error:
         result = {"mistake": str(error)}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
-def _compile(config: ConfigDict, topology: topologies.Topology, slices: int, dump: Path) -> dict[str, Any]:
+def _compile(config: Settings, topology: topologies.Topology, slices: int, dump: Path) -> dict[str, Any]:
     import jax
 
-    from trainer.checkpoints.manager import abstract_state
-    from trainer.config import check_batch
+    from trainer.checks import check_batch
     from trainer.mesh import make_mesh
-    from trainer.state import init_state, make_optimizer
+    from trainer.state import abstract_state
     from trainer.step import compile_train_step
 
     if config.model.attention == "auto":
-        config.model.attention = "pallas"  # what "auto" is on a TPU
+        config = changed(config, {"model.attention": "pallas"})  # what "auto" is on a TPU
     mesh = make_mesh(config.mesh, devices=list(topology.describe(slices).devices))
-    check_batch(config, mesh)
-    with jax.set_mesh(mesh):
-        state = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+    check_batch(config, mesh.shape)
+    state = abstract_state(config, mesh)
 
     def per_chip(tree: Any) -> int:
         return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))

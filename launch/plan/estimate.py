@@ -4,21 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from data import DataError, Manifest
 from launch.plan import topologies
 from launch.plan.compiler import measure
 from launch.plan.meshes import check_mesh
 from trainer.errors import ConfigError
-from trainer.state import model_config
+from trainer.settings import Settings
 
 Plan = dict[str, Any]  # what `--json` writes, and `hlo`, the optimised program
 Change = dict[str, Any]  # fields of a config, with dots, and their values
-Planner = Callable[[ConfigDict, str, int], Plan]
+Planner = Callable[[Settings, str, int], Plan]
 
 
-def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> Plan:
+def plan(config: Settings, topology_name: str, slices: int = 1) -> Plan:
     """The plan of one config. Of a step that does not fit it has the state's memory and `error`, and no times.
 
     Raises:
@@ -52,14 +50,7 @@ def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> Plan:
     }
 
 
-def changed(config: ConfigDict, change: Change) -> ConfigDict:
-    """A copy of `config` with these fields set."""
-    copy = ConfigDict(config.to_dict())
-    copy.update_from_flattened_dict(change)
-    return copy
-
-
-def model_flops(config: ConfigDict) -> float:
+def model_flops(config: Settings) -> float:
     """FLOPs of the model in a step: 6 x parameters in matmuls x tokens, and 12 x layers x heads' width x N x N / 2 a
     sequence for causal attention; neither the selection nor what is recomputed counts.
     """
@@ -68,15 +59,15 @@ def model_flops(config: ConfigDict) -> float:
     return matmul_flops(config) + config.batch_size * attention
 
 
-def matmul_flops(config: ConfigDict) -> float:
+def matmul_flops(config: Settings) -> float:
     """Of `model_flops`, what is not attention: forward and backward of the projections, SwiGLU and the logits."""
-    model = model_config(config)
+    model = config.transformer
     counts = model.parameter_counts()
     parameters = counts["attention"] + counts["mlp"] + model.vocab_size * model.d_model
     return 6.0 * parameters * config.batch_size * config.context_length
 
 
-def run_facts(config: ConfigDict, step_seconds: float, chips: int, state_bytes: int) -> dict[str, Any]:
+def run_facts(config: Settings, step_seconds: float, chips: int, state_bytes: int) -> dict[str, Any]:
     """The whole run: its length and cost in chips, its checkpoints and its data. Seconds are estimates."""
     tokens = config.batch_size * config.context_length * config.steps
     seconds = config.steps * step_seconds
@@ -112,6 +103,6 @@ def _dataset_tokens(folder: str) -> int:
         raise ConfigError(f"--config.data.path={folder}: {error}") from error
 
 
-def _layers_times_width(config: ConfigDict) -> int:
-    model = model_config(config)
+def _layers_times_width(config: Settings) -> int:
+    model = config.transformer
     return model.num_layers * model.num_heads * model.head_dim

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from launch.plan.estimate import Change, Planner, changed
+from launch.plan.estimate import Change, Planner
 from launch.plan.several import compile_all
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed
 
 
 def flags(change: Change) -> str:
@@ -15,7 +14,7 @@ def flags(change: Change) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def candidates(config: ConfigDict, failed: dict[str, Any]) -> tuple[list[Change], list[Change]]:
+def candidates(config: Settings, failed: dict[str, Any]) -> tuple[list[Change], list[Change]]:
     """Single changes, and after them all together: recompute layers, shard the state over more chips, split the batch.
     Where VMEM is too small, only fewer heads on a chip help. Sharding never leaves a slice.
     """
@@ -40,7 +39,7 @@ def candidates(config: ConfigDict, failed: dict[str, Any]) -> tuple[list[Change]
     return single, combined
 
 
-def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner) -> list[dict[str, Any]]:
+def try_remedies(config: Settings, failed: dict[str, Any], planner: Planner) -> list[dict[str, Any]]:
     """One row for each change that was compiled: `change`, `step_ms` and `headroom` where it fits, else `needs`.
 
     Changes together are compiled only where none alone is enough.
@@ -52,9 +51,7 @@ def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner) -
     return rows
 
 
-def _try(
-    config: ConfigDict, changes: Sequence[Change], failed: dict[str, Any], planner: Planner
-) -> list[dict[str, Any]]:
+def _try(config: Settings, changes: Sequence[Change], failed: dict[str, Any], planner: Planner) -> list[dict[str, Any]]:
     def attempt(change: Change) -> dict[str, Any]:
         row: dict[str, Any] = {"change": flags(change)}
         try:

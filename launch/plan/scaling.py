@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from launch.plan import topologies
-from launch.plan.estimate import Planner, changed
+from launch.plan.estimate import Planner
 from launch.plan.meshes import check_mesh
 from launch.plan.several import compile_all
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed
 
 
-def scale(config: ConfigDict, names: Sequence[str], slices: int, planner: Planner) -> list[dict[str, Any]]:
+def scale(config: Settings, names: Sequence[str], slices: int, planner: Planner) -> list[dict[str, Any]]:
     """Rows of `scaling` ("weak" or "strong"), `topology`, `chips`, `batch_size` and `error`, or the plan's figures
     with `efficiency`: tokens/s of a chip, relative to the first topology of this kind that fits.
 

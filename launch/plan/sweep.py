@@ -2,17 +2,16 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from launch.plan.estimate import Planner, changed
+from launch.plan.estimate import Planner
 from launch.plan.meshes import sensible_meshes
 from launch.plan.several import compile_all
 from trainer.errors import ConfigError
 from trainer.mesh import AXES
+from trainer.settings import Settings, changed
 
 
 def sweep(
-    config: ConfigDict, topology_name: str, slices: int, fixed: dict[str, int], planner: Planner
+    config: Settings, topology_name: str, slices: int, fixed: dict[str, int], planner: Planner
 ) -> list[dict[str, Any]]:
     """The plans of all sensible meshes, the fastest first, those that do not fit last.
 

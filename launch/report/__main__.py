@@ -23,10 +23,9 @@ from data import DataError, Dataset, EvalBatches, Tokenizer, open_dataset
 from launch.report.page import Curve, RunReport, SentenceMasks, render
 from selective_attention import Transformer
 from selective_attention.transformer.decoding import sample
-from trainer.checkpoints.manager import load_model
 from trainer.errors import ResumeError
+from trainer.export import load_model
 from trainer.loop import RESULT_FILE
-from trainer.state import model_config
 
 SENTENCE_TOKENS = (40, 60)  # of the sentence that is shown, without BOS
 MAX_WINDOWS = 200  # of the validation split that are searched for it
@@ -86,7 +85,7 @@ def write_report(
                 RunReport(
                     name=name,
                     selective=config.model.selective,
-                    parameters=model_config(config).parameter_counts()["total"],
+                    parameters=config.transformer.parameter_counts()["total"],
                     num_layers=model.config.num_layers,
                     steps=results[name]["steps"],
                     train_tokens=results[name]["steps"] * config.batch_size * config.context_length,

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import base, c4, demo
-from trainer.state import model_config
+from trainer.settings import read_settings
 
 
 @pytest.mark.parametrize("width", c4.WIDTHS)
@@ -20,7 +20,10 @@ def test_context_size_family_trains_at_batch_128():
 
 
 def test_twice_the_heads_are_twice_the_attention_parameters():
-    one, two = (model_config(c4.get_config(f"d12,standard{option}")).parameter_counts() for option in ("", ",heads2x"))
+    one, two = (
+        read_settings(c4.get_config(f"d12,standard{option}")).transformer.parameter_counts()
+        for option in ("", ",heads2x")
+    )
     assert two["attention"] == 2 * one["attention"] and two["mlp"] == one["mlp"]
 
 

@@ -18,9 +18,10 @@ from configs import demo
 from data import open_dataset, prepare
 from launch.report import __main__ as report
 from launch.report.page import Curve, SentenceMasks, legible
-from trainer.checkpoints.manager import load_model
+from trainer.export import load_model
 from trainer.loop import train
 from trainer.metrics import MetricsWriter
+from trainer.settings import read_settings
 
 TEXT = "the mask of a token grows with every later query that finds it stale so old words fade from view"
 HOSTILE = "<script>alert(1)</script> & <b>\"quoted\"</b> 'it' é"
@@ -65,7 +66,7 @@ def runs(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
                 "eval.batches": 1,
             }
         )
-        assert train(config, str(folder / variant)) == 0
+        assert train(read_settings(config), str(folder / variant)) == 0
     return {name: folder / variant for variant, name in NAMES.items()}
 
 

@@ -23,17 +23,19 @@ from trainer.checkpoints import manager as checkpoint  # noqa: E402
 from trainer.checkpoints import saving  # noqa: E402
 from trainer.checkpoints.digest import digest  # noqa: E402
 from trainer.mesh import make_mesh  # noqa: E402
-from trainer.state import init_state, make_optimizer  # noqa: E402
+from trainer.settings import read_settings  # noqa: E402
+from trainer.state import abstract_state, init_state  # noqa: E402
 
 config = demo.get_config()
 config.update_from_flattened_dict({"context_length": 32, "model.width": 2, "model.vocab_size": 304})
 config.update_from_flattened_dict({"checkpoint.timeout_seconds": 60, "mesh.data": 2, "mesh.fsdp": 4})
-mesh = make_mesh(config.mesh)
+settings = read_settings(config)
+mesh = make_mesh(settings.mesh)
+abstract = abstract_state(settings, mesh)
 with jax.set_mesh(mesh):
-    abstract = checkpoint.abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
-checkpoints = checkpoint.Checkpoints(sys.argv[4], config, "fingerprint")
+    state = jax.jit(lambda: init_state(settings), out_shardings=shardings)()
+checkpoints = checkpoint.Checkpoints(sys.argv[4], settings, "fingerprint")
 found: list[checkpoint.Restored | None] = []
 thread = threading.Thread(target=lambda: found.append(checkpoints.restore(abstract)))
 thread.start()

@@ -9,6 +9,7 @@ import pytest
 from trainer import saves
 from trainer.hosts.requests import Request
 from trainer.loop import train
+from trainer.settings import read_settings
 
 
 @pytest.fixture
@@ -28,13 +29,13 @@ def careless(monkeypatch):
 
 def test_a_copy_to_the_devices_that_nobody_asked_for_is_an_error(config, careless, tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        train(config, str(tmp_path))
+        train(read_settings(config), str(tmp_path))
 
 
 def test_it_is_the_guard_that_finds_the_copy(config, careless, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "transfer_guard", lambda level: contextlib.nullcontext())
-    assert train(config, str(tmp_path)) == 0
+    assert train(read_settings(config), str(tmp_path)) == 0
 
 
 def test_everything_else_that_the_loop_copies_is_marked(config, tmp_path):
-    assert train(config, str(tmp_path)) == 0
+    assert train(read_settings(config), str(tmp_path)) == 0

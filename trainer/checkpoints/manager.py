@@ -6,7 +6,6 @@ once it is complete and was read back. Nothing older is deleted before that. A d
 """
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +13,7 @@ from typing import Any
 
 import jax
 from etils import epath
-from flax import nnx
-from ml_collections import ConfigDict
 
-from selective_attention import Transformer
 from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal
 from trainer.checkpoints.disk import explain
 from trainer.checkpoints.folder import (
@@ -28,11 +24,12 @@ from trainer.checkpoints.folder import (
     seal_checkpoint,
     set_aside,
 )
-from trainer.checkpoints.identity import check_identity, check_override
+from trainer.checkpoints.identity import Identity, check_override
 from trainer.checkpoints.saving import BackgroundSaver, Status
 from trainer.errors import ResumeError
 from trainer.hosts.gather import Gatherer
-from trainer.state import TrainState, init_state, make_optimizer, model_config, model_graph
+from trainer.settings import Settings
+from trainer.state import TrainState
 
 logger = logging.getLogger("trainer")
 
@@ -56,25 +53,25 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: str, config: ConfigDict, dataset_fingerprint: str, override: Iterable[str] = ()
+        self, workdir: str, settings: Settings, dataset_fingerprint: str, override: Iterable[str] = ()
     ) -> None:
         """Removes what interrupted saves left; reads nothing yet.
 
         Args:
           workdir: A path, or a URL such as gs://bucket/run.
-          config: The run's config.
+          settings: The run's.
           dataset_fingerprint: Of the run's dataset.
-          override: Config fields in which a checkpoint may differ from `config`, though they change the run's course.
+          override: Config fields in which a checkpoint may differ from `settings`, though they change the run's course.
 
         Raises:
           ConfigError: `override` names a field that is unknown, or never compared.
         """
-        check_override(override, config)
+        check_override(override)
         self._override = tuple(override)
-        self._identity = {"config": json.loads(config.to_json()), "dataset_fingerprint": dataset_fingerprint}
+        self._identity = Identity(settings, dataset_fingerprint)
         self._folder = checkpoint_folder(workdir)
-        self._hosts = Gatherer("checkpoints", config.checkpoint.timeout_seconds)
-        self._saver = BackgroundSaver(self._folder, config.checkpoint, self._hosts)
+        self._hosts = Gatherer("checkpoints", settings.checkpoint.timeout_seconds)
+        self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts)
 
     @property
     def saved_step(self) -> int | None:
@@ -109,7 +106,7 @@ class Checkpoints:
             try:
                 seal = self._check_files(folder)
                 metadata = read_metadata(folder)
-                check_identity(step, metadata, self._identity, self._override)
+                self._identity.check(step, metadata, self._override)
                 state = load_state(folder, metadata, abstract_state, sealed=seal is not None)
             except DamagedError as error:
                 tried[step] = str(error)
@@ -143,7 +140,7 @@ class Checkpoints:
             not finite counts as none.
         """
         loss = loss if loss is not None and math.isfinite(loss) else None
-        self._saver.start(step, state, self._identity | {"notes": dict(notes), "loss": loss})
+        self._saver.start(step, state, self._identity.metadata() | {"notes": dict(notes), "loss": loss})
 
     def poll(self) -> Status:
         """How the last save stands on this host; returns at once. "failed" until the next `save`."""
@@ -209,46 +206,3 @@ class Checkpoints:
             except Exception as error:
                 problem = explain(error, self._folder)
         return [text for text in self._hosts.gather(problem) if text is not None]
-
-
-def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:
-    """The model of a workdir's newest whole checkpoint, on this process's first device: (model, the run's config,
-    step). Changes nothing in the workdir.
-
-    Raises:
-      ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
-    """
-    reasons = []
-    for step in sorted(list_steps(checkpoint_folder(workdir)), reverse=True):
-        folder = checkpoint_folder(workdir) / str(step)
-        try:
-            seal = read_seal(folder)
-            if seal is not None:
-                check_files(folder, seal)
-            metadata = read_metadata(folder)
-            config = ConfigDict(metadata["config"])
-            params = load_state(folder, metadata, _on_one_device(config), sealed=seal is not None).params
-        except DamagedError as error:
-            logger.warning("checkpoint %d is damaged and was passed over: %s", step, error)
-            reasons.append(f"{step}: {error}")
-            continue
-        return nnx.merge(model_graph(model_config(config)), params), config, step
-    if reasons:
-        raise ResumeError(f"no checkpoint in {workdir}/checkpoints is whole ({'; '.join(reasons)})")
-    raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
-
-
-def abstract_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """ShapeDtypeStructs with concrete shardings, from a state traced by `jax.eval_shape` under the mesh."""
-
-    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = jax.P() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    return jax.tree.map(concrete, state)
-
-
-def _on_one_device(config: ConfigDict) -> TrainState:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    state = jax.eval_shape(lambda: init_state(config, make_optimizer(config)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)

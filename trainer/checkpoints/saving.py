@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from configs import base
 from trainer.checkpoints.checksums import seal_path
 from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import explain, retried
@@ -38,21 +38,19 @@ class BackgroundSaver:
       failures_in_a_row: Saves that failed since the last good one.
     """
 
-    def __init__(self, folder: epath.Path, config: ConfigDict, hosts: Gatherer) -> None:
-        """Removes what interrupted saves left. `config` is the run's `checkpoint`; `hosts` is used from the thread too,
-        until `join`.
-        """
+    def __init__(self, folder: epath.Path, settings: base.Checkpoint, hosts: Gatherer) -> None:
+        """Removes what interrupted saves left. Until `join` the thread uses `hosts` too."""
         self.status: Status = "idle"
         self.saved_step: int | None = None
         self.failure: str | None = None
         self.failures_in_a_row = 0
-        self._folder, self._config, self._hosts = folder, config, hosts
+        self._folder, self._settings, self._hosts = folder, settings, hosts
         self._thread: threading.Thread | None = None  # finishes the last save
         self._unfinished: concurrent.futures.Future[Any] | None = None  # part of a save that exceeded its time
         self._hurry = threading.Event()  # somebody waits: no pause after a failure
         context = ocp.Context()
         # Orbax waits twice for the other hosts.
-        context.async_options.timeout_secs = max(1, math.ceil(config.timeout_seconds / 2))
+        context.async_options.timeout_secs = max(1, math.ceil(settings.timeout_seconds / 2))
         # Weights hardly shrink, and compressing takes the time and memory that training could use.
         context.array.saving.use_compression = False
         self._orbax = ocp.training.Checkpointer(
@@ -128,7 +126,7 @@ class BackgroundSaver:
             self._count_failure(step, problem)
             if not hanging:
                 self._remove_temporary(step)
-            self._hurry.wait(self._config.timeout_seconds if hanging else RETRY_SECONDS)
+            self._hurry.wait(self._settings.timeout_seconds if hanging else RETRY_SECONDS)
             self.status = "failed"
             return
         self.saved_step, self.failure, self.failures_in_a_row = step, None, 0
@@ -153,7 +151,7 @@ class BackgroundSaver:
         read_metadata(folder)
         seal_checkpoint(folder, loss)
         losses = {step: loss_of(self._folder / str(step)) for step in list_steps(self._folder)}
-        for expended in expendable(losses, self._config):
+        for expended in expendable(losses, self._settings):
             old = self._folder / str(expended)
             if old.is_dir():
                 retried(old.rmtree)
@@ -161,7 +159,7 @@ class BackgroundSaver:
 
     def _part_seconds(self) -> float:
         """How long one part of a save may take: a little more than what Orbax is given, whose message says more."""
-        return 1.1 * self._config.timeout_seconds + 1
+        return 1.1 * self._settings.timeout_seconds + 1
 
     def _count_failure(self, step: int, reason: str) -> None:
         self.failure = f"saving step {step} failed: {reason}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 from jax._src import compiler, distributed
-from ml_collections import ConfigDict
 
+from configs import base
 from trainer.errors import ConfigError
 from trainer.hosts.key_value import key_value_store
 from trainer.hosts.peers import Peers
@@ -19,7 +19,7 @@ VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 logger = logging.getLogger("trainer")
 
 
-def initialize(faults: ConfigDict) -> Peers | None:
+def initialize(faults: base.Faults) -> Peers | None:
     """Joins this process to the others, and starts watching them; None if it is alone.
 
     With COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES and PROCESS_ID in the environment it is one of

@@ -1,5 +1,6 @@
 """Which meshes and topologies there are, and how they are compared; the planner here is a formula."""
 
+import dataclasses
 import math
 import re
 import time
@@ -18,6 +19,7 @@ from launch.plan.several import announcement
 from launch.plan.sweep import sweep
 from launch.plan.tables import plan_table, scaling_table, sweep_table
 from trainer.errors import ConfigError
+from trainer.settings import read_settings
 
 V4_32 = {"data": 16, "fsdp": 1, "context": 1, "tensor": 1}
 
@@ -27,7 +29,7 @@ def ideal(config, topology, slices):
     chips = topologies.find(topology).num_chips * slices
     step_ms = config.batch_size / chips + config.mesh.fsdp
     facts = {"step_ms": step_ms, "mfu": 0.5, "headroom": 0.5, "step_ms_by_part": {"matmuls": step_ms}}
-    facts |= {"mesh": config.mesh.to_dict(), "tokens_per_second": 1e3 * config.batch_size / step_ms}
+    facts |= {"mesh": dataclasses.asdict(config.mesh), "tokens_per_second": 1e3 * config.batch_size / step_ms}
     return {"fits": config.batch_size / chips <= 128, "topology": topology, "slices": slices, **facts}
 
 
@@ -44,21 +46,21 @@ def test_an_unknown_name_lists_the_valid_ones():
 
 
 def test_sensible_meshes_use_all_chips_and_divide_what_they_shard():
-    meshes = sensible_meshes(c4.get_config("d12"), "v4-32", 1, {})
+    meshes = sensible_meshes(read_settings(c4.get_config("d12")), "v4-32", 1, {})
     assert all(math.prod(mesh.values()) == 16 and 12 % mesh["tensor"] == 0 for mesh in meshes)
     assert {mesh["context"] for mesh in meshes} == {1}  # 512 tokens are too few to split
     assert len(meshes) == 5 + 4 + 3  # fsdp 1 to 16, 1 to 8, 1 to 4 at tensor 1, 2, 4
-    assert {m["context"] for m in sensible_meshes(c4.get_config("d12,n2048"), "v4-32", 1, {})} == {1, 2}
+    assert {m["context"] for m in sensible_meshes(read_settings(c4.get_config("d12,n2048")), "v4-32", 1, {})} == {1, 2}
 
 
 def test_a_sweep_keeps_fixed_axes_and_slices():
-    meshes = sensible_meshes(c4.get_config("d12"), "v4-32", 2, {"tensor": 1})
+    meshes = sensible_meshes(read_settings(c4.get_config("d12")), "v4-32", 2, {"tensor": 1})
     assert [(mesh["data"], mesh["fsdp"]) for mesh in meshes] == [(32, 1), (16, 2), (8, 4), (4, 8), (2, 16)]
 
 
 def test_a_sweep_without_a_mesh_says_so():
     with pytest.raises(ConfigError, match="no mesh of 1024 chips divides batch_size=256"):
-        sensible_meshes(c4.get_config("d12"), "v4-2048", 1, {"tensor": 1})
+        sensible_meshes(read_settings(c4.get_config("d12")), "v4-2048", 1, {"tensor": 1})
 
 
 NOT_OF_THE_SLICE = {  # config, topology, slices, mesh; the mesh that the message names
@@ -76,13 +78,13 @@ def test_a_mesh_that_the_slice_cannot_have_names_one_that_it_can(name, topology,
     config = c4.get_config(name)
     config.mesh.update(mesh)
     with pytest.raises(ConfigError, match=f"so that the product is .*, for example {example}$"):
-        check_mesh(config, topology, slices)
+        check_mesh(read_settings(config), topology, slices)
     config.mesh.update({axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", example)})
-    check_mesh(config, topology, slices)
+    check_mesh(read_settings(config), topology, slices)
 
 
 def test_a_sweep_ranks_by_time():
-    plans = sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
+    plans = sweep(read_settings(c4.get_config("d12")), "v4-32", 1, {"tensor": 1}, ideal)
     assert [plan["mesh"]["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
     table = sweep_table(plans)
     assert max(map(len, table.splitlines())) <= 80 and table.count("50%") >= 5
@@ -91,8 +93,8 @@ def test_a_sweep_ranks_by_time():
 def test_what_takes_long_says_so_beforehand(capsys):
     assert "9 meshes, 2 at once: roughly 8 minutes" in announcement(9, "meshes", 2)  # five rounds of 1.5
     assert max(map(len, announcement(999, "remedies", 8).splitlines())) <= 80
-    sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
-    scale(c4.get_config("d12"), ["v4-8", "v4-32"], 1, ideal)
+    sweep(read_settings(c4.get_config("d12")), "v4-32", 1, {"tensor": 1}, ideal)
+    scale(read_settings(c4.get_config("d12")), ["v4-8", "v4-32"], 1, ideal)
     said = capsys.readouterr().err
     assert "Compiling 5 meshes" in said and "Compiling 3 programs" in said
 
@@ -115,7 +117,7 @@ def test_what_is_stopped_starts_nothing_more(monkeypatch):
 def test_scaling_is_relative_to_the_first_topology_that_fits():
     config = c4.get_config("d12")
     config.batch_size = 1024
-    rows = scale(config, ["v4-8", "v4-32", "v4-64", "v4-2048"], 1, ideal)
+    rows = scale(read_settings(config), ["v4-8", "v4-32", "v4-64", "v4-2048"], 1, ideal)
     weak, strong = ([row for row in rows if row["scaling"] == kind] for kind in ("weak", "strong"))
     assert [row["batch_size"] for row in weak] == [1024, 4096, 8192, 262_144] and all("error" in row for row in weak)
     assert "error" in strong[0] and strong[1]["efficiency"] == 1
@@ -127,7 +129,7 @@ def test_scaling_is_relative_to_the_first_topology_that_fits():
 
 
 def test_the_picture_has_both_kinds_of_scaling(tmp_path):
-    rows = scale(c4.get_config("d12"), ["v4-8", "v4-16", "v4-128"], 1, ideal)
+    rows = scale(read_settings(c4.get_config("d12")), ["v4-8", "v4-16", "v4-128"], 1, ideal)
     chart.draw(rows, str(tmp_path / "x.png"))
     with Image.open(tmp_path / "x.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
@@ -135,7 +137,7 @@ def test_the_picture_has_both_kinds_of_scaling(tmp_path):
 
 
 def test_the_picture_names_slices_and_shows_ideal_scaling_under_a_series_that_follows_it(tmp_path):
-    rows = scale(c4.get_config("d12"), ["v4-8", "v4-16", "v4-128", "v5p-16"], 1, ideal)
+    rows = scale(read_settings(c4.get_config("d12")), ["v4-8", "v4-16", "v4-128", "v5p-16"], 1, ideal)
     assert chart.slice_names(rows) == {4: "v4-8", 8: "v4-16, v5p-16", 64: "v4-128"}
     weak = [row for row in rows if row["scaling"] == "weak"]
     assert {row["efficiency"] for row in weak} == {1.0}
@@ -164,7 +166,7 @@ def test_every_message_about_memory_becomes_one_line(message, gib):
 
 def test_remedies_shard_within_a_slice_and_split_what_can_be_split():
     config = c4.get_config("d12")
-    single, combined = candidates(config, {"mesh": V4_32, "slices": 2})
+    single, combined = candidates(read_settings(config), {"mesh": V4_32, "slices": 2})
     assert single == [{"model.remat": "block"}, {"mesh.data": 2, "mesh.fsdp": 8}, {"accumulation": 2}]
     assert combined[-1] == {"model.remat": "block", "mesh.data": 2, "mesh.fsdp": 8, "accumulation": 16}
 
@@ -175,7 +177,7 @@ def test_only_fewer_heads_help_where_vmem_is_too_small():
         "Used 16.14M of 16.00M vmem."
     )
     assert found["error"] == "a kernel needs more VMEM than a core has"
-    single, combined = candidates(c4.get_config("d12"), {"mesh": V4_32, "slices": 1} | found)
+    single, combined = candidates(read_settings(c4.get_config("d12")), {"mesh": V4_32, "slices": 1} | found)
     assert (single, combined) == ([{"mesh.data": 8, "mesh.tensor": 2}], [])
 
 
@@ -183,9 +185,9 @@ def test_remedies_go_together_only_where_none_alone_is_enough():
     failed = {"mesh": V4_32, "topology": "v4-32", "slices": 1, "chips": 16, "batch_size": 256, "hbm_limit_bytes": 2**30}
     failed |= {"context_length": 512}
     failed |= {"hbm_bytes": {"parameters": 1}, "error": "needs more", "fits": False}
-    rows = try_remedies(c4.get_config("d12"), failed, ideal)
+    rows = try_remedies(read_settings(c4.get_config("d12")), failed, ideal)
     assert rows[0]["change"] == "--config.model.remat=block" and len(rows) == 3
-    rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"})
+    rows = try_remedies(read_settings(c4.get_config("d12")), failed, lambda *_: {"fits": False, "error": "needs more"})
     assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
     table = plan_table(failed | {"remedies": rows})
     assert "choose a larger slice" in table and max(map(len, table.splitlines())) <= 80
