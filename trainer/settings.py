@@ -28,16 +28,15 @@ class Settings(base.Config):
           ConfigError: a value that the model refuses; `read_settings` has raised it.
         """
         m = self.model
-        fields = {field.name: getattr(m, field.name, None) for field in dataclasses.fields(TransformerConfig)}
-        # fields of one name are one thing, and one that is not set is as the width, or the platform, has it
-        fields |= {"selection": m.selection if m.selective else Selection.OFF, "max_length": self.context_length}
-        fields |= {"attention": None if m.attention == "auto" else m.attention}
-        given = {name: value for name, value in fields.items() if value is not None}
+        names = {field.name for field in dataclasses.fields(TransformerConfig)}
+        given = {name: value for name, value in vars(m).items() if name in names}  # fields of one name are one thing
+        given["selection"] = m.selection if m.selective else Selection.OFF
+        given["attention"] = None if m.attention == "auto" else m.attention
         for name in ("num_layers", "num_heads"):
             if not given[name]:
-                del given[name]
+                del given[name]  # it is as the width says
         try:
-            return TransformerConfig.from_width(m.width, **given)
+            return TransformerConfig.from_width(m.width, max_length=self.context_length, **given)
         except ValueError as error:
             raise ConfigError(f"config.model: {error}") from error
 
@@ -117,7 +116,7 @@ def _read(group: type[Group], config: Any, prefix: str = "") -> Group:
     return group(**values)
 
 
-def _known(group: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _known(group: type[Any], config: Mapping[str, Any]) -> dict[str, object]:
     declared = _declared(group)
     return {
         name: _known(declared[name][0], value) if isinstance(value, Mapping) else value

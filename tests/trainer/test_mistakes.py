@@ -1,6 +1,7 @@
 """Each mistake is one clear error before any training step, and nothing is overwritten."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data import DataError, prepare
-from trainer.errors import ConfigError, ResumeError
+from trainer.errors import EXIT_PREEMPTED, ConfigError, ResumeError
+from trainer.hosts.interrupt import Interrupt
 from trainer.loop import train
 from trainer.settings import read_settings
 
@@ -110,6 +112,20 @@ def test_mistake_in_the_command_is_one_line_and_exit_code_2(flags, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_run_goes_on_with_what_the_advice_after_running_out_of_memory_names(tiny_config, tmp_path, caplog):
+    class InterruptedAtOnce(Interrupt):
+        def can_save(self, within_seconds):
+            self.requested = True
+
+    tiny_config.steps = 4
+    assert train(read_settings(tiny_config), str(tmp_path), InterruptedAtOnce()) == EXIT_PREEMPTED
+    tiny_config.update_from_flattened_dict({"model.remat": "block", "accumulation": 2, "mesh.data": 2, "mesh.fsdp": 4})
+    tiny_config.update_from_flattened_dict({"model.scan_layers": False, "model.attention": "reference"})
+    caplog.set_level("INFO", "trainer")
+    assert train(read_settings(tiny_config), str(tmp_path)) == 0
+    assert re.search("starting at step [123] of 4", caplog.text)
 
 
 def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, dataset_path, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ class Identity:
     settings: Settings
     dataset_fingerprint: str  # of the dataset's manifest
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """{"config": the whole config, "dataset_fingerprint"}, for JSON."""
         return {"config": dataclasses.asdict(self.settings), "dataset_fingerprint": self.dataset_fingerprint}
 

@@ -6,6 +6,8 @@ from typing import Any
 from ..attention import Selection, implementation_module
 from ..implementations.tpu import attend as pallas_tpu
 
+MACHINE = {"machine": True}  # marks a field
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -28,9 +30,13 @@ class TransformerConfig:
     qk_norm: bool = True  # RMS-normalise queries and keys before the logits
     tied_embeddings: bool = True  # one matrix embeds tokens and gives logits [open]
     dtype: str = "bfloat16"  # of activations and matmuls: "bfloat16" or "float32"; parameters are float32
-    remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers)
-    scan_layers: bool = True  # False compiles every layer apart: slower to compile, saves copies into a scan's stacks
-    attention: str | None = None  # implementation of attention, None for the platform's best
+    # How a machine computes, not what: see `machine_fields`.
+    # What the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers).
+    remat: str = dataclasses.field(default="none", metadata=MACHINE)
+    # False compiles every layer apart: slower to compile, saves copies into a scan's stacks.
+    scan_layers: bool = dataclasses.field(default=True, metadata=MACHINE)
+    # Implementation of attention, None for the platform's best.
+    attention: str | None = dataclasses.field(default=None, metadata=MACHINE)
 
     def __post_init__(self) -> None:
         if self.selection not in list(Selection):
@@ -68,6 +74,11 @@ class TransformerConfig:
         mlp_dim = -(-8 * d_model // 3 // 128) * 128 if d_model >= 128 else 128
         sizes: dict[str, Any] = {"num_layers": d, "num_heads": d, "d_model": d_model, "mlp_dim": mlp_dim}
         return cls(vocab_size=vocab_size, max_length=max_length, **{**sizes, **overrides})
+
+    @classmethod
+    def machine_fields(cls) -> set[str]:
+        """The fields that say how a machine computes, not what: exports and fingerprints leave them out."""
+        return {field.name for field in dataclasses.fields(cls) if field.metadata == MACHINE}
 
     @property
     def fuses_norm_rotary(self) -> bool:
