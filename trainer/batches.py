@@ -29,7 +29,7 @@ class Rows(Protocol):
     def rows(self, step: int, rows: range) -> dict[str, np.ndarray]: ...
 
 
-class Skipping:
+class RemainingBatches:
     """`source` without the batches of some windows: what comes after moves up."""
 
     def __init__(self, source: Rows, windows: Sequence[tuple[int, int]]) -> None:

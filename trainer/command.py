@@ -67,7 +67,7 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         traceback.print_exc()
         code = EXIT_FAILED
         if peers is not None and isinstance(error, jax.errors.JaxRuntimeError):
-            peers.judge()
+            peers.wait_for_verdict()
         if "RESOURCE_EXHAUSTED" in str(error) and "No space left" not in str(error):
             advice = "--config.model.remat=block, a larger --config.mesh.fsdp or --config.accumulation need less"
             code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)
@@ -75,7 +75,7 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
     sys.stderr.flush()
     if peers is not None:
         if code in (EXIT_FINISHED, EXIT_PREEMPTED):
-            peers.part()
+            peers.stop_watching()
             jax.distributed.shutdown()
         else:
             peers.leave(code)

@@ -16,8 +16,8 @@ import jax
 from flax import nnx
 
 from selective_attention import Transformer, export_safetensors
+from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
-from trainer.checkpoints.integrity import DamagedError, check_files, read_seal
 from trainer.errors import ResumeError
 from trainer.settings import Settings, read_saved
 from trainer.state import TrainState, init_state, model_graph

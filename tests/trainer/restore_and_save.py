@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from unittest import mock
 
 host, hosts, failing = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[5])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // hosts} --xla_backend_optimization_level=0"
@@ -19,7 +20,8 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", hosts, host)
 
 from configs import demo  # noqa: E402
 from trainer.checkpoints import manager as checkpoint  # noqa: E402
-from trainer.checkpoints.integrity import digest  # noqa: E402
+from trainer.checkpoints import saving  # noqa: E402
+from trainer.checkpoints.digest import digest  # noqa: E402
 from trainer.mesh import make_mesh  # noqa: E402
 from trainer.settings import read_settings  # noqa: E402
 from trainer.state import abstract_state, init_state  # noqa: E402
@@ -42,8 +44,8 @@ thread.join()
 step = 0 if restored is None else restored.step
 state = state if restored is None else restored.state
 if failing == host:  # this host cannot read back what was written, the others know nothing of it
-    checkpoints._folder = checkpoints._folder / "gone"
-checkpoint.RETRY_SECONDS = 0.0
+    mock.patch.object(saving, "read_metadata", side_effect=OSError("the storage does not answer")).start()
+saving.RETRY_SECONDS = 0.0
 checkpoints.save(step + 1, state._replace(step=state.step * 0 + step + 1), {}, None)
 checkpoints.wait()
 result = {"restored": step, "poll": checkpoints.poll(), "saved": checkpoints.saved_step}

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from data import TrainBatches, open_dataset
-from trainer.batches import Skipping, batch_sharding
+from trainer.batches import RemainingBatches, batch_sharding
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
 from trainer.hosts.replicas import make_replica_check
@@ -90,8 +90,8 @@ def test_skipped_windows_leave_out_these_batches_and_no_others():
         def rows(self, step, rows):
             return {"inputs": np.full((1, 1), step)}
 
-    skipping = Skipping(Source(), [(7, 9), (3, 5)])
-    read = [int(skipping.rows(step, range(1))["inputs"][0, 0]) for step in range(8)]
+    remaining = RemainingBatches(Source(), [(7, 9), (3, 5)])
+    read = [int(remaining.rows(step, range(1))["inputs"][0, 0]) for step in range(8)]
     assert read == [0, 1, 2, 5, 6, 9, 10, 11]
 
 
@@ -177,9 +177,10 @@ def test_a_step_that_hangs_prints_all_stacks_and_ends_the_process():
     program = (
         "import time; from trainer.hosts.watchdog import Watchdog\n"
         "dog = Watchdog(least_seconds=0.5, factor=2, first_seconds=60)\n"
-        "for _ in range(3): dog.begin('a step'); time.sleep(0.01)\n"
+        "for _ in range(3):\n"
+        "    with dog.watch('a step'): time.sleep(0.01)\n"
         "def hangs(): time.sleep(120)\n"
-        "dog.begin('a step'); hangs()\n"
+        "with dog.watch('a step'): hangs()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_PEER_LOST

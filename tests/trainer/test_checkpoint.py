@@ -12,10 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
-from trainer.checkpoints import manager as checkpoint
+from trainer.checkpoints import saving
+from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import check_workdir
 from trainer.checkpoints.identity import Identity
-from trainer.checkpoints.integrity import digest
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import ConfigError, ResumeError
 from trainer.export import load_model
@@ -112,7 +112,7 @@ def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tm
     state = random_state(config, layout(config, data=8))
     checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     save(checkpoints, 1, state)
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     blocked = tmp_path / "checkpoints" / "2.checksums.json"
     blocked.mkdir()  # the seal cannot be put there
     save(checkpoints, 2, state)
@@ -196,7 +196,7 @@ def test_override_that_means_nothing_is_refused(config, tmp_path, name, message)
 
 
 def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     config.update_from_flattened_dict({"model.width": 1})
     abstract = layout(config, data=8)
     state = random_state(config, abstract)

@@ -226,7 +226,7 @@ def test_unreadable_file_is_named(saved):
     program = """
 import os, sys
 from etils import epath
-from trainer.checkpoints.integrity import DamagedError, check_files, read_seal
+from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 folder = epath.Path(sys.argv[1])
 check_files(folder, read_seal(folder))
 os.chmod(folder / sys.argv[2], 0)

@@ -8,17 +8,17 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from configs import base
-from trainer.checkpoints.disk import root_cause
-from trainer.checkpoints.integrity import (
+from trainer.checkpoints.checksums import (
     DamagedError,
     Seal,
     checksums,
-    digest,
     list_files,
     read_seal,
     seal_path,
     write_seal,
 )
+from trainer.checkpoints.digest import digest
+from trainer.checkpoints.disk import root_cause
 from trainer.errors import ResumeError
 from trainer.state import TrainState
 

@@ -11,7 +11,7 @@ from jax._src import compiler, distributed
 
 from configs import base
 from trainer.errors import ConfigError
-from trainer.hosts.key_value import shared_store
+from trainer.hosts.key_value import key_value_store
 from trainer.hosts.peers import Peers
 
 # Set for every process alike, but PROCESS_ID. `launch/emulate.py` sets them.
@@ -49,7 +49,7 @@ def initialize(faults: base.Faults) -> Peers | None:
         arguments["cluster_detection_method"] = "deactivate"
     elif not _has_tpus():
         return None
-    # Signals are `trainer.interrupt`'s; JAX's service would take SIGTERM over.
+    # Signals are `trainer.hosts.interrupt`'s; JAX's service would take SIGTERM over.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         **arguments,
@@ -59,7 +59,7 @@ def initialize(faults: base.Faults) -> Peers | None:
         shutdown_timeout_seconds=faults.peer_timeout_seconds,
     )
     state = distributed.global_state
-    store = shared_store()
+    store = key_value_store()
     if store is None:
         return None
     if jax.default_backend() == "cpu":
