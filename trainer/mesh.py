@@ -8,10 +8,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from configs import base
+from selective_attention.sharding import AXES
 from trainer.errors import ConfigError
 
 _EMULATION_HINT = "; CPUs can emulate 8: XLA_FLAGS=--xla_force_host_platform_device_count=8"
-AXES = ("data", "fsdp", "context", "tensor")
 
 
 def mesh_shape(sizes: base.Mesh, num_devices: int, hint: str = "") -> tuple[int, ...]:

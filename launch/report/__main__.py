@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import DataError, Dataset, EvalBatches, Tokenizer, open_dataset
 from launch.report.page import Curve, RunReport, SentenceMasks, render
 from selective_attention import Transformer
-from selective_attention.transformer.decoding import sample
+from selective_attention.transformer.sampling import sample
 from trainer.errors import ResumeError
 from trainer.export import load_model
 from trainer.loop import RESULT_FILE

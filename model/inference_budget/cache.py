@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jax import Array, P
 
 from selective_attention import Cache, Selection, TransformerConfig, partition_spec
+from selective_attention.selection import Projections
 from selective_attention.sharding import RULES
-from selective_attention.transformer.decoding import attend_slots, write
+from selective_attention.transformer.decoding import Slots, attend_slots, write
 
 from .budgets import Budgets
 from .eviction import (
     NEVER,
     Arriving,
     Columns,
-    Projections,
     attend_evicting,
     of_head_zero,
     over_heads,
@@ -141,17 +141,15 @@ def _attend_one(
     k_BKMD = write(_slot_rows(cache.k, groups), _slot_rows(new.k[:, 0], groups), slot_B)
     v_BKMD = write(_slot_rows(cache.v, groups), _slot_rows(new.v[:, 0], groups), slot_B)
     k_sel_BKMD = None if cache.k_sel is None or new.k_sel is None else write(cache.k_sel, new.k_sel, slot_B)
+    k_sel = None if k_sel_BKMD is None else k_sel_BKMD[:, 0]
+    f_BM = None if f_BM is None else jnp.where(here_BM, 0, f_BM)
     out, f_BM, weights_BM = attend_slots(
         new.q.reshape(new.q.shape[0] * groups, 1, -1, c.head_dim),
-        k_BKMD,
-        v_BKMD,
-        None if f_BM is None else jnp.where(here_BM, 0, f_BM),
-        q_sel=new.q_sel,
-        k_sel=None if k_sel_BKMD is None else k_sel_BKMD[:, 0],
-        position_B=now_B,
-        slot_position_BM=position_BM,
-        selection=c.selection,
-        share_selection=functools.partial(of_head_zero, heads_axis=heads_axis),
+        new.q_sel,
+        now_B,
+        Slots(k_BKMD, v_BKMD, k_sel, position_BM, f_BM),
+        c.selection,
+        functools.partial(of_head_zero, heads_axis=heads_axis),
     )
     if score_BM is not None:
         weights_BM = over_heads(weights_BM, heads_axis)

@@ -18,23 +18,13 @@ from jax import Array
 
 from selective_attention import Selection, TransformerConfig
 from selective_attention.attention import implementation_module
-from selective_attention.implementations.reference import BIG_NEGATIVE
-from selective_attention.selection import Keys, Queries, select
+from selective_attention.parallel import from_first_shard
+from selective_attention.selection import HIDDEN, Keys, Projections, Queries, Rule, Seen, select
 
 from .policies import EvictionPolicy, Held
 
 NEVER = jnp.iinfo(jnp.int32).max
 QUERIES = 32  # whose logits are in memory at a time
-
-
-class Projections(NamedTuple):
-    """What a transformer block makes of T new tokens for its attention."""
-
-    q: Array  # [B, T, H, D]
-    k: Array  # [B, T, K, D]
-    v: Array  # [B, T, K, D]
-    q_sel: Array | None  # [B, T, D], only where the selecting head has its own projections
-    k_sel: Array | None  # likewise
 
 
 class Arriving(NamedTuple):
@@ -103,21 +93,9 @@ def attend_evicting(
         q_sel, k_sel = of_head_zero(q[:, :, 0], heads_axis), of_head_zero(columns.k[:, :, 0], heads_axis)
     hidden_at, after = evict(policy, config.selection, columns, q, q_sel, k_sel, arriving, heads_axis)
     f = jnp.zeros(columns.position.shape, jnp.promote_types(q.dtype, jnp.float32)) if columns.f is None else columns.f
-    out, _ = implementation_module(config.attention).attend(
-        q,
-        columns.k,
-        columns.v,
-        q_sel,
-        k_sel,
-        f,
-        offset=columns.position.shape[1] - q.shape[1],
-        evict_at=hidden_at,
-        q_segment_ids=None,
-        kv_segment_ids=None,
-        scale=config.head_dim**-0.5,
-        selection=config.selection,
-        tau=None,
-    )
+    seen = Seen(offset=columns.position.shape[1] - q.shape[1], evict_at=hidden_at)
+    rule, whole = Rule(config.head_dim**-0.5, config.selection), Projections(q, columns.k, columns.v, q_sel, k_sel)
+    out, _ = implementation_module(config.attention).attend(whole, f, seen, rule)
     return _rows_as_heads(out, new.q.shape), after, hidden_at
 
 
@@ -208,16 +186,16 @@ class _Scan:
         columns, (t_Q, q_QBHD, q_sel_QBD) = self.columns, queries
         q_BQHD, q_sel_BQD = jnp.moveaxis(q_QBHD, 0, 1), jnp.moveaxis(q_sel_QBD, 0, 1)
         (batch, num_queries, num_heads, head_dim), num_columns = q_BQHD.shape, columns.position.shape[1]
-        scale = head_dim**-0.5
+        rule = Rule(head_dim**-0.5, self.selection)
         s_QBM = logits_QBHM = None
         if self.selection is not Selection.OFF:
             keys = Keys(jnp.arange(num_columns, dtype=jnp.int32), columns.position == 0, None, None)
             asking = Queries(self.num_held + t_Q, None)
-            s_QBM = jnp.moveaxis(select(q_sel_BQD, self.k_sel, asking, keys, scale, self.selection), 1, 0)
+            s_QBM = jnp.moveaxis(select(q_sel_BQD, self.k_sel, asking, keys, rule), 1, 0)
         if self.policy.keeps_score:
             q_BQKGD = q_BQHD.reshape(batch, num_queries, columns.k.shape[2], -1, head_dim)
             dtype = jnp.promote_types(q_BQHD.dtype, jnp.float32)
-            logits = scale * jnp.einsum("bqkgd,bmkd->bkgqm", q_BQKGD, columns.k, preferred_element_type=dtype)
+            logits = rule.scale * jnp.einsum("bqkgd,bmkd->bkgqm", q_BQKGD, columns.k, preferred_element_type=dtype)
             logits_QBHM = jnp.moveaxis(logits.reshape(batch, num_heads, num_queries, num_columns), 2, 0)
         carry, _ = jax.lax.scan(self._query, carry, (t_Q, s_QBM, logits_QBHM))
         return carry
@@ -239,7 +217,7 @@ class _Scan:
         if score_BM is not None:
             seen_BM = (here_BM & ~leaves_BM) | (column_M == column)
             f_B1M = 0 if f_BM is None else f_BM[:, None]
-            weights_BHM = jax.nn.softmax(jnp.where(seen_BM[:, None], logits_BHM - f_B1M, BIG_NEGATIVE), axis=-1)
+            weights_BHM = jax.nn.softmax(jnp.where(seen_BM[:, None], logits_BHM - f_B1M, -HIDDEN), axis=-1)
             weights_BM = over_heads(jnp.mean(weights_BHM, axis=1), self.heads_axis)
             score_BM = jnp.where(real_B1, self.policy.observe(score_BM, weights_BM), score_BM)
         if f_BM is not None:
@@ -254,9 +232,7 @@ def over_heads(mean_BM: Array, heads_axis: str | None) -> Array:
 
 def of_head_zero(x: Array, heads_axis: str | None) -> Array:
     """What the shard that holds head 0 has computed, on all shards."""
-    if heads_axis is None:
-        return x
-    return jax.lax.psum(jnp.where(jax.lax.axis_index(heads_axis) == 0, x, 0), heads_axis)
+    return x if heads_axis is None else from_first_shard(x, heads_axis)
 
 
 def heads_as_rows(x: Array, groups: int) -> Array:

@@ -15,7 +15,8 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer
-from selective_attention.transformer.decoding import check_sampling, decode_step, draw, unstacked
+from selective_attention.transformer.decoding import decode_step, unstacked
+from selective_attention.transformer.sampling import check_sampling, draw
 
 from .budgets import Budgets
 from .policies import EvictionPolicy

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ..attention import Selection, implementation_module
-from ..implementations.tpu import attend as pallas_tpu
+from ..attention import implementation_name
+from ..selection import Selection
 
 MACHINE = {"machine": True}  # marks a field
 
@@ -43,7 +43,7 @@ class TransformerConfig:
             raise ValueError(f"{self.selection!r} is not a valid Selection; choose one of {', '.join(Selection)}")
         object.__setattr__(self, "selection", Selection(self.selection))
         if self.attention is not None:
-            implementation_module(self.attention)  # raises, with the names there are
+            implementation_name(self.attention)  # raises, with the names there are
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         for field in ("vocab_size", "num_layers", "num_heads", "d_model", "mlp_dim", "max_length", "head_dim"):
             if getattr(self, field) < 1:
@@ -84,7 +84,7 @@ class TransformerConfig:
     def fuses_norm_rotary(self) -> bool:
         """Whether QK normalisation and rotary positions are one TPU kernel, as attention is."""
         applies = self.qk_norm and self.positions == "rotary" and self.head_dim % 32 == 0
-        return applies and implementation_module(self.attention) is pallas_tpu
+        return applies and implementation_name(self.attention) == "pallas"
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: embedding, attention, mlp, norms, output (0 if tied), and their total."""
