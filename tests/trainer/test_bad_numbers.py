@@ -104,7 +104,7 @@ def rare_token(tiny_config):
         batches = [step for step, tokens in enumerate(seen) if token in tokens]
         if batches and batches[0] >= 7 and len(batches) == 1:
             return token, batches[0]
-    pytest.skip("every token of this dataset is in many batches")
+    pytest.fail("every token of this dataset is in many batches")
 
 
 def poisoned_run(config, workdir, tokens) -> None:
@@ -112,11 +112,7 @@ def poisoned_run(config, workdir, tokens) -> None:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
-        params = nnx.to_pure_dict(state.params)
-        name = next(name for name in params if "embed" in name and "un" not in name)
-        leaf = params[name]
-        while isinstance(leaf, dict):
-            (leaf,) = leaf.values()
+        leaf = nnx.to_pure_dict(state.params)["embedding"]
         host = np.array(leaf)
         host[list(tokens)] = np.nan
         poisoned = jax.device_put(host, leaf.sharding)
@@ -173,7 +169,7 @@ def test_a_replica_that_differs_is_found_and_named(tiny_config):
 
 def test_a_step_that_hangs_prints_all_stacks_and_ends_the_process():
     program = (
-        "import time; from trainer.watchdog import Watchdog\n"
+        "import time; from trainer.hosts.watchdog import Watchdog\n"
         "dog = Watchdog(least_seconds=0.5, factor=2, first_seconds=60)\n"
         "for _ in range(3): dog.begin('a step'); time.sleep(0.01)\n"
         "def hangs(): time.sleep(120)\n"
