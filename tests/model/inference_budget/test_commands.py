@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from small_model import make_model
 
 from launch.budgets.__main__ import main
 from launch.budgets.inputs import model_fingerprint
 from launch.budgets.result import Journal, budgets_of, read_json, write_json
+from tests.support.small_model import make_model
 
 CONTENT = {
     "checkpoint": {"path": "/runs/one", "fingerprint": "a" * 64},

@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from small_model import make_model
 
 from launch.budgets.__main__ import main
 from launch.budgets.result import read_json
 from selective_attention import export_safetensors
+from tests.support.small_model import make_model
 
 PIECES, RECORD = 36, 64
 WORDS = ["the", "mask", "of", "a", "token", "grows", "with", "every", "later", "query", "stale", "words", "fade"]

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import RULES, make_inputs, streaming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selective_attention.attention import Selection, selective_attention
 from selective_attention.implementations import blockwise, reference
+from tests.support.attention_oracle import RULES, make_inputs, streaming
 
 NAMES = ["q", "k", "v", "q_sel", "k_sel"]
 
