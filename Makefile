@@ -1,4 +1,4 @@
-# make setup | train | study | test | test-faults | lint | results | bench: each sets up what it needs.
+# make setup | train | study | test | test-all | lint | results | bench: each sets up what it needs.
 PYTHON ?= python3
 EXTRAS ?= dev
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(EXTRAS)
 PROJECTS := pyproject.toml model/selective_attention/pyproject.toml model/inference_budget/pyproject.toml
 .DELETE_ON_ERROR:
-.PHONY: setup train study test test-faults lint results bench clean
+.PHONY: setup train study test test-all test-exhaustive test-faults lint results bench clean
 
 setup: $(STAMP)
 
@@ -36,8 +36,17 @@ study: train
 	    --output runs/demo/$$search.json || exit 1; done
 	@$(RUN) -m launch.budgets report $(SEARCHES:%=runs/demo/%.json) --output report/budgets.html
 
+# Each process begins with one half of the tests in their order, so that it makes what a file's tests share once.
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 test: setup
-	@$(RUN) -m pytest -n 2 -m "not slow" tests
+	@$(PYTEST) -m "not slow and not exhaustive" tests
+
+# What CI runs: long tests too, though not those that compile every shipped config and the longest contexts for TPUs.
+test-all: setup
+	@$(PYTEST) -m "not exhaustive" tests
+
+test-exhaustive: setup
+	@$(PYTEST) -m exhaustive tests
 
 # Real pods on this machine, hosts killed and stopped at random, damaged files, full disks.
 test-faults: setup

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from ..trainer.conftest import TINY, assert_same_run, dataset_path  # noqa: F401 # fixtures
+from tests.support.runs import TINY, assert_same_run
+
 from .conftest import ROOT, replaced
 
 KINDS = {1: "v4-8", 2: "v4-16"}
@@ -24,21 +25,14 @@ def trainer_flags(hosts: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One compilation cache: every start of every host makes the same program."""
-    return tmp_path_factory.mktemp("compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def train_undisturbed(dataset_path, cache, tmp_path_factory):  # noqa: F811
+def train_undisturbed(dataset_path, tmp_path_factory):
     """Trains on so many hosts to which nothing happens, without launcher and worker, and returns the workdir."""
 
     def train(hosts: int):
         workdir = tmp_path_factory.mktemp("undisturbed")
         command = [sys.executable, "-m", "launch.emulate", f"--hosts={hosts}", "--devices-per-host=1", "--"]
         command += [*trainer_flags(hosts), f"--workdir={workdir}", f"--config.data.path={dataset_path}"]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout
         return workdir
 
@@ -46,7 +40,7 @@ def train_undisturbed(dataset_path, cache, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
-def pod(cloud, cache, dataset_path):  # noqa: F811
+def pod(cloud, dataset_path):
     """The cloud, whose hosts train with the code that was uploaded to them."""
     for file in dataset_path.iterdir():
         (cloud.folder / "buckets/bucket/data/demo" / file.name).write_bytes(file.read_bytes())
@@ -55,7 +49,7 @@ def pod(cloud, cache, dataset_path):  # noqa: F811
     python.chmod(0o755)
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     cloud.host(WORKER_BACKOFF_SECONDS=3, FAKE_TRAINER=python, XLA_FLAGS=flags)
-    cloud.host(JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=cache)
+    cloud.host(**{name: os.environ[name] for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")})
     return cloud
 
 
@@ -82,7 +76,7 @@ def announce_maintenance(pod, host: int) -> None:
     pod.host_signal(host, signal.SIGCONT)
 
 
-def test_preempted_and_maintained_host_ends_bit_equal(pod, train_undisturbed, assert_same_run, tmp_path):  # noqa: F811
+def test_preempted_and_maintained_host_ends_bit_equal(pod, train_undisturbed, tmp_path):
     workdir = tmp_path / "workdir"
     pod.attempts(RECLAIMED, ["PROVISIONING", "ACTIVE"])
     process = submit(pod, 1, workdir)
@@ -100,7 +94,7 @@ def test_preempted_and_maintained_host_ends_bit_equal(pod, train_undisturbed, as
 
 
 @pytest.mark.slow
-def test_whole_life_of_two_hosts_ends_bit_equal(pod, train_undisturbed, assert_same_run, tmp_path):  # noqa: F811
+def test_whole_life_of_two_hosts_ends_bit_equal(pod, train_undisturbed, tmp_path):
     workdir = tmp_path / "workdir"
     pod.attempts(RECLAIMED, RECLAIMED, ["PROVISIONING", "ACTIVE"])
     process = submit(pod, 2, workdir)

@@ -105,7 +105,7 @@ def rare_token(tiny_config):
         batches = [step for step, tokens in enumerate(seen) if token in tokens]
         if batches and batches[0] >= 7 and len(batches) == 1:
             return token, batches[0]
-    pytest.skip("every token of this dataset is in many batches")
+    pytest.fail("every token of this dataset is in many batches")
 
 
 def poisoned_run(config, workdir, tokens) -> None:
@@ -114,11 +114,7 @@ def poisoned_run(config, workdir, tokens) -> None:
     mesh = make_mesh(settings.mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(settings))()
-        params = nnx.to_pure_dict(state.params)
-        name = next(name for name in params if "embed" in name and "un" not in name)
-        leaf = params[name]
-        while isinstance(leaf, dict):
-            (leaf,) = leaf.values()
+        leaf = nnx.to_pure_dict(state.params)["embedding"]
         host = np.array(leaf)
         host[list(tokens)] = np.nan
         poisoned = jax.device_put(host, leaf.sharding)

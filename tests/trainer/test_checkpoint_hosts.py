@@ -17,7 +17,7 @@ def pod(workdir: Path, hosts: int, failing_host: int = -1) -> list[dict]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "tests.trainer.restore_and_save"]
+    command = [sys.executable, "-m", "tests.support.restore_and_save"]
     arguments = [str(hosts), str(port), str(workdir), str(failing_host)]
     processes = [
         subprocess.Popen([*command, str(host), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)

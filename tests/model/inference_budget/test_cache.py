@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import LENGTH, STANDARD, make_model, make_tokens, oracle_layer
 
 from inference_budget import POLICIES, Budgets, cache_bytes, eviction_times, init_pruned_cache, memory_factor, prefill
 from inference_budget.eviction import Arriving, Projections, attend_evicting
 from selective_attention import Transformer, TransformerConfig
 from selective_attention.transformer.decoding import decode_step
+from tests.support.small_model import LENGTH, STANDARD, make_model, make_tokens, oracle_layer
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 STEP = jax.jit(

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import LENGTH, STANDARD, VOCAB, make_model, make_tokens
 
 from inference_budget import POLICIES, Budgets, cache_bytes, eviction_times, generate, init_pruned_cache
 from inference_budget.generation import Sampling, decode
 from selective_attention import Transformer
 from selective_attention.transformer.decoding import unstacked
+from tests.support.small_model import LENGTH, STANDARD, VOCAB, make_model, make_tokens
 
 BUDGETS = Budgets((3, 9), LENGTH)
 PROMPTS = [make_tokens()[0, :15].tolist(), [2], make_tokens()[2, :8].tolist()]

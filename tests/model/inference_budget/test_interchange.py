@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from small_model import LENGTH, make_model
 
 from inference_budget import POLICIES, Budgets, BudgetsError, load_budgets, model_fingerprint, save_budgets
 from inference_budget.interchange import budgets_of, read_budgets_file, write_budgets_file
+from tests.support.small_model import LENGTH, make_model
 
 CONTENT = {
     "checkpoint": {"path": "/runs/one", "fingerprint": "a" * 64},

@@ -3,10 +3,9 @@
 import pathlib
 import re
 
-from small_model import LENGTH, make_model
-
 from inference_budget import POLICIES, Budgets, load_budgets, save_budgets
 from selective_attention import export_safetensors
+from tests.support.small_model import LENGTH, make_model
 
 README = pathlib.Path(__file__).parents[3] / "model" / "inference_budget" / "README.md"
 

@@ -6,11 +6,11 @@ import math
 import jax
 import numpy as np
 import pytest
-from small_model import LENGTH, STANDARD, make_model, make_tokens
 
 from inference_budget import POLICIES, Budgets, Evaluator, Found, Windows, eviction_times, search
 from inference_budget.perplexity import Losses
 from inference_budget.search import Point
+from tests.support.small_model import LENGTH, STANDARD, make_model, make_tokens
 
 
 @pytest.fixture(autouse=True)

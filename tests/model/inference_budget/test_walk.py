@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import sentencepiece
 from array_record.python.array_record_module import ArrayRecordWriter
-from small_model import make_model
 
 from data import Manifest, Tokenizer
 from data.manifest import Shard, Split, file_crc32
 from launch.budgets.__main__ import main
 from launch.budgets.result import read_search
 from selective_attention import export_safetensors
+from tests.support.small_model import make_model
 
 PIECES, RECORD = 36, 64
 WORDS = ["the", "mask", "of", "a", "token", "grows", "with", "every", "later", "query", "stale", "words", "fade"]

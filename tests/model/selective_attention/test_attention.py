@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import RULES, literal, literal_mask, make_inputs, streaming
 
 from selective_attention.attention import Selection, selection_mask, selective_attention
+from tests.support.attention_oracle import RULES, literal, literal_mask, make_inputs, streaming
 
 SEGMENTS = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [3, 5, 5, 5, 5, 5, 5, -1, -1]], np.int32)
 EVICT_AT = np.array([[9, 3, 4, 9, 6, 9, 9, 9, 9], [9, 2, 9, 9, 9, 7, 7, 9, 9]], np.int32)

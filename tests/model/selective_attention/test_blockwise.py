@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import RULES, make_inputs, streaming
-from bundled import attend, column_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selective_attention.attention import Selection, selective_attention
 from selective_attention.implementations import blockwise, reference
+from tests.support.attention_oracle import RULES, make_inputs, streaming
+from tests.support.bundled import attend, column_sums
 
 NAMES = ["q", "k", "v", "q_sel", "k_sel"]
 

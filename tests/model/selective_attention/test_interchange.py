@@ -136,7 +136,7 @@ class TestRefuses:
 def test_the_package_can_be_used_without_safetensors(tmp_path):
     program = (
         "import sys; sys.modules['safetensors.flax'] = None\n"
-        "from selective_attention.interchange import import_safetensors\n"
+        "from selective_attention.transformer.interchange import import_safetensors\n"
         "try: import_safetensors('.')\n"
         "except ImportError as error: print(error)"
     )

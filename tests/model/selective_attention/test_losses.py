@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import RULES, literal_mask
 
 from selective_attention import lm_loss, memory_loss, memory_per_query, selective_attention
+from tests.support.attention_oracle import RULES, literal_mask
 
 
 def random_batch(seed=0, batch=3, length=6, vocab=11, scale=3.0):

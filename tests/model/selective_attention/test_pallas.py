@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bundled import attend, column_sums
 from jax.experimental.pallas import tpu as pltpu
 
 from selective_attention.implementations import reference
 from selective_attention.implementations.tpu import attend as pallas_tpu
 from selective_attention.implementations.tpu import plan as pallas_tpu_plan
 from selective_attention.selection import Selection
+from tests.support.bundled import attend, column_sums
 
 CASES = {
     "one_block": {"length": 17},

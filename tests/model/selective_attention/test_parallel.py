@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import make_inputs
 from jax import P
 from jax.sharding import AxisType
 
 from selective_attention.attention import selective_attention
 from selective_attention.parallel import sharded_selective_attention, zigzag_positions
+from tests.support.attention_oracle import make_inputs
 
 AXES = ("data", "fsdp", "context", "tensor")
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import RULES, literal_mask, streaming
 from flax import nnx
 
 from selective_attention import Selection, Transformer, TransformerConfig, lm_loss
+from tests.support.attention_oracle import RULES, literal_mask, streaming
 
 SIZES = {
     "vocab_size": 40,

@@ -1,6 +1,6 @@
 """One host of a pod: restores, in a thread as the trainer does, then saves the next step; prints one JSON line.
 
-python restore_and_save.py HOST HOSTS PORT WORKDIR FAILING_HOST
+python -m tests.support.restore_and_save HOST HOSTS PORT WORKDIR FAILING_HOST
 """
 
 import json

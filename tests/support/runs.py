@@ -1,0 +1,52 @@
+"""Small runs of the trainer: their config, and what they leave behind."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# Of configs/demo.py.
+TINY: dict[str, object] = {
+    "context_length": 32,
+    "batch_size": 16,
+    "steps": 30,
+    "model.width": 1,
+    "model.vocab_size": 300,
+    "optimizer.warmup_steps": 10,
+    "checkpoint.every_steps": 5,
+    "eval.every_steps": 10,
+    "log_every_steps": 1,
+}
+
+
+def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by its path."""
+    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
+        # Another number of processes wrote it: say where its arrays shall go.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        saved = checkpointer.metadata(step).metadata
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
+        state = checkpointer.load(step, abstract)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    """The loss series that TensorBoard shows."""
+    events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+    """Asserts that two finished runs ended in the same state, bit for bit, by the same losses."""
+    result = json.loads((undisturbed / "result.json").read_text())
+    steps = result["steps"]
+    expected, state = saved_state(undisturbed, steps), saved_state(workdir, steps)
+    assert expected.keys() == state.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+    assert losses(workdir) == losses(undisturbed)
+    assert [step for step, _ in losses(workdir)] == list(range(1, steps + 1))  # none missing, none doubled
+    assert json.loads((workdir / "result.json").read_text()) == result
