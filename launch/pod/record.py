@@ -1,0 +1,161 @@
+"""What a run is and where: `run` in its folder of the bucket, key=value lines, and a copy on this machine."""
+
+import dataclasses
+import os
+import re
+import secrets
+from pathlib import Path
+
+from . import options, shapes
+from .options import Options
+from .terminal import UsageError, quoted
+
+STATE = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tpu_pod"
+
+# What a record may hold. It is data that others can write to: nothing of it is executed, and every value is one that
+# the options would have allowed.
+PATTERNS = {
+    "NAME": options.NAME,
+    "RUN_ID": "[0-9a-f]{16}|",
+    "PROJECT": options.PROJECT,
+    "ZONE": options.ZONE,
+    "TYPE": "[a-z0-9]+-[0-9]+",
+    "SLICES": "[1-9][0-9]{0,4}",
+    "TIER": "|".join(options.TIERS),
+    "BUCKET": options.BUCKET,
+    "WORKDIR": options.FOLDER,
+    "DATA": options.FOLDER,
+    "MAX_ATTEMPTS": "[1-9][0-9]{0,4}",
+    "MAX_HOURS": "[1-9][0-9]{0,4}",
+    "PRICE": f"({options.PRICE})?",
+    "VALID_UNTIL": f"({options.DURATION})?",
+    "NETWORK": f"({options.NETWORK})?",
+    "SUBNETWORK": f"({options.NETWORK})?",
+    "SERVICE_ACCOUNT": f"({options.EMAIL})?",
+    "INTERNAL_IPS": "1?",
+    "TREE": "[0-9a-f]{40,64}",
+    "COMMIT": "[0-9a-f]{40,64}",
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that was checked or recorded."""
+
+    name: str
+    project: str
+    zone: str
+    type: str
+    slices: int
+    tier: str
+    bucket: str
+    workdir: str
+    data: str
+    max_attempts: int
+    max_hours: int
+    price: str = ""  # dollars per chip and hour
+    valid_until: str = ""  # a duration of gcloud's
+    network: str = ""
+    subnetwork: str = ""
+    service_account: str = ""
+    internal_ips: bool = False
+    tree: str = ""
+    commit: str = ""
+    run_id: str = ""  # random: the label by which a slice is known to be this run's
+
+    @property
+    def shape(self) -> shapes.Shape:
+        """Raises UsageError for a type that no submit wrote."""
+        if (shape := shapes.find(self.type)) is None:
+            raise UsageError(f"the record of {self.name} names no slice type; delete that file")
+        return shape
+
+    @property
+    def hosts(self) -> int:
+        return self.shape.hosts * self.slices
+
+    @property
+    def chips(self) -> int:
+        return self.shape.chips * self.slices
+
+    @property
+    def url(self) -> str:
+        return f"{self.bucket}/runs/{self.name}"
+
+    @property
+    def local(self) -> Path:
+        return STATE / "runs" / self.name
+
+    @property
+    def place(self) -> list[str]:
+        return [f"--project={self.project}", f"--zone={self.zone}"]
+
+    def node(self, index: int) -> str:
+        """The node of a slice; several are numbered by the service in this way."""
+        return self.name if self.slices == 1 else f"{self.name}-{index}"
+
+    def text(self) -> str:
+        values = {key: getattr(self, key.lower()) for key in PATTERNS}
+        return "".join(f"{key}={'1' if value is True else value or ''}\n" for key, value in values.items())
+
+
+def from_options(given: Options) -> Run:
+    """The run that checked options describe."""
+    return Run(
+        name=given.name,
+        project=given.project,
+        zone=given.zone,
+        type=given.type,
+        slices=int(given.slices),
+        tier=given.tier,
+        bucket=given.bucket,
+        workdir=given.workdir,
+        data=given.data,
+        max_attempts=int(given.max_attempts),
+        max_hours=int(given.max_hours),
+        price=given.price,
+        valid_until=given.valid_until,
+        network=given.network,
+        subnetwork=given.subnetwork,
+        service_account=given.service_account,
+        internal_ips=given.internal_ips,
+        run_id=secrets.token_hex(8),
+    )
+
+
+def parse(text: str, source: str) -> Run:
+    """The run of a record.
+
+    Raises:
+      UsageError: a value that no submit wrote.
+    """
+    values = {}
+    for line in text.splitlines():
+        key, _, value = line.partition("=")
+        if key not in PATTERNS:
+            continue
+        if not options.matches(value, PATTERNS[key]):
+            raise UsageError(
+                f"the record {source} holds {key}={quoted(value)}, which no submit wrote; delete that file"
+            )
+        values[key.lower()] = value
+    needed = ("name", "project", "zone", "type", "slices", "tier", "bucket", "max_attempts", "max_hours")
+    for key in needed:
+        if key not in values:
+            raise UsageError(f"the record {source} holds no {key.upper()}; delete that file")
+    run_url = f"{values['bucket']}/runs/{values['name']}"
+    numbers = {key: int(values.pop(key)) for key in ("slices", "max_attempts", "max_hours")}
+    internal = bool(values.pop("internal_ips", ""))
+    run = Run(**({"workdir": f"{run_url}/workdir", "data": ""} | values), **numbers, internal_ips=internal)  # type: ignore[arg-type]
+    _ = run.shape
+    return run
+
+
+def load(file: Path) -> Run:
+    return parse(file.read_text(errors="replace"), str(file))
+
+
+def duration(text: str) -> float:
+    """Seconds of a duration as 2h30m."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"([0-9]+)([smhd])", text))

@@ -1,0 +1,207 @@
+"""The commands on a run that exists."""
+
+import os
+import re
+import subprocess
+import threading
+import time
+
+from . import checks, hosts, options, queued, record
+from .gcloud import Gcloud, Kind, seconds
+from .history import History
+from .lock import Lock, shown
+from .options import Options
+from .record import Run
+from .submit import delete_until_gone
+from .terminal import BlockedError, UsageError, one_line, printable, quoted, say
+
+
+def choose_run(gcloud: Gcloud, given: Options) -> Run:
+    """The run of --name; without it the only one there is, or the last one submitted. Raises UsageError."""
+    last, runs = record.STATE / "last", record.STATE / "runs"
+    if not given.name and last.exists():
+        given.name = last.read_text().strip()
+        known = len(list(runs.glob("*/run")))
+        if given.command == "delete" and known != 1:
+            raise UsageError(f"there are {known} runs; say which: delete --name {given.name}")
+    if not given.name:
+        raise UsageError("no run was submitted from this machine; give --name NAME --bucket gs://BUCKET")
+    options.check_name(given.name)
+    file = runs / given.name / "run"
+    if given.bucket:
+        options.check_bucket(given.bucket)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        answer = gcloud.fetch(f"{given.bucket}/runs/{given.name}/run", file)
+        if not answer.ok:
+            raise UsageError(
+                f"there is no run {given.name} in {given.bucket} ({answer.kind}); list shows those of this machine"
+            )
+    if not file.exists():
+        raise UsageError(
+            f"no run {given.name} was submitted from this machine; list shows those that were, or add --bucket"
+        )
+    return record.load(file)
+
+
+def status(gcloud: Gcloud, run: Run) -> int:
+    history = History(gcloud, run)
+    history.load()
+    request = queued.look(gcloud, run)
+    trouble = f" ({request.trouble})" if request.trouble else ""
+    print(f"run       {run.name}: {run.slices} x {run.type} ({run.tier}) in {run.zone}, project {run.project}")
+    print(f"slice     {request.state}{trouble}")
+    print(f"attempts  {history.attempt} of {run.max_attempts}")
+    answer = gcloud.cat(f"{run.url}/watch")
+    print(f"watcher   {shown(answer.out) if answer.ok else f'none ({answer.kind})'}")
+    print(_progress(gcloud, run))
+    print(_cost(run, history))
+    workers, kind = hosts.read_workers(gcloud, run, history.attempt)
+    if kind not in (Kind.OK, Kind.ABSENT):
+        print(f"workers   cannot be read ({kind})")
+    for worker in workers:
+        detail = f": {worker.detail}" if worker.detail else ""
+        print(f"host {worker.host}    {worker.state}, exit code {worker.code}, {worker.restarts} restarts{detail}")
+    print("history")
+    for event in history.events[-8:]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
+        print(f"  {when}  {one_line(event.name)} {one_line(event.detail)}")
+    return 0
+
+
+def _progress(gcloud: Gcloud, run: Run) -> str:
+    """Step, loss and goodput, as the trainer last wrote them."""
+    folder = run.workdir if run.workdir.startswith("gs://") else run.url
+    answer = gcloud.cat(f"{folder}/goodput.json")
+    if not answer.ok:
+        return "progress  nothing yet"
+    values = []
+    for key in ("highest_step", "loss", "goodput", "starts"):
+        found = re.search(rf'"{key}": *([0-9.eE+-]*)', answer.out)
+        values.append(f"{key.removeprefix('highest_')} {found[1] if found else ''}  ")
+    return f"progress  {''.join(values)}"
+
+
+def _cost(run: Run, history: History) -> str:
+    hours = history.billed(time.time()) / 3600
+    text = f"cost      slices were up for {hours:.2f} h = {hours * run.chips:.1f} chip-hours"
+    if run.price:
+        text += f" = ${hours * run.chips * float(run.price):.2f} at ${run.price} per chip-hour"
+    text += f", and {'one is up' if history.slice_is_up else 'none is up now'}"
+    return text if run.price else f"{text}; submit --price USD_PER_CHIP_HOUR to see dollars"
+
+
+def logs(gcloud: Gcloud, run: Run, given: Options) -> int:
+    host = _host(run, given)
+    history = History(gcloud, run)
+    history.load()
+    if not history.attempt:
+        raise UsageError(f"run {run.name} has had no slice yet, so there is no log")
+    if not given.follow:
+        answer = gcloud.cat(f"{run.url}/attempts/{history.attempt}/host-{host}.log")
+        if not answer.ok:
+            raise UsageError(f"no log of host {host} in attempt {history.attempt} ({answer.kind})")
+        print(printable(answer.out))
+        return 0
+    log, attempt = hosts.Log(gcloud, run, host), 0
+    while True:
+        history.load()
+        if history.attempt != attempt:  # another slice begins another log
+            log.restart()
+            attempt = history.attempt
+        log.follow(hosts.read_workers(gcloud, run, attempt)[0], attempt)
+        time.sleep(seconds("POLL", 30))
+
+
+def _host(run: Run, given: Options) -> int:
+    if given.host and (not re.fullmatch("[0-9]{1,4}", given.host) or int(given.host) >= run.hosts):
+        raise UsageError(
+            f"--host={quoted(given.host)} is not a host of {run.slices} x {run.type}; "
+            f"choose one from 0 to {run.hosts - 1}"
+        )
+    return int(given.host or 0)
+
+
+def ssh(run: Run, given: Options) -> int:
+    internal = ["--internal-ip"] if run.internal_ips else []
+    return subprocess.run(["gcloud", *hosts.node_ssh(run, _host(run, given)), *internal]).returncode
+
+
+def tensorboard(gcloud: Gcloud, run: Run) -> int:
+    """On a copy that is refreshed: works with the bucket alone, and after the slice is gone."""
+    if not run.workdir.startswith("gs://"):
+        raise UsageError(f"the workdir {run.workdir} is on the hosts; run tensorboard --logdir {run.workdir} there")
+    python = checks.trainer_python()
+    if subprocess.run([python, "-c", "import tensorboard"], capture_output=True).returncode != 0:
+        raise UsageError(f"{python} has no TensorBoard; run make setup, or set PYTHON")
+    folder = run.local / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = ["storage", "rsync", "--recursive", "--quiet", f"{run.workdir}/tensorboard", str(folder)]
+    answer = gcloud.call(*copy, limit=900)
+    if not answer.ok:
+        raise UsageError(f"no events yet: {answer.reason}")
+    done = threading.Event()
+
+    def refresh() -> None:
+        while not done.wait(60):
+            gcloud.call(*copy, limit=900)
+
+    refresher = threading.Thread(target=refresh, daemon=True)
+    refresher.start()
+    try:
+        return subprocess.run([python, "-m", "tensorboard.main", "--logdir", str(folder)]).returncode
+    finally:
+        done.set()
+        gcloud.processes.end()
+
+
+def stop(gcloud: Gcloud, run: Run) -> int:
+    """Ends the watcher first, which would otherwise make a new slice."""
+    history = _seize(gcloud, run, "stopped")
+    request = queued.look(gcloud, run)
+    if request.state != "ACTIVE":
+        raise UsageError(f"run {run.name} has no slice that is up ({request.state}); delete removes what is queued")
+    if not hosts.save(run, history.attempt):
+        raise BlockedError("not every host stopped; delete ends the billing all the same")
+    history.add("stopped")
+    say("saved and stopped. THE SLICE IS UP AND BILLS: submit goes on with it, delete ends it")
+    return 0
+
+
+def delete(gcloud: Gcloud, run: Run, given: Options) -> int:
+    if not given.yes:
+        try:
+            answer = input(
+                f"delete the slice of run {run.name} ({run.slices} x {run.type} in {run.zone})? "
+                "The checkpoints stay. [y/N] "
+            )
+        except EOFError:
+            answer = ""
+        if answer not in ("y", "Y"):
+            raise UsageError("nothing was deleted; answer y, or give --yes")
+    history = _seize(gcloud, run, "deleted")
+    # The trainers save first; whether that works or not, the slice goes.
+    if queued.look(gcloud, run).state == "ACTIVE":
+        hosts.save(run, history.attempt)
+    if not delete_until_gone(gcloud, run, history):
+        return 1
+    history.add("deleted")
+    say(f"the slice is gone, nothing bills; the run is kept in {run.url}")
+    return 0
+
+
+def _seize(gcloud: Gcloud, run: Run, word: str) -> History:
+    lock, history = Lock(gcloud, run.url, run.name), History(gcloud, run)
+    lock.seize(f"{word} by {os.environ.get('USER') or os.getuid()} on {os.uname().nodename}")
+    history.load()
+    return history
+
+
+def list_runs(gcloud: Gcloud) -> int:
+    """Those of this machine; the bucket knows the others."""
+    files = sorted((record.STATE / "runs").glob("*/run"))
+    for file in files:
+        run = record.load(file)
+        print(f"{run.name:24} {run.slices} x {run.type:12} {run.zone:16} {queued.look(gcloud, run).state}")
+    if not files:
+        print("no run was submitted from this machine")
+    return 0
