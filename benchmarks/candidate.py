@@ -23,7 +23,7 @@ from flax import nnx
 from inference_budget import POLICIES, Budgets, Evaluator, Windows
 from inference_budget.perplexity import layer_pass
 from launch.plan.hlo import Program
-from launch.plan.topologies import find
+from launch.slices import find
 from selective_attention import Transformer, TransformerConfig
 
 LENGTH, VOCAB, BUDGET = 512, 8_192, 32

@@ -26,7 +26,7 @@ from flax import nnx
 
 from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
 from inference_budget.generation import decode
-from launch.plan.topologies import find
+from launch.slices import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
 from selective_attention.transformer.decoding import unstacked
 

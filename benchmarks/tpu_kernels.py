@@ -28,7 +28,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launch.plan import schedule, topologies
+from launch.plan import schedule
+from launch.slices import find
 
 SLICES = {"v4": "v4-8", "v5p": "v5p-8", "v5e": "v5e-4", "v6e": "v6e-4"}  # what is compiled for, of each generation
 KERNELS = {  # of a program, as the compiler names them
@@ -102,7 +103,7 @@ def compile_here(program: str, kernels: list[str], block: int, arguments: argpar
     import jax
     import jax.numpy as jnp
 
-    topology = topologies.find(SLICES[arguments.generation])
+    topology = find(SLICES[arguments.generation])
     chip = topology.chip
     mesh = jax.sharding.Mesh(topology.describe(1).devices[:1], ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     shape = (arguments.batch, arguments.length, arguments.heads, arguments.width)

@@ -20,15 +20,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from trainer.errors import (
-    EXIT_DIVERGED,
-    EXIT_FINISHED,
-    EXIT_MISTAKE,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-)
+from trainer.errors import ExitCode
 
-NO_RETRY = (EXIT_FINISHED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, EXIT_DIVERGED)
+NO_RETRY = {code for code in ExitCode if not code.retried}
 _PR_SET_PDEATHSIG = 1
 _LONGEST_PAUSE = 60.0
 
@@ -73,10 +67,10 @@ class Pod:
     def first_end(self) -> int | None:
         """The exit code of a host that has ended badly, else 0 once all have ended, else None."""
         codes = [process.poll() for process in self.processes]
-        bad = [code for code in codes if code not in (None, EXIT_FINISHED)]
+        bad = [code for code in codes if code not in (None, ExitCode.FINISHED)]
         if bad:
             return min(bad, key=lambda code: code not in NO_RETRY)  # a cause goes before its consequences
-        return None if None in codes else EXIT_FINISHED
+        return None if None in codes else ExitCode.FINISHED
 
     def end(self, grace_seconds: float) -> None:
         """Waits for all hosts; those that have not ended by themselves are killed."""
@@ -109,9 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grace-seconds", type=float, default=60.0, help="for the other hosts to end by themselves (default 60)"
     )
-    if "--" not in argv:
+    separator = argv.index("--") if "--" in argv else len(argv)
+    if {"-h", "--help"} & set(argv[:separator]):
+        parser.parse_args(["--help"])
+    if separator == len(argv):
         parser.error("give the trainer's flags after --, e.g. -- --config=configs/demo.py --workdir=runs/pod")
-    separator = argv.index("--")
     options, unknown = parser.parse_known_args(argv[:separator])
     if unknown:
         parser.error(f"{unknown[0]} is no flag of the pod (--help lists them); the trainer's go behind --")
@@ -135,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while (code := pod.first_end()) is None:
             time.sleep(0.1)
         pod.end(options.grace_seconds)
-        code = pod.first_end() or EXIT_FINISHED
+        code = pod.first_end() or ExitCode.FINISHED
         _say(f"all hosts have ended ({pod.codes()})")
         if interrupts:
             return _shell_code(code)
@@ -145,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"giving up after {restarts} restarts")
             return _shell_code(code)
         restarts += 1
-        if code == EXIT_PREEMPTED or time.monotonic() - started > 10 * pause:
+        if code == ExitCode.PREEMPTED or time.monotonic() - started > 10 * pause:
             pause = options.backoff_seconds  # it got somewhere
         _say(f"restart {restarts} of at most {options.max_restarts} in {pause:.0f} s")
         deadline = time.monotonic() + pause

@@ -14,7 +14,7 @@ from data import DataError
 from data.manifest import Manifest
 from trainer.__main__ import CONFIG, parse_flags
 from trainer.config import check_batch, check_config, check_dataset
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_MISTAKE, ConfigError
 from trainer.mesh import AXES, mesh_shape
 
 
@@ -61,10 +61,10 @@ def main(arguments: list[str]) -> None:
         print(describe(trainer_flags, options.devices, options.slices, options.data, options.manifest))
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     except KeyError as error:  # a misspelt group of fields, which ml_collections names
         print(f"error: --config has no such key: {' '.join(error.args[0].split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
 
 
 def _partition(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:

@@ -1,12 +1,39 @@
 """What the trainer raises for the person who started it, and the exit codes that launchers act on."""
 
-EXIT_FINISHED = 0
-EXIT_FAILED = 1  # the log says what
-EXIT_MISTAKE = 2  # in the command, the config or the data: no retry will cure it
-EXIT_OUT_OF_MEMORY = 3  # does not fit the devices: no retry will cure it
-EXIT_DIVERGED = 4  # the numbers went bad again after a rollback: no retry will cure it
-EXIT_PEER_LOST = 70  # another host is gone, or hangs, or this one did: start all of them again
-EXIT_PREEMPTED = 75  # interrupted, saved (or nothing to save): run the same command again
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """How the trainer ends: what each code means, and what a launcher makes of it. Any other code is a crash."""
+
+    state: str  # as the worker of a pod calls it
+    retried: bool  # started again: a retry may cure it
+    shared: bool  # all hosts end alike; whatever else one of them ends with is a lost peer to the others
+
+    FINISHED = 0, "finished", False, False
+    FAILED = 1, "crashed", True, False  # the log says what
+    MISTAKE = 2, "mistake", False, True  # in the command, the config or the data
+    OUT_OF_MEMORY = 3, "out_of_memory", False, True  # does not fit the devices
+    DIVERGED = 4, "diverged", False, True  # the numbers went bad again after a rollback
+    PEER_LOST = 70, "lost", True, False  # another host is gone, or hangs, or this one did: start all of them again
+    PREEMPTED = 75, "interrupted", True, True  # saved, or nothing to save: run the same command again
+
+    def __new__(cls, code: int, state: str, retried: bool, shared: bool) -> "ExitCode":
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.state, member.retried, member.shared = state, retried, shared
+        return member
+
+
+(
+    EXIT_FINISHED,
+    EXIT_FAILED,
+    EXIT_MISTAKE,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_DIVERGED,
+    EXIT_PEER_LOST,
+    EXIT_PREEMPTED,
+) = ExitCode
 
 
 class ConfigError(ValueError):

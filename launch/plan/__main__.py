@@ -24,9 +24,10 @@ from launch.plan import chart, scaling, tables
 from launch.plan.estimate import plan
 from launch.plan.remedies import try_remedies
 from launch.plan.sweep import sweep
-from trainer.__main__ import CONFIG, EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, parse_flags
+from launch.slices import Topology, find
+from trainer.__main__ import CONFIG, parse_flags
 from trainer.config import check_config
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, ConfigError
 from trainer.mesh import AXES
 
 TOPOLOGY = flags.DEFINE_list("topology", [], "Slices by their public names; by default the config's mesh.topology.")
@@ -51,10 +52,11 @@ def main(argv: list[str]) -> None:
     try:
         names = [name.strip() for name in TOPOLOGY.value] or [config.mesh.topology]
         _check_flags(names)
+        topologies = _find(names)
         fixed = parse_mesh(MESH.value)
         config.mesh.update(fixed)
         check_config(config)
-        code = _run(config, names, fixed)
+        code = _run(config, topologies, fixed)
     except ConfigError as error:
         _mistake(str(error))
     except RuntimeError as error:
@@ -66,22 +68,23 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def _run(config: ConfigDict, names: list[str], fixed: dict[str, int]) -> int:
+def _run(config: ConfigDict, topologies: list[Topology], fixed: dict[str, int]) -> int:
     """Plans what the flags ask for, writes and prints it; the exit code."""
-    slices = SLICES.value
+    topology, slices = topologies[0], SLICES.value
     if SWEEP.value:
-        plans = sweep(config, names[0], slices, fixed, plan)
-        _write({"topology": names[0], "slices": slices, "plans": plans})
-        print(f"{names[0]}, batch {config.batch_size} x {config.context_length} tokens\n\n{tables.sweep_table(plans)}")
+        plans = sweep(config, topology, slices, fixed, plan)
+        _write({"topology": topology.name, "slices": slices, "plans": plans})
+        print(f"{topology.name}, batch {config.batch_size} x {config.context_length} tokens\n")
+        print(tables.sweep_table(plans))
         return 0 if plans[0]["fits"] else EXIT_OUT_OF_MEMORY
-    if len(names) > 1:
-        rows = scaling.scale(config, names, slices, plan)
+    if len(topologies) > 1:
+        rows = scaling.scale(config, topologies, slices, plan)
         _write({"scaling": rows})
         if PNG.value:
             chart.draw(rows, PNG.value)
         print(tables.scaling_table(rows))
         return 0 if any("error" not in row for row in rows) else EXIT_OUT_OF_MEMORY
-    made = plan(config, names[0], slices)
+    made = plan(config, topology, slices)
     hlo = made.pop("hlo", "")
     if HLO.value and hlo:
         Path(HLO.value).write_text(hlo)
@@ -119,6 +122,13 @@ def _check_flags(names: list[str]) -> None:
     for path in filter(None, (JSON.value, HLO.value, PNG.value)):
         if not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {Path(path).parent} to write {path} to")
+
+
+def _find(names: list[str]) -> list[Topology]:
+    try:
+        return [find(name) for name in names]
+    except ValueError as error:
+        raise ConfigError(f"--topology: {error}") from error
 
 
 def _write(result: dict[str, Any]) -> None:

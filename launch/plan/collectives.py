@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from launch.plan.hlo import Instruction, Operation
-from launch.plan.topologies import Topology
+from launch.slices import Topology
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 _PAIRS = re.compile(r"\{(\d+(?:,\d+)*)\}")

@@ -21,16 +21,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from launch.plan import times, topologies
+from launch.plan import times
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Program
 from launch.plan.schedule import environment
+from launch.slices import Topology, find
 from trainer.errors import ConfigError
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measure(config: ConfigDict, topology: str, slices: int = 1) -> dict[str, Any]:
+def measure(config: ConfigDict, topology: Topology, slices: int = 1) -> dict[str, Any]:
     """What the compiler says of the train step of `config` on `slices` slices.
 
     Of a step that does not fit: `error`, one line; `needed_bytes`, at least; and `hbm_bytes` of the state alone.
@@ -43,7 +44,7 @@ def measure(config: ConfigDict, topology: str, slices: int = 1) -> dict[str, Any
         folder = Path(name)
         request = {
             "config": json.loads(config.to_json()),
-            "topology": topology,
+            "topology": topology.name,
             "slices": slices,
             "dump": f"{name}/dump",
         }
@@ -52,7 +53,7 @@ def measure(config: ConfigDict, topology: str, slices: int = 1) -> dict[str, Any
         variables = os.environ | environment(folder / "dump")
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
         if not (folder / "result").exists():
-            raise RuntimeError(f"compiling for {topology} failed:\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"compiling for {topology.name} failed:\n{done.stderr[-4000:]}")
         result = json.loads((folder / "result").read_text())
     if "mistake" in result:
         raise ConfigError(result["mistake"])
@@ -64,14 +65,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
-        config, topology = ConfigDict(request["config"]), topologies.find(request["topology"])
+        config, topology = ConfigDict(request["config"]), find(request["topology"])
         result = _compile(config, topology, request["slices"], Path(request["dump"]))
     except ConfigError as error:
         result = {"mistake": str(error)}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
-def _compile(config: ConfigDict, topology: topologies.Topology, slices: int, dump: Path) -> dict[str, Any]:
+def _compile(config: ConfigDict, topology: Topology, slices: int, dump: Path) -> dict[str, Any]:
     import jax
 
     from trainer.checkpoints.manager import abstract_state

@@ -7,31 +7,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data import DataError, Manifest
-from launch.plan import topologies
 from launch.plan.compiler import measure
 from launch.plan.meshes import check_mesh
+from launch.slices import Topology
 from trainer.errors import ConfigError
 from trainer.state import model_config
 
 Plan = dict[str, Any]  # what `--json` writes, and `hlo`, the optimised program
 Change = dict[str, Any]  # fields of a config, with dots, and their values
-Planner = Callable[[ConfigDict, str, int], Plan]
+Planner = Callable[[ConfigDict, Topology, int], Plan]
 
 
-def plan(config: ConfigDict, topology_name: str, slices: int = 1) -> Plan:
+def plan(config: ConfigDict, topology: Topology, slices: int = 1) -> Plan:
     """The plan of one config. Of a step that does not fit it has the state's memory and `error`, and no times.
 
     Raises:
-      ConfigError: the config, the mesh or the batch does not fit the slice; there is no such topology.
+      ConfigError: the config, the mesh or the batch does not fit the slice.
     """
-    try:
-        topology = topologies.find(topology_name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     chips = topology.num_chips * slices
-    check_mesh(config, topology_name, slices)
-    made = measure(config, topology_name, slices)
-    place = {"topology": topology_name, "slices": slices, "chips": chips}
+    check_mesh(config, topology, slices)
+    made = measure(config, topology, slices)
+    place = {"topology": topology.name, "slices": slices, "chips": chips}
     place |= {"batch_size": config.batch_size, "context_length": config.context_length}
     limit = topology.chip.hbm_bytes
     if "error" in made:

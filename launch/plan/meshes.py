@@ -4,7 +4,7 @@ import itertools
 
 from ml_collections import ConfigDict
 
-from launch.plan import topologies
+from launch.slices import Topology
 from trainer.errors import ConfigError
 from trainer.mesh import AXES, mesh_shape
 from trainer.state import model_config
@@ -13,7 +13,7 @@ LARGEST_TENSOR = 8  # parts; more leave a chip too little of a matmul
 TOKENS_OF_CONTEXT = 1024  # at least, on each chip of a split sequence
 
 
-def sensible_meshes(config: ConfigDict, topology_name: str, slices: int, fixed: dict[str, int]) -> list[dict[str, int]]:
+def sensible_meshes(config: ConfigDict, topology: Topology, slices: int, fixed: dict[str, int]) -> list[dict[str, int]]:
     """Sizes of the axes for each mesh worth compiling.
 
     `tensor` divides the key/value heads and is at most 8; `context` leaves a chip 1,024 tokens; `data` and `fsdp` share
@@ -22,7 +22,7 @@ def sensible_meshes(config: ConfigDict, topology_name: str, slices: int, fixed: 
     Raises:
       ConfigError: there is none.
     """
-    model, chips = model_config(config), topologies.find(topology_name).num_chips * slices
+    model, chips = model_config(config), topology.num_chips * slices
     choices = {
         "fsdp": [n for n in _divisors(chips // slices) if model.d_model % n == 0],
         "context": [n for n in _divisors(chips) if n == 1 or config.context_length // n >= TOKENS_OF_CONTEXT],
@@ -38,35 +38,35 @@ def sensible_meshes(config: ConfigDict, topology_name: str, slices: int, fixed: 
         meshes.append({"data": data, "fsdp": fsdp, "context": context, "tensor": tensor})
     if not meshes:
         raise ConfigError(
-            f"--topology={topology_name}: no mesh of {chips} chips divides batch_size={config.batch_size} and "
+            f"--topology={topology.name}: no mesh of {chips} chips divides batch_size={config.batch_size} and "
             f"num_kv_heads={model.num_kv_heads}; change --config.batch_size or --mesh, or choose another slice"
         )
     return meshes
 
 
-def check_mesh(config: ConfigDict, topology_name: str, slices: int) -> None:
+def check_mesh(config: ConfigDict, topology: Topology, slices: int) -> None:
     """Raises ConfigError where the config's mesh has other chips than the slices, or more parts of a batch than the
     batch has sequences. The message names what would do.
     """
-    chips = topologies.find(topology_name).num_chips * slices
+    chips = topology.num_chips * slices
     try:
         *_, context, tensor = mesh_shape(config.mesh, chips)
     except ConfigError as error:
-        raise ConfigError(f"--topology={topology_name}: {error}{_example(config, topology_name, slices)}") from error
+        raise ConfigError(f"--topology={topology.name}: {error}{_example(config, topology, slices)}") from error
     rows = chips // (context * tensor)
     if config.batch_size < rows * config.accumulation:
         raise ConfigError(
-            f"--topology={topology_name}: batch_size={config.batch_size} is too small for {chips} chips: data and fsdp "
+            f"--topology={topology.name}: batch_size={config.batch_size} is too small for {chips} chips: data and fsdp "
             f"split it into {rows} parts, accumulation into {config.accumulation}; choose a smaller slice, "
             f"--mesh with tensor or context, or --config.batch_size={rows * config.accumulation}"
         )
 
 
-def _example(config: ConfigDict, topology_name: str, slices: int) -> str:
+def _example(config: ConfigDict, topology: Topology, slices: int) -> str:
     """The sensible mesh that is most like the config's, as a flag; empty if there is none."""
     asked = config.mesh
     try:
-        meshes = sensible_meshes(config, topology_name, slices, {})
+        meshes = sensible_meshes(config, topology, slices, {})
     except ConfigError:
         return ""
 

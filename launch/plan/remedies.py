@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from launch.plan.estimate import Change, Planner, changed
 from launch.plan.several import compile_all
+from launch.slices import find
 from trainer.errors import ConfigError
 
 
@@ -58,7 +59,7 @@ def _try(
     def attempt(change: Change) -> dict[str, Any]:
         row: dict[str, Any] = {"change": flags(change)}
         try:
-            made = planner(changed(config, change), failed["topology"], failed["slices"])
+            made = planner(changed(config, change), find(failed["topology"]), failed["slices"])
         except ConfigError as error:
             return row | {"needs": str(error)}
         if not made["fits"]:

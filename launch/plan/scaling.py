@@ -5,36 +5,30 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from launch.plan import topologies
 from launch.plan.estimate import Planner, changed
 from launch.plan.meshes import check_mesh
 from launch.plan.several import compile_all
+from launch.slices import Topology
 from trainer.errors import ConfigError
 
 
-def scale(config: ConfigDict, names: Sequence[str], slices: int, planner: Planner) -> list[dict[str, Any]]:
+def scale(config: ConfigDict, topologies: Sequence[Topology], slices: int, planner: Planner) -> list[dict[str, Any]]:
     """Rows of `scaling` ("weak" or "strong"), `topology`, `chips`, `batch_size` and `error`, or the plan's figures
     with `efficiency`: tokens/s of a chip, relative to the first topology of this kind that fits.
 
     The weak batch is the config's on the first topology. What both kinds share is compiled once.
-
-    Raises:
-      ConfigError: there is no such topology.
     """
-    try:
-        chips = [topologies.find(name).num_chips * slices for name in names]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    weak = [(name, config.batch_size * n // chips[0]) for name, n in zip(names, chips, strict=True)]
-    strong = [(name, config.batch_size) for name in names]
+    chips = [topology.num_chips * slices for topology in topologies]
+    weak = [(topology, config.batch_size * n // chips[0]) for topology, n in zip(topologies, chips, strict=True)]
+    strong = [(topology, config.batch_size) for topology in topologies]
     jobs = list(dict.fromkeys(weak + strong))
 
-    def one(job: tuple[str, int]) -> dict[str, Any]:
-        name, batch_size = job
+    def one(job: tuple[Topology, int]) -> dict[str, Any]:
+        topology, batch_size = job
         try:
             candidate = changed(config, {"batch_size": batch_size})
-            check_mesh(candidate, name, slices)
-            made = planner(candidate, name, slices)
+            check_mesh(candidate, topology, slices)
+            made = planner(candidate, topology, slices)
         except ConfigError as error:
             return {"error": str(error)}
         if not made["fits"]:
@@ -45,8 +39,9 @@ def scale(config: ConfigDict, names: Sequence[str], slices: int, planner: Planne
     rows = []
     for kind, points in (("weak", weak), ("strong", strong)):
         base = 0.0
-        for (name, batch_size), n in zip(points, chips, strict=True):
-            row = {"scaling": kind, "topology": name, "chips": n, "batch_size": batch_size, **made[name, batch_size]}
+        for (topology, batch_size), n in zip(points, chips, strict=True):
+            row = {"scaling": kind, "topology": topology.name, "chips": n, "batch_size": batch_size}
+            row |= made[topology, batch_size]
             if "tokens_per_second" in row:
                 base = base or row["tokens_per_second"] / n
                 row["efficiency"] = row["tokens_per_second"] / n / base

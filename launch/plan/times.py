@@ -14,7 +14,7 @@ from pathlib import Path
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Operation, Program
 from launch.plan.schedule import kernel_cycles
-from launch.plan.topologies import Generation
+from launch.slices import Generation
 
 MOVES = {"copy", "transpose", "reshape", "pad", "slice", "broadcast", "bitcast", "parameter", "constant", "tuple"}
 MOVES |= {"dynamic-slice", "dynamic-update-slice", "get-tuple-element", "concatenate", "iota", "convert", "fusion"}

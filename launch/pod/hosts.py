@@ -31,7 +31,7 @@ def ssh_command(run: Run, attempt: int, host: int, verb: str) -> list[str]:
 
 
 def node_ssh(run: Run, host: int) -> list[str]:
-    slice_index, worker = divmod(host, run.shape.hosts)
+    slice_index, worker = divmod(host, run.topology.num_hosts)
     return ["compute", "tpus", "tpu-vm", "ssh", run.node(slice_index), *run.place, f"--worker={worker}"]
 
 

@@ -17,7 +17,7 @@ def render(run: Run, given: Options) -> str:
             f"--image={quoted(given.image)} is not a container image; give one that holds this repository, "
             "see launch/README.md"
         )
-    if run.slices > 1 and run.shape.hosts == 1:
+    if run.slices > 1 and run.topology.num_hosts == 1:
         raise UsageError("several slices of one host each are not possible on GKE; take a larger --type")
     if not run.data.startswith("gs://"):
         raise UsageError(f"--data={run.data} must be gs://BUCKET/FOLDER on GKE, which mounts it")
@@ -28,10 +28,10 @@ def render(run: Run, given: Options) -> str:
     values = {
         "NAME": _yaml(run.name),
         "SLICES": str(run.slices),
-        "HOSTS": str(run.shape.hosts),
-        "CHIPS_PER_HOST": str(run.shape.chips // run.shape.hosts),
-        "ACCELERATOR": run.shape.gke_accelerator,
-        "TOPOLOGY": run.shape.topology,
+        "HOSTS": str(run.topology.num_hosts),
+        "CHIPS_PER_HOST": str(run.topology.num_chips // run.topology.num_hosts),
+        "ACCELERATOR": run.topology.chip.gke_accelerator,
+        "TOPOLOGY": run.topology.sides,
         "MAX_RESTARTS": str(run.max_attempts),
         "IMAGE": _yaml(given.image),
         "DATA_BUCKET": _yaml(bucket),

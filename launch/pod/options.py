@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from . import shapes
+from .. import slices
 from .terminal import UsageError, quoted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,10 +168,12 @@ def check(options: Options) -> None:
     if not options.name:
         raise UsageError("--name is missing; give the run a name, e.g. --name c4-d12")
     check_name(options.name)
-    if shapes.find(options.type) is None:
+    try:
+        slices.find(options.type)
+    except ValueError as error:
         raise UsageError(
             f"--type={quoted(options.type)} is not a slice type; e.g. v4-8, v4-32, v5p-16, v5litepod-16 or v6e-16"
-        )
+        ) from error
     for field, pattern, words in (*_NEEDED, *_OPTIONAL):
         value = getattr(options, field)
         optional = (field, pattern, words) in _OPTIONAL

@@ -15,7 +15,11 @@ LOGIN_EXPIRED = (
 
 def create_command(run: Run) -> list[str]:
     command = ["compute", "tpus", "queued-resources", "create", run.name, *run.place]
-    command += [f"--accelerator-type={run.type}", f"--runtime-version={run.shape.runtime}", f"--labels=run={run.name}"]
+    command += [
+        f"--accelerator-type={run.type}",
+        f"--runtime-version={run.topology.chip.runtime}",
+        f"--labels=run={run.name}",
+    ]
     command += [f"--node-id={run.name}"] if run.slices == 1 else []
     command += [f"--node-count={run.slices}", f"--node-prefix={run.name}"] if run.slices > 1 else []
     command += [f"--{run.tier}"] if run.tier != "on-demand" else []

@@ -6,7 +6,8 @@ import re
 import secrets
 from pathlib import Path
 
-from . import options, shapes
+from ..slices import Topology, find
+from . import options
 from .options import Options
 from .terminal import UsageError, quoted
 
@@ -64,19 +65,20 @@ class Run:
     run_id: str = ""  # random: the label by which a slice is known to be this run's
 
     @property
-    def shape(self) -> shapes.Shape:
-        """Raises UsageError for a type that no submit wrote."""
-        if (shape := shapes.find(self.type)) is None:
-            raise UsageError(f"the record of {self.name} names no slice type; delete that file")
-        return shape
+    def topology(self) -> Topology:
+        """Of one slice. Raises UsageError for a type that no submit wrote."""
+        try:
+            return find(self.type)
+        except ValueError as error:
+            raise UsageError(f"the record of {self.name} names no slice type; delete that file") from error
 
     @property
     def hosts(self) -> int:
-        return self.shape.hosts * self.slices
+        return self.topology.num_hosts * self.slices
 
     @property
     def chips(self) -> int:
-        return self.shape.chips * self.slices
+        return self.topology.num_chips * self.slices
 
     @property
     def url(self) -> str:
@@ -105,7 +107,7 @@ def from_options(given: Options) -> Run:
         name=given.name,
         project=given.project,
         zone=given.zone,
-        type=given.type,
+        type=find(given.type).accelerator_type,
         slices=int(given.slices),
         tier=given.tier,
         bucket=given.bucket,
@@ -147,7 +149,7 @@ def parse(text: str, source: str) -> Run:
     numbers = {key: int(values.pop(key)) for key in ("slices", "max_attempts", "max_hours")}
     internal = bool(values.pop("internal_ips", ""))
     run = Run(**({"workdir": f"{run_url}/workdir", "data": ""} | values), **numbers, internal_ips=internal)  # type: ignore[arg-type]
-    _ = run.shape
+    _ = run.topology
     return run
 
 

@@ -178,7 +178,7 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
     cp = ["storage", "cp", "--quiet"]
     once = [*cp, "--if-generation-match=0"]
     lines = [
-        f"# run {run.name}: {run.slices} x {run.type} ({run.tier}), topology {run.shape.topology}, {run.hosts} hosts, "
+        f"# run {run.name}: {run.slices} x {run.type} ({run.tier}), topology {run.topology.sides}, {run.hosts} hosts, "
         f"{run.chips} chips",
         *(f"# {line}" for line in mesh.splitlines()),
         "# environment of every trainer: JAX_PLATFORMS=tpu,cpu; coordinator and process id from the TPU VM's metadata",

@@ -15,12 +15,11 @@ import threading
 import time
 from typing import Any
 
-from trainer.errors import EXIT_DIVERGED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, EXIT_PREEMPTED
+from trainer.errors import EXIT_PEER_LOST, ExitCode
 from trainer.hosts.key_value import Store
 
 _BEAT, _NAME, _LEFT = "peers/beat/", "peers/name/", "peers/left/"
-# With these all hosts leave alike; what else one of them leaves with is a lost peer to the others.
-_SHARED_CODES = {EXIT_PREEMPTED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, EXIT_DIVERGED}
+_SHARED_CODES = {code for code in ExitCode if code.shared}
 _PARTING_SECONDS = 2.0
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from launch.plan import topologies
 from launch.plan.collectives import Network, replica_groups
 from launch.plan.hlo import Program
+from launch.slices import find
 
 EVENS_AND_ODDS = [[0, 2, 4, 6], [1, 3, 5, 7]]
 FORMS = {
@@ -36,7 +36,7 @@ def test_an_unknown_form_is_an_error():
 
 def network(name: str, slices: int = 1, **mesh: int) -> Network:
     """Chips in the order of their coordinates, the last side fastest."""
-    topology = topologies.find(name)
+    topology = find(name)
     coords = np.ndindex(topology.shape)
     devices = np.array([SimpleNamespace(coords=c) for c in coords] * slices).reshape(tuple(mesh.values()))
     return Network(mesh, devices, topology, slices)

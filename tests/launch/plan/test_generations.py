@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from launch.plan import topologies
 from launch.plan.schedule import environment
+from launch.slices import find
 
 from .conftest import PLANS, ROOT
 
@@ -18,9 +18,9 @@ PLANS |= {f"d8 on {name}": ["--config=configs/c4.py:d8", f"--topology={name}"] f
 MATMUL = """
 import sys
 import jax, jax.numpy as jnp
-from launch.plan import topologies
+from launch.slices import find
 from launch.plan.hlo import Program
-(chip, *_) = topologies.find(sys.argv[1]).describe(1).devices
+(chip, *_) = find(sys.argv[1]).describe(1).devices
 here = jax.sharding.SingleDeviceSharding(chip)
 x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=here)
 text = jax.jit(jnp.matmul, out_shardings=here).lower(x, x).compile().as_text()
@@ -41,7 +41,7 @@ def test_a_chips_peak_over_its_clock_is_what_the_compiler_lets_it_multiply_in_a_
     assert done.returncode == 0, done.stderr
     flops, cycles = map(float, done.stdout.split())
     assert flops == 2 * 4096**3
-    chip = topologies.find(name).chip
+    chip = find(name).chip
     # Nothing is quicker than the peak. A matmul of this size keeps the MXUs busy but for filling and draining them,
     # tile by tile: 87 to 97% by the compiler. A clock that were wrong by a quarter would leave these bounds.
     assert 0.8 < flops / cycles / (chip.peak_flops / chip.clock) < 1
@@ -51,7 +51,7 @@ def test_a_chips_peak_over_its_clock_is_what_the_compiler_lets_it_multiply_in_a_
 def test_a_plan_for_another_generation_fits_and_adds_up(planned, name):
     made = planned(f"d8 on {name}")
     assert made.exit_code == 0, made.output + made.errors
-    plan, chip = made.plan, topologies.find(name).chip
+    plan, chip = made.plan, find(name).chip
     assert plan["topology"] == name and plan["hbm_limit_bytes"] == chip.hbm_bytes
     assert plan["fits"] and plan["headroom"] >= 0.1
     assert plan["hbm_total_bytes"] == sum(plan["hbm_bytes"].values())

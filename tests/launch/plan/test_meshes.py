@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import c4
-from launch.plan import chart, several, topologies
+from launch.plan import chart, several
 from launch.plan.compiler import out_of_memory
 from launch.plan.meshes import check_mesh, sensible_meshes
 from launch.plan.remedies import candidates, try_remedies
@@ -17,6 +17,7 @@ from launch.plan.scaling import scale
 from launch.plan.several import announcement
 from launch.plan.sweep import sweep
 from launch.plan.tables import plan_table, scaling_table, sweep_table
+from launch.slices import find
 from trainer.errors import ConfigError
 
 V4_32 = {"data": 16, "fsdp": 1, "context": 1, "tensor": 1}
@@ -24,41 +25,41 @@ V4_32 = {"data": 16, "fsdp": 1, "context": 1, "tensor": 1}
 
 def ideal(config, topology, slices):
     """A plan of a machine that takes a millisecond for each sequence of a chip, and more for each part of fsdp."""
-    chips = topologies.find(topology).num_chips * slices
+    chips = topology.num_chips * slices
     step_ms = config.batch_size / chips + config.mesh.fsdp
     facts = {"step_ms": step_ms, "mfu": 0.5, "headroom": 0.5, "step_ms_by_part": {"matmuls": step_ms}}
     facts |= {"mesh": config.mesh.to_dict(), "tokens_per_second": 1e3 * config.batch_size / step_ms}
-    return {"fits": config.batch_size / chips <= 128, "topology": topology, "slices": slices, **facts}
+    return {"fits": config.batch_size / chips <= 128, "topology": topology.name, "slices": slices, **facts}
 
 
 @pytest.mark.parametrize(
     ("name", "chips"), [("v4-8", 4), ("v4-2048", 1024), ("v5p-8", 4), ("v5e-16", 16), ("v6e-256", 256)]
 )
 def test_a_public_name_has_its_chips(name, chips):
-    assert topologies.find(name).num_chips == chips
+    assert find(name).num_chips == chips
 
 
 def test_an_unknown_name_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"'v3-8' is not a slice; choose one of v4-8, v4-16.*v6e-256"):
-        topologies.find("v3-8")
+        find("v3-8")
 
 
 def test_sensible_meshes_use_all_chips_and_divide_what_they_shard():
-    meshes = sensible_meshes(c4.get_config("d12"), "v4-32", 1, {})
+    meshes = sensible_meshes(c4.get_config("d12"), find("v4-32"), 1, {})
     assert all(math.prod(mesh.values()) == 16 and 12 % mesh["tensor"] == 0 for mesh in meshes)
     assert {mesh["context"] for mesh in meshes} == {1}  # 512 tokens are too few to split
     assert len(meshes) == 5 + 4 + 3  # fsdp 1 to 16, 1 to 8, 1 to 4 at tensor 1, 2, 4
-    assert {m["context"] for m in sensible_meshes(c4.get_config("d12,n2048"), "v4-32", 1, {})} == {1, 2}
+    assert {m["context"] for m in sensible_meshes(c4.get_config("d12,n2048"), find("v4-32"), 1, {})} == {1, 2}
 
 
 def test_a_sweep_keeps_fixed_axes_and_slices():
-    meshes = sensible_meshes(c4.get_config("d12"), "v4-32", 2, {"tensor": 1})
+    meshes = sensible_meshes(c4.get_config("d12"), find("v4-32"), 2, {"tensor": 1})
     assert [(mesh["data"], mesh["fsdp"]) for mesh in meshes] == [(32, 1), (16, 2), (8, 4), (4, 8), (2, 16)]
 
 
 def test_a_sweep_without_a_mesh_says_so():
     with pytest.raises(ConfigError, match="no mesh of 1024 chips divides batch_size=256"):
-        sensible_meshes(c4.get_config("d12"), "v4-2048", 1, {"tensor": 1})
+        sensible_meshes(c4.get_config("d12"), find("v4-2048"), 1, {"tensor": 1})
 
 
 NOT_OF_THE_SLICE = {  # config, topology, slices, mesh; the mesh that the message names
@@ -76,13 +77,13 @@ def test_a_mesh_that_the_slice_cannot_have_names_one_that_it_can(name, topology,
     config = c4.get_config(name)
     config.mesh.update(mesh)
     with pytest.raises(ConfigError, match=f"so that the product is .*, for example {example}$"):
-        check_mesh(config, topology, slices)
+        check_mesh(config, find(topology), slices)
     config.mesh.update({axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", example)})
-    check_mesh(config, topology, slices)
+    check_mesh(config, find(topology), slices)
 
 
 def test_a_sweep_ranks_by_time():
-    plans = sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
+    plans = sweep(c4.get_config("d12"), find("v4-32"), 1, {"tensor": 1}, ideal)
     assert [plan["mesh"]["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
     table = sweep_table(plans)
     assert max(map(len, table.splitlines())) <= 80 and table.count("50%") >= 5
@@ -91,8 +92,8 @@ def test_a_sweep_ranks_by_time():
 def test_what_takes_long_says_so_beforehand(capsys):
     assert "9 meshes, 2 at once: roughly 8 minutes" in announcement(9, "meshes", 2)  # five rounds of 1.5
     assert max(map(len, announcement(999, "remedies", 8).splitlines())) <= 80
-    sweep(c4.get_config("d12"), "v4-32", 1, {"tensor": 1}, ideal)
-    scale(c4.get_config("d12"), ["v4-8", "v4-32"], 1, ideal)
+    sweep(c4.get_config("d12"), find("v4-32"), 1, {"tensor": 1}, ideal)
+    scale(c4.get_config("d12"), [find(name) for name in ("v4-8", "v4-32")], 1, ideal)
     said = capsys.readouterr().err
     assert "Compiling 5 meshes" in said and "Compiling 3 programs" in said
 
@@ -115,7 +116,7 @@ def test_what_is_stopped_starts_nothing_more(monkeypatch):
 def test_scaling_is_relative_to_the_first_topology_that_fits():
     config = c4.get_config("d12")
     config.batch_size = 1024
-    rows = scale(config, ["v4-8", "v4-32", "v4-64", "v4-2048"], 1, ideal)
+    rows = scale(config, [find(name) for name in ("v4-8", "v4-32", "v4-64", "v4-2048")], 1, ideal)
     weak, strong = ([row for row in rows if row["scaling"] == kind] for kind in ("weak", "strong"))
     assert [row["batch_size"] for row in weak] == [1024, 4096, 8192, 262_144] and all("error" in row for row in weak)
     assert "error" in strong[0] and strong[1]["efficiency"] == 1
@@ -127,7 +128,7 @@ def test_scaling_is_relative_to_the_first_topology_that_fits():
 
 
 def test_the_picture_has_both_kinds_of_scaling(tmp_path):
-    rows = scale(c4.get_config("d12"), ["v4-8", "v4-16", "v4-128"], 1, ideal)
+    rows = scale(c4.get_config("d12"), [find(name) for name in ("v4-8", "v4-16", "v4-128")], 1, ideal)
     chart.draw(rows, str(tmp_path / "x.png"))
     with Image.open(tmp_path / "x.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
@@ -135,7 +136,7 @@ def test_the_picture_has_both_kinds_of_scaling(tmp_path):
 
 
 def test_the_picture_names_slices_and_shows_ideal_scaling_under_a_series_that_follows_it(tmp_path):
-    rows = scale(c4.get_config("d12"), ["v4-8", "v4-16", "v4-128", "v5p-16"], 1, ideal)
+    rows = scale(c4.get_config("d12"), [find(name) for name in ("v4-8", "v4-16", "v4-128", "v5p-16")], 1, ideal)
     assert chart.slice_names(rows) == {4: "v4-8", 8: "v4-16, v5p-16", 64: "v4-128"}
     weak = [row for row in rows if row["scaling"] == "weak"]
     assert {row["efficiency"] for row in weak} == {1.0}

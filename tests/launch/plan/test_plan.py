@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import c4
 from launch.plan.estimate import changed, matmul_flops, model_flops
 from launch.plan.schedule import environment
-from launch.plan.topologies import TOPOLOGIES
+from launch.slices import TOPOLOGIES
 from trainer.state import model_config
 
 from .conftest import PLANS, ROOT, TINY, run_plan
@@ -146,13 +146,13 @@ COMPILE = """
 import json, sys
 import jax
 from ml_collections import ConfigDict
-from launch.plan import topologies
+from launch.slices import find
 from trainer.checkpoints.manager import abstract_state
 from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
 from trainer.state import init_state, make_optimizer
 config = ConfigDict(json.loads(sys.argv[1]))
-mesh = make_mesh(config.mesh, list(topologies.find("v4-8").describe(2).devices))
+mesh = make_mesh(config.mesh, list(find("v4-8").describe(2).devices))
 with jax.set_mesh(mesh):
     state = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
 m = compile_train_step(config, 0, state, mesh).memory_analysis()
@@ -179,7 +179,7 @@ def test_memory_is_the_compilers_own_account(planned):
 
 
 DESCRIBE = """
-from launch.plan.topologies import TOPOLOGIES
+from launch.slices import TOPOLOGIES
 for topology in TOPOLOGIES.values():
     for slices in (1, 2):
         devices = topology.describe(slices).devices
