@@ -45,6 +45,7 @@ def decide(look: Observation, state: State, now: float, limits: Limits) -> tuple
     if look.lock is Lock.LOST:
         return state, End("lost")
     if look.lock is Lock.REVOKED:
+        state = dataclasses.replace(state, absences=state.absences + 1 if look.request == ABSENT else 0)
         return state, _undo(look, state, now, limits)
     present = look.request not in (ABSENT, UNKNOWN)
     if present and not look.ours:
@@ -66,7 +67,7 @@ def decide(look: Observation, state: State, now: float, limits: Limits) -> tuple
 def asked_for(state: State, action: Create, kind: Kind, reason: str, now: float, limits: Limits) -> State:
     """The state after a request was made, whatever gcloud said: the next looks tell whether it is there."""
     refused = kind not in (Kind.OK, Kind.EXISTS)
-    refusals = state.refusals + 1 if refused else 0
+    refusals = state.refusals + refused  # until a slice is granted
     wait = min(limits.backoff, limits.poll * 2 ** min(refusals, 10)) if refused else 0.0
     return dataclasses.replace(
         State(attempt=action.attempt, uncounted=state.uncounted, stages=state.stages, tried=state.tried),
@@ -98,7 +99,7 @@ def _undo(look: Observation, state: State, now: float, limits: Limits) -> Action
     if state.asked is None:
         return End("lost")
     if look.request == ABSENT:
-        return Wait() if now - state.asked < limits.settle else End("lost")
+        return Wait() if not _surely_gone(state, now, limits) else End("lost")
     if look.request == UNKNOWN:
         return Wait()
     return Delete() if look.ours else End("lost")
@@ -217,24 +218,29 @@ def _end(look: Observation, state: State, now: float, limits: Limits) -> tuple[S
     """The next step until the slice is gone, and what comes then."""
     ending = state.ending
     assert ending is not None
-    if look.request == UNKNOWN or look.request == "DELETING":
+    stuck = state.ending_since is not None and now - state.ending_since >= limits.repair
+    if look.request == UNKNOWN or (look.request == "DELETING" and not stuck):
         return state, Wait()
     if look.request != ABSENT:
         if ending.kind == "fail" and look.request == "ACTIVE" and not state.saved:
             return dataclasses.replace(state, saved=True), Save()
         return state, Delete()
-    if state.asked is not None and now - state.asked < limits.settle:
+    if not _surely_gone(state, now, limits):
         return state, Wait()
     if ending.kind == "drop":
         return dataclasses.replace(state, ending=None), Dropped(ending)
     return state, End("finished" if ending.kind == "finish" else "failed", ending.why, ending.code)
 
 
+def _surely_gone(state: State, now: float, limits: Limits) -> bool:
+    """One look that finds nothing says little: the service may not know yet of what it has just taken."""
+    settled = state.asked is None or now - state.asked >= limits.settle
+    return settled and (state.absences >= 2 or state.attempt == 0)
+
+
 def _ask(look: Observation, state: State, now: float, limits: Limits) -> tuple[State, Action]:
     """The request is not there: asks for one, when it surely is not and another may be made."""
-    if state.asked is not None and now - state.asked < limits.settle:
-        return state, Wait()
-    if state.absences < 2 and state.attempt > 0:
+    if not _surely_gone(state, now, limits):
         return state, Wait()
     if state.tried and not limits.watch:
         return state, End("ended", code=75)

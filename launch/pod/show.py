@@ -12,6 +12,7 @@ from .history import History
 from .lock import Lock, shown
 from .options import Options
 from .record import Run
+from .state import ABSENT, UNKNOWN
 from .submit import delete_until_gone
 from .terminal import BlockedError, UsageError, one_line, printable, quoted, say
 
@@ -158,8 +159,20 @@ def stop(gcloud: Gcloud, run: Run) -> int:
     """Ends the watcher first, which would otherwise make a new slice."""
     history = _seize(gcloud, run, "stopped")
     request = queued.look(gcloud, run)
-    if request.state != "ACTIVE":
-        raise UsageError(f"run {run.name} has no slice that is up ({request.state}); delete removes what is queued")
+    if request.state == UNKNOWN:
+        raise BlockedError(f"{request.trouble}; the watcher was ended, delete ends the billing")
+    if request.state == ABSENT:
+        say("there is no slice, so nothing bills; submit goes on from the last checkpoint")
+        return 0
+    if not request.ours:
+        raise UsageError(queued.foreign(run))
+    if request.state != "ACTIVE":  # it might be granted when nobody looks any more
+        say(f"the slice is not up ({request.state}), so the request is deleted")
+        if not delete_until_gone(gcloud, run, history):
+            return 1
+        history.add("stopped")
+        say("the request is gone, nothing bills; submit goes on from the last checkpoint")
+        return 0
     if not hosts.save(run, history.attempt):
         raise BlockedError("not every host stopped; delete ends the billing all the same")
     history.add("stopped")
@@ -180,7 +193,8 @@ def delete(gcloud: Gcloud, run: Run, given: Options) -> int:
             raise UsageError("nothing was deleted; answer y, or give --yes")
     history = _seize(gcloud, run, "deleted")
     # The trainers save first; whether that works or not, the slice goes.
-    if queued.look(gcloud, run).state == "ACTIVE":
+    request = queued.look(gcloud, run)
+    if request.state == "ACTIVE" and request.ours:
         hosts.save(run, history.attempt)
     if not delete_until_gone(gcloud, run, history):
         return 1

@@ -11,7 +11,7 @@ from .history import History
 from .lock import Lock
 from .options import ROOT, Options
 from .record import Run
-from .state import ABSENT
+from .state import ABSENT, UNKNOWN
 from .terminal import BlockedError, UsageError, one_line, pasteable, say
 
 
@@ -110,7 +110,7 @@ def _old_place_is_empty(gcloud: Gcloud, old: Run, key: str) -> None:
     request = queued.look(gcloud, old)
     if request.trouble:
         raise BlockedError(f"cannot tell whether the run's slice in {old.zone} is gone: {request.trouble}")
-    if request.state != ABSENT:
+    if request.state != ABSENT and request.ours:
         raise UsageError(
             f"run {old.name} has a slice ({one_line(request.state)}) with {key.upper()}={getattr(old, key)} "
             f"in {old.zone}; launch/tpu_pod.sh delete --name {old.name} first, or choose another --name"
@@ -118,7 +118,11 @@ def _old_place_is_empty(gcloud: Gcloud, old: Run, key: str) -> None:
 
 
 def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
-    """Deletes the slice and returns when it is surely gone, or False where that could not be brought about in time."""
+    """Deletes the slice and returns when it is surely gone, or False where that could not be brought about in time.
+
+    Raises:
+      UsageError: the slice under this name is not the run's.
+    """
     from time import sleep
 
     from .gcloud import seconds
@@ -129,7 +133,9 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
             if history.slice_is_up:
                 history.add("gone")
             return True
-        if request.state != "DELETING":
+        if request.state != UNKNOWN and not request.ours:
+            raise UsageError(queued.foreign(run))
+        if request.state not in (UNKNOWN, "DELETING"):
             answer = queued.delete(gcloud, run)
             if not answer.ok:
                 say(f"deleting failed, trying again: {answer.reason}")
@@ -174,7 +180,7 @@ def _detach(given: Options, run: Run) -> int:
 def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, temporary: Path) -> int:
     """Prints every command that submit --watch would run until the first slice is finished, in order."""
     mesh = checks.check_config(gcloud, run, chosen, given.trainer, temporary, dry_run=True)
-    run.tree = "TREE"
+    run.tree, run.run_id = "TREE", "RUN_ID"
     cp = ["storage", "cp", "--quiet"]
     once = [*cp, "--if-generation-match=0"]
     lines = [
@@ -188,7 +194,7 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
         _gcloud(*checks.type_command(run)),
         *([_gcloud("storage", "cat", f"{run.data}/manifest.json")] if run.data.startswith("gs://") else []),
         *([] if given.no_plan else [pasteable("python", *checks.plan_command(run, given.trainer))]),
-        "# --- record the run and its code (TREE is that of git)",
+        "# --- record the run and its code (TREE is that of git, RUN_ID is random)",
         _gcloud(*once, "watch", f"{run.url}/watch"),
         _gcloud(*once, "run", f"{run.url}/run"),
         pasteable("git", "archive", "--format=tar.gz", "-o", "TREE.tar.gz", "TREE"),
@@ -197,8 +203,8 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
         _gcloud(*cp, "trainer.args", f"{run.url}/trainer.args"),
         _gcloud(*cp, "events", f"{run.url}/events"),
         "# --- ask for the slice, and look at it until it is ACTIVE and its nodes READY",
-        _gcloud(*queued.create_command(run)),
-        _gcloud(*queued.describe_command(run), "--format=value(state.state)"),
+        _gcloud(*queued.create_command(run, "watchdog.sh")),
+        _gcloud(*queued.describe_command(run)),
         *(_gcloud(*queued.node_command(run, run.node(index))) for index in range(run.slices)),
     ]
     for verb in ("setup", "start"):

@@ -12,7 +12,6 @@ from .lock import LOST, OURS, Lock, shown
 from .record import Run
 from .state import (
     ABSENT,
-    DEAD,
     UNKNOWN,
     Action,
     Create,
@@ -30,7 +29,7 @@ from .state import (
     Wait,
 )
 from .state import Lock as HeldLock
-from .terminal import printable, say
+from .terminal import UsageError, printable, say
 
 # How often a trouble that goes on is said again.
 _SAY_AGAIN = 900
@@ -116,7 +115,6 @@ class Watcher:
         if request.state != self._request and request.state != UNKNOWN:
             say(f"slice {self._run.name}: {request.state}")
             self._request = request.state
-        code, message = queued.failure(self._gcloud, self._run) if request.state in DEAD else ("", "")
         if request.state == ABSENT and self._history.slice_is_up:
             self._history.add("gone")
         result, result_detail = self._look_at_workers()
@@ -137,9 +135,9 @@ class Watcher:
         return Observation(
             lock=lock,
             request=request.state,
-            ours=request.ours and self._history.attempt > 0,
-            code=code,
-            message=message,
+            ours=request.ours,
+            code=request.code,
+            message=request.message,
             nodes=nodes,
             node_detail=node_detail,
             result=result,
@@ -252,7 +250,8 @@ class Watcher:
             self._log.restart()
             self._beats, self._stale = set(), set()
         run = self._run
-        answer = self._gcloud.call(*queued.create_command(run), limit=seconds("CREATE", 600))
+        script = queued.write_startup_script(run, run.max_hours * 3600 - self._billed)
+        answer = self._gcloud.call(*queued.create_command(run, str(script)), limit=seconds("CREATE", 600))
         self._state = decide.asked_for(self._state, action, answer.kind, answer.reason, now(), self._limits)
         if answer.ok:
             say(f"asked for {run.slices} x {run.type} in {run.zone} ({run.tier})")
@@ -273,11 +272,7 @@ def finish(end: End, gcloud: Gcloud, run: Run, lock: Lock, history: History) -> 
         return 0 if holder.startswith(("watched", "stopped", "deleted")) else 1
     if end.how == "foreign":
         lock.leave("failed")
-        say(
-            f"error: a queued resource {run.name} exists in {run.zone} that this run did not make; "
-            "choose another --name, or delete it"
-        )
-        return 2
+        raise UsageError(queued.foreign(run))
     if end.how == "ended":
         lock.leave("ended")
         say(

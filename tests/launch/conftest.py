@@ -103,6 +103,16 @@ class Cloud:
         self.script["errors"].append({"match": match, "text": text, "times": times, "after": after})
         self.write("script.json", self.script)
 
+    def hang(self, match: str, times: int = 1, after: bool = False) -> None:
+        """The next calls that hold `match` never end, having done what they are for or not."""
+        self.script["errors"].append({"match": match, "text": "", "times": times, "after": after, "hang": True})
+        self.write("script.json", self.script)
+
+    def somebody_elses(self, name: str = "run", state: str = "ACTIVE", **labels: str) -> None:
+        """A colleague makes a slice under the name, with this tool or by hand."""
+        request = {"states": [state], "hosts": 2, "port": 1, "nodes": {name: "READY"}, "labels": labels}
+        self.change(lambda cloud: cloud["requests"].update({name: request}))
+
     def trainer(self, *starts: str, host: int | None = None) -> None:
         """What the stand-in for the trainer does at each start: see fake_gcloud/trainer."""
         name = "trainer" if host is None else f"trainer-{host}"

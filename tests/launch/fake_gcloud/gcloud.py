@@ -38,13 +38,16 @@ def main(arguments):
         if trouble:
             trouble["times"] -= 1
             write("script.json", script)
-            if not trouble.get("after"):
+            if not trouble.get("after") and not trouble.get("hang"):
                 fail(trouble["text"])
-        action = ACTIONS[command]
-        then = action(state, script, positionals, options)
-        write("state.json", state)
-        if trouble:
+        if not trouble or trouble.get("after"):
+            action = ACTIONS[command]
+            then = action(state, script, positionals, options)
+            write("state.json", state)
+        if trouble and not trouble.get("hang"):
             fail(trouble["text"])
+    if trouble:  # the network takes everything and gives nothing back
+        time.sleep(3600)
     if then:
         sys.exit(then())
 
@@ -116,17 +119,35 @@ def create(state, script, positionals, options):
     state["created"] += 1
     state["requests"][name] = {"states": attempts[min(number, len(attempts) - 1)], "hosts": hosts, "port": port}
     state["requests"][name]["nodes"] = dict.fromkeys(nodes, "READY")
+    labels = options.get("--labels", "")
+    state["requests"][name]["labels"] = dict(label.split("=") for label in labels.split(",") if label)
+    key, _, startup = options.get("--metadata-from-file", "").partition("=")
+    if key == "startup-script":
+        with open(startup) as file:
+            state["requests"][name]["startup"] = file.read()
+    # The service may not find at once what it has just taken.
+    state["requests"][name]["hidden"] = script.get("hidden", 0)
     print(f"Create request issued for: [{name}]")
 
 
 def describe(state, script, positionals, options):
     request = state["requests"].get(positionals[0]) or missing(positionals[0])
-    current = request["states"][0]
-    if "failedData" in options["--format"]:
-        code, _, message = current.partition(" ")[2].partition(" ")
-        print(f"{code}\t{message}")
+    if request.get("hidden"):
+        request["hidden"] -= 1
+        write("state.json", state)
+        missing(positionals[0])
+    if "labels.run-id" in options["--format"]:
+        print(request.get("labels", {}).get("run-id", ""))
         return
-    print(current.partition(" ")[0])
+    current, _, failure = request["states"][0].partition(" ")
+    described = {"state": {"state": current}}
+    if failure:
+        code, _, message = failure.partition(" ")
+        described["state"]["failedData"] = {"error": {"code": int(code), "message": message}}
+    described["tpu"] = {
+        "nodeSpec": [{"nodeId": n, "node": {"labels": request.get("labels", {})}} for n in request["nodes"]]
+    }
+    print(json.dumps(described))
     if len(request["states"]) > 1:
         request["states"] = request["states"][1:]
 
