@@ -11,6 +11,11 @@ from .terminal import printable, say
 
 # At once: more handshakes through one path are unreliable.
 PARALLEL = 16
+SSH_KEY = Path.home() / ".ssh/google_compute_engine"
+# ssh ends by itself when the other side does not answer.
+ALIVE = [
+    f"--ssh-flag=-o{option}" for option in ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=8")
+]
 LIMITS = {"setup": 1800.0, "start": 240.0, "stop": 240.0}
 
 
@@ -27,7 +32,8 @@ def ssh_command(run: Run, attempt: int, host: int, verb: str) -> list[str]:
         "start": f"bash {code}/launch/host.sh start {run.name}",
         "stop": f"bash runs/{run.name}/current/launch/host.sh stop {run.name}",
     }[verb]
-    return [*node_ssh(run, host), *(["--internal-ip"] if run.internal_ips else []), f"--command={remote}", "--quiet"]
+    internal = ["--internal-ip"] if run.internal_ips else []
+    return [*node_ssh(run, host), *internal, *ALIVE, f"--command={remote}", "--quiet"]
 
 
 def node_ssh(run: Run, host: int) -> list[str]:
@@ -65,8 +71,11 @@ class Job:
             self.failure = f"{type(error).__name__}: {error}"
 
     def _on_all(self, verb: str) -> None:
+        # gcloud makes its key at the first call, and several at once would overwrite each other's.
+        first = 0 if SSH_KEY.exists() else 1
+        done = [self._on_one(host, verb) for host in range(first)]
         with concurrent.futures.ThreadPoolExecutor(PARALLEL) as pool:
-            done = list(pool.map(lambda host: self._on_one(host, verb), range(self._run.hosts)))
+            done += pool.map(lambda host: self._on_one(host, verb), range(first, self._run.hosts))
         failed = [host for host, ok in enumerate(done) if not ok]
         if failed and not self._ended.is_set():
             log = self._log(failed[0], verb)

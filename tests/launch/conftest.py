@@ -70,6 +70,8 @@ class Cloud:
         dataset = folder / "buckets/bucket/data/demo"
         dataset.mkdir(parents=True)
         (folder / "home").mkdir()
+        (folder / "home/.ssh").mkdir()
+        (folder / "home/.ssh/google_compute_engine").touch()
         (folder / "hosts").mkdir()
         (dataset / "manifest.json").write_text("{}")
         (folder / "preflight").write_text("mesh data=8\nbatch 16\n")

@@ -223,10 +223,27 @@ def ssh(state, script, positionals, options):
     def run():
         import subprocess
 
+        if not make_key():
+            fail("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh-keygen] exited with return code [1].")
         command = ["bash", "-c", options["--command"]] if "--command" in options else ["bash"]
         return subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL).returncode
 
     return run
+
+
+def make_key():
+    """The first call ever makes the key of this laptop; another one at the same time fails."""
+    key = f"{os.environ['HOME']}/.ssh/google_compute_engine"
+    if os.path.exists(key):
+        return True
+    os.makedirs(os.path.dirname(key), exist_ok=True)
+    try:
+        os.close(os.open(f"{key}.new", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    time.sleep(0.5)
+    os.rename(f"{key}.new", key)
+    return True
 
 
 # --- the bucket: generations are counted beside each object
