@@ -15,7 +15,8 @@ from .terminal import BlockedError, Interrupted, UsageError, quoted, say
 USAGE = """\
 launch/tpu_pod.sh submit --name NAME --type v4-32 --zone us-central2-b --project P --bucket gs://B
                          --spot | --reserved | --on-demand [options] -- --config=configs/c4.py:d12 [trainer's flags]
-launch/tpu_pod.sh status | logs [--host N] [-f] | tensorboard | ssh [--host N] | stop | delete [--yes] | list
+launch/tpu_pod.sh status | tensorboard | ssh [--host N] | stop | delete [--yes] | list
+launch/tpu_pod.sh logs [--host N|all] [--attempt N] [--tail LINES] [-f]
 launch/tpu_pod.sh render-jobset [submit's options] --image IMAGE -- [trainer's flags]
 
 submit runs to the end of the slice, and again after any failure goes on from where it was. Its options:
@@ -31,6 +32,7 @@ submit runs to the end of the slice, and again after any failure goes on from wh
   --price USD           per chip and hour, for the cost in status
   --no-plan             do not ask the TPU compiler first whether the run fits
   --network, --subnetwork, --service-account, --internal-ips    as gcloud's
+  --yes                 restart a trainer that is at work on other code without asking
   --take-over           watch a run whose watcher on another machine is gone
 The others take --name NAME (by default the last one submitted) and, on another machine, --bucket gs://B."""
 

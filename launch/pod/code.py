@@ -1,6 +1,7 @@
 """The code of a run: HEAD with the uncommitted changes of tracked files, as a tree of git."""
 
 import dataclasses
+import hashlib
 import os
 import subprocess
 import tarfile
@@ -21,6 +22,7 @@ class Code:
     tree: str
     commit: str
     archive: Path  # .tar.gz
+    sha256: str  # of the archive
     patch: Path  # from the commit to the tree
     folder: Path  # the tree, extracted
 
@@ -59,7 +61,9 @@ def choose(temporary: Path, config: str, quiet: bool = False) -> Code:
         say(f"{len(untracked)} files that git does not track are not part of the run; git add those that are")
     if not quiet and tree != _git("rev-parse", "HEAD^{tree}"):
         say("uncommitted changes are part of the run and recorded with it")
-    return Code(tree, commit, _archive(temporary, tree), patch, temporary / "tree")
+    archive = _archive(temporary, tree)
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return Code(tree, commit, archive, sha256, patch, temporary / "tree")
 
 
 def _archive(temporary: Path, tree: str) -> Path:

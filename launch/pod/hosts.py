@@ -26,11 +26,14 @@ def ssh_command(run: Run, attempt: int, host: int, verb: str) -> list[str]:
     """
     home, code = f"runs/{run.name}", f"runs/{run.name}/code-{run.tree}"
     remote = {
-        "setup": f"mkdir -p {code} && gcloud storage cp --quiet {run.url}/code/{run.tree}.tar.gz {home}/code.tar.gz && "
+        # The hash comes over ssh: what others may have written to the bucket is not executed.
+        "setup": f"umask 077 && mkdir -p {code} && "
+        f"gcloud storage cp --quiet {run.url}/code/{run.tree}.tar.gz {home}/code.tar.gz && "
+        f"echo '{run.code_sha256}  {home}/code.tar.gz' | sha256sum --check --quiet && "
         f"tar -xzf {home}/code.tar.gz -C {code} && "
         f"bash {code}/launch/host.sh setup {run.name} {run.url} {run.tree} {attempt} {host}",
         "start": f"bash {code}/launch/host.sh start {run.name}",
-        "stop": f"bash runs/{run.name}/current/launch/host.sh stop {run.name}",
+        "stop": f"test ! -e {home}/current || bash {home}/current/launch/host.sh stop {run.name}",
     }[verb]
     internal = ["--internal-ip"] if run.internal_ips else []
     return [*node_ssh(run, host), *internal, *ALIVE, f"--command={remote}", "--quiet"]
@@ -96,7 +99,8 @@ class Job:
 
 
 def _last_words(log: Path) -> str:
-    return reason_of("\n".join(log.read_text(errors="replace").splitlines()[-3:]))
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
+    return reason_of("\n".join([line for line in lines if "ERROR" in line][-1:] or lines[-1:]))
 
 
 def save(run: Run, attempt: int) -> bool:
@@ -165,18 +169,25 @@ def all_beat(workers: list[Worker], before: set[str], hosts: int) -> bool:
 class Log:
     """The log of a host, of which each look prints what it has gained."""
 
-    def __init__(self, gcloud: Gcloud, run: Run, host: int) -> None:
-        self._gcloud, self._run, self._host, self._seen = gcloud, run, host, 0
+    def __init__(self, gcloud: Gcloud, run: Run, host: int, prefix: str = "", tail: int = 16384) -> None:
+        self._gcloud, self._run, self._host, self._prefix = gcloud, run, host, prefix
+        self._seen, self._tail = 0, tail  # bytes; of a log that is long already only the end is printed
 
     def restart(self) -> None:
-        self._seen = 0
+        self._seen = self._tail = 0
 
     def follow(self, workers: list[Worker], attempt: int) -> None:
         size = next((worker.log_bytes for worker in workers if worker.host == self._host), 0)
         if size <= self._seen:
             return
+        if self._tail and self._seen == 0:
+            self._seen = max(0, size - self._tail)
         url = f"{self._run.url}/attempts/{attempt}/host-{self._host}.log"
         answer = self._gcloud.cat(url, f"--range={self._seen}-{size - 1}")
         if answer.ok:
             self._seen = size
-            print(printable(answer.out), flush=True)
+            print(prefixed(answer.out, self._prefix), flush=True)
+
+
+def prefixed(text: str, prefix: str) -> str:
+    return "\n".join(prefix + line for line in printable(text).split("\n"))

@@ -18,7 +18,7 @@ ALLOWED = {
     "submit": f"{_SLICE} {_NETWORK} --valid-until --max-hours --price --no-plan --watch --detach --dry-run --take-over "
     "--yes",
     "render-jobset": f"{_SLICE} --image",
-    "logs": "--name --bucket --host -f",
+    "logs": "--name --bucket --host --attempt --tail -f",
     "ssh": "--name --bucket --host",
     "delete": "--name --bucket --yes",
     "status": "--name --bucket",
@@ -75,6 +75,8 @@ class Options:
     max_hours: str = "720"
     price: str = ""
     host: str = ""
+    attempt: str = ""
+    tail: str = ""
     image: str = ""
     internal_ips: bool = False
     no_plan: bool = False

@@ -36,6 +36,7 @@ PATTERNS = {
     "INTERNAL_IPS": "1?",
     "TREE": "[0-9a-f]{40,64}",
     "COMMIT": "[0-9a-f]{40,64}",
+    "CODE_SHA256": "[0-9a-f]{64}|",
 }
 
 
@@ -62,6 +63,7 @@ class Run:
     internal_ips: bool = False
     tree: str = ""
     commit: str = ""
+    code_sha256: str = ""  # of the archive that the hosts load
     run_id: str = ""  # random: the label by which a slice is known to be this run's
 
     @property

@@ -13,8 +13,8 @@ from .lock import Lock, shown
 from .options import Options
 from .record import Run
 from .state import ABSENT, UNKNOWN
-from .submit import delete_until_gone
-from .terminal import BlockedError, UsageError, one_line, printable, quoted, say
+from .submit import delete_until_gone, yes
+from .terminal import BlockedError, UsageError, one_line, quoted, say
 
 
 def choose_run(gcloud: Gcloud, given: Options) -> Run:
@@ -92,24 +92,43 @@ def _cost(run: Run, history: History) -> str:
 
 
 def logs(gcloud: Gcloud, run: Run, given: Options) -> int:
-    host = _host(run, given)
+    every = given.host == "all"
+    chosen = list(range(run.hosts)) if every else [_host(run, given)]
+    for option in ("tail", "attempt"):
+        if not re.fullmatch("[1-9][0-9]{0,6}|", getattr(given, option)):
+            raise UsageError(f"--{option}={quoted(getattr(given, option))} must be a whole number, at least 1")
     history = History(gcloud, run)
     history.load()
     if not history.attempt:
         raise UsageError(f"run {run.name} has had no slice yet, so there is no log")
-    if not given.follow:
-        answer = gcloud.cat(f"{run.url}/attempts/{history.attempt}/host-{host}.log")
+    if given.follow:
+        return _follow_logs(gcloud, run, history, chosen)
+    attempt = int(given.attempt or history.attempt)
+    for host in chosen:
+        answer = gcloud.cat(f"{run.url}/attempts/{attempt}/host-{host}.log")
         if not answer.ok:
-            raise UsageError(f"no log of host {host} in attempt {history.attempt} ({answer.kind})")
-        print(printable(answer.out))
-        return 0
-    log, attempt = hosts.Log(gcloud, run, host), 0
+            raise UsageError(f"no log of host {host} in attempt {attempt} ({answer.kind})")
+        lines = answer.out.split("\n")[-int(given.tail or 0) :]
+        print(hosts.prefixed("\n".join(lines), f"host {host}: " if every else ""), flush=True)
+    return 0
+
+
+def _follow_logs(gcloud: Gcloud, run: Run, history: History, chosen: list[int]) -> int:
+    """Until the run is at its end."""
+    followed = [hosts.Log(gcloud, run, host, f"host {host}: " if len(chosen) > 1 else "") for host in chosen]
+    attempt = history.attempt
     while True:
         history.load()
         if history.attempt != attempt:  # another slice begins another log
-            log.restart()
+            for log in followed:
+                log.restart()
             attempt = history.attempt
-        log.follow(hosts.read_workers(gcloud, run, attempt)[0], attempt)
+        workers, _ = hosts.read_workers(gcloud, run, attempt)
+        for log in followed:
+            log.follow(workers, attempt)
+        if history.last in ("finished", "failed", "deleted"):
+            say(f"the run is at its end: {history.last} {history.events[-1].detail}".rstrip())
+            return 0
         time.sleep(seconds("POLL", 30))
 
 
@@ -182,16 +201,15 @@ def stop(gcloud: Gcloud, run: Run) -> int:
 
 def delete(gcloud: Gcloud, run: Run, given: Options) -> int:
     if not given.yes:
-        try:
-            answer = input(
-                f"delete the slice of run {run.name} ({run.slices} x {run.type} in {run.zone})? "
-                "The checkpoints stay. [y/N] "
-            )
-        except EOFError:
-            answer = ""
-        if answer not in ("y", "Y"):
+        place = f"{run.slices} x {run.type} in {run.zone}"
+        if not yes(f"delete the slice of run {run.name} ({place})? The checkpoints stay. [y/N] "):
             raise UsageError("nothing was deleted; answer y, or give --yes")
-    history = _seize(gcloud, run, "deleted")
+    try:
+        history = _seize(gcloud, run, "deleted")
+    except BlockedError as error:
+        say(f"{error}. Deleting all the same; a watcher that can reach the bucket would make a new slice: end it first")
+        history = History(gcloud, run)
+        history.load(bucket_needed=False)
     # The trainers save first; whether that works or not, the slice goes.
     request = queued.look(gcloud, run)
     if request.state == "ACTIVE" and request.ours:

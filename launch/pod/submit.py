@@ -1,12 +1,14 @@
 """submit: check, record, then watch. Run again it does the same, and finds done what was done."""
 
 import os
+import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from . import checks, code, hosts, options, queued, record, watch
-from .gcloud import Gcloud, Kind
+from .gcloud import Gcloud, Kind, seconds
 from .history import History
 from .lock import Lock
 from .options import ROOT, Options
@@ -38,15 +40,17 @@ def submit(given: Options, temporary: Path) -> int:
         return _dry_run(gcloud, run, given, code.choose(temporary, config, quiet=True), temporary)
     checks.check_cloud(gcloud, run, temporary)
     chosen = code.choose(temporary, config)
-    run.tree, run.commit = chosen.tree, chosen.commit
+    run.tree, run.commit, run.code_sha256 = chosen.tree, chosen.commit, chosen.sha256
     checks.check_config(gcloud, run, chosen, given.trainer, temporary)
     run.local.mkdir(parents=True, exist_ok=True)
     if not given.no_plan:
         checks.check_plan(run, chosen, given.trainer)
     if given.detach:
         return _detach(given, run)
+    _confirm_other_code(gcloud, run, given)
     lock = Lock(gcloud, run.url, run.name)
     lock.take(given.take_over)
+    (run.local / "watching").touch()
     _claim_name(gcloud, run, temporary)
     (record.STATE / "last").write_text(f"{run.name}\n")
     history = History(gcloud, run)
@@ -61,6 +65,31 @@ def submit(given: Options, temporary: Path) -> int:
         raise BlockedError(f"cannot write to {run.url}: {trouble}")
     end = watch.Watcher(gcloud, run, lock, history, given.watch, resubmitted).watch()
     return watch.finish(end, gcloud, run, lock, history)
+
+
+def _confirm_other_code(gcloud: Gcloud, run: Run, given: Options) -> None:
+    """Asks before a trainer that is at work is restarted on other code or flags. Raises UsageError at no."""
+    found = gcloud.cat(f"{run.url}/run")
+    if given.yes or not found.ok:
+        return
+    old, history = record.parse(found.out, f"{run.url}/run"), History(gcloud, run)
+    history.load()
+    workers, _ = hosts.read_workers(gcloud, run, history.attempt)
+    if not any(worker.state in ("running", "restarting") for worker in workers):
+        return
+    what = "code" if old.tree != run.tree else "" if _same_flags(gcloud, run, given) else "flags"
+    if not what or queued.look(gcloud, old).state != "ACTIVE":
+        return
+    if not yes(f"run {run.name} is training with other {what}. Restart it with these? [y/N] "):
+        trees = f"{old.tree[:12]}, this is {run.tree[:12]}"
+        raise UsageError(f"run {run.name} is training with other {what} ({trees}); --yes restarts it with these")
+
+
+def yes(question: str) -> bool:
+    try:
+        return input(question) in ("y", "Y")
+    except EOFError:
+        return False
 
 
 def _same_flags(gcloud: Gcloud, run: Run, given: Options) -> bool:
@@ -123,10 +152,6 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
     Raises:
       UsageError: the slice under this name is not the run's.
     """
-    from time import sleep
-
-    from .gcloud import seconds
-
     for attempt in range(int(os.environ.get("TPU_POD_DELETE_TRIES", "60"))):
         request = queued.look(gcloud, run)
         if request.state == ABSENT:
@@ -141,46 +166,60 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
                 say(f"deleting failed, trying again: {answer.reason}")
         # The first look is right after the delete, which has waited for the operation.
         if attempt:
-            sleep(seconds("POLL", 30))
+            time.sleep(seconds("POLL", 30))
     say(f"{run.name} IS NOT KNOWN TO BE GONE AND MAY STILL BILL; run launch/tpu_pod.sh delete --name {run.name}")
     return False
+
+
+# What the watcher's gcloud needs, and a service of the user or a server of tmux that runs already has not got.
+_KEPT = re.compile(r"(PATH|HOME|XDG_STATE_HOME|CLOUDSDK_.*|GOOGLE_.*|TPU_POD_.*|.*_proxy|.*_PROXY|FAKE_.*)")
 
 
 def _detach(given: Options, run: Run) -> int:
     """Everything was checked here, where it can be read; what is left goes on without this terminal."""
     at = given.arguments.index("--") if "--" in given.arguments else len(given.arguments)
     own = ["--watch" if argument == "--detach" else argument for argument in given.arguments[:at]]
-    command = ["bash", str(ROOT / "launch/tpu_pod.sh"), "submit", *own, *given.arguments[at:]]
-    log, unit = run.local / "watcher.log", f"tpu-pod-{run.name}"
-    user_systemd = (
-        subprocess.run(["systemctl", "--user", "show-environment"], capture_output=True)
-        if shutil.which("systemctl")
-        else None
-    )
-    if user_systemd is not None and user_systemd.returncode == 0 and shutil.which("systemd-run"):
-        start = ["systemd-run", "--user", "--collect", "--quiet", f"--unit={unit}"]
-        start += [f"--setenv=PATH={os.environ['PATH']}", f"--setenv=PYTHON={checks.trainer_python()}"]
-        start += [f"--property=Standard{stream}=append:{log}" for stream in ("Output", "Error")]
-        if subprocess.run([*start, "--", *command]).returncode != 0:
+    kept = [f"{key}={value}" for key, value in os.environ.items() if _KEPT.fullmatch(key)]
+    log, ended, watching = run.local / "watcher.log", run.local / "watcher.ended", run.local / "watching"
+    command = ["env", *kept, f"PYTHON={checks.trainer_python()}"]
+    command += ["bash", "-c", '"$@" >>"$0" 2>&1; echo $? >"${0%.log}.ended"', str(log)]
+    command += ["bash", str(ROOT / "launch/tpu_pod.sh"), "submit", *own, *given.arguments[at:]]
+    for file in (ended, watching):
+        file.unlink(missing_ok=True)
+    unit = f"tpu-pod-{run.name}"
+    if shutil.which("systemd-run") and _succeeds("systemctl", "--user", "show-environment"):
+        if not _succeeds("systemd-run", "--user", "--collect", "--quiet", f"--unit={unit}", "--", *command):
             raise BlockedError("systemd-run failed; use --watch in a terminal that stays open")
-        say(f"watching as the user unit {unit}; loginctl enable-linger keeps it after you log out")
+        where = f"as the user unit {unit}; loginctl enable-linger keeps it after you log out"
     elif shutil.which("tmux"):
-        start = ["tmux", "new-session", "-d", "-s", unit, "--", "bash", "-c", 'exec "$@" >>"$0" 2>&1', str(log)]
-        if subprocess.run([*start, *command]).returncode != 0:
+        if not _succeeds("tmux", "new-session", "-d", "-s", unit, "--", *command):
             raise BlockedError(f"tmux failed; is a session {unit} running already?")
-        say(f"watching in the tmux session {unit}")
+        where = f"in the tmux session {unit}"
     else:
         raise UsageError(
             "--detach needs a user systemd or tmux; install tmux, or use --watch in a terminal that stays open"
         )
-    say(f"its output: {log}; launch/tpu_pod.sh status --name {run.name}")
-    return 0
+    say("started; waiting until it has the run")
+    for _ in range(3000):
+        if watching.exists():
+            say(f"watching {where}")
+            say(f"its output: {log}; launch/tpu_pod.sh status --name {run.name}")
+            return 0
+        if ended.exists():
+            break
+        time.sleep(0.1)
+    last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+    raise BlockedError(f"the watcher did not begin, see {log}: {' '.join(last)}")
+
+
+def _succeeds(*command: str) -> bool:
+    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, temporary: Path) -> int:
     """Prints every command that submit --watch would run until the first slice is finished, in order."""
     mesh = checks.check_config(gcloud, run, chosen, given.trainer, temporary, dry_run=True)
-    run.tree, run.run_id = "TREE", "RUN_ID"
+    run.tree, run.run_id, run.code_sha256 = "TREE", "RUN_ID", "SHA256"
     cp = ["storage", "cp", "--quiet"]
     once = [*cp, "--if-generation-match=0"]
     lines = [

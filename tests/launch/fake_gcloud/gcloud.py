@@ -272,6 +272,8 @@ def cp(state, script, positionals, options):
     if source.startswith("gs://"):
         raise SystemExit(download(positionals[:-1], target))
     path = local(target)
+    if os.environ.get("FAKE_READ_ONLY"):  # of a host
+        fail("ERROR: (gcloud.storage.cp) HTTPError 403: a@b does not have storage.objects.create access to the bucket.")
     wanted = options.get("--if-generation-match")
     if wanted is not None and int(wanted) != (generation(path) if os.path.exists(path) else 0):
         fail("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.")
