@@ -15,6 +15,7 @@ from .terminal import BlockedError, Interrupted, UsageError, quoted, say
 USAGE = """\
 launch/tpu_pod.sh submit --name NAME --type v4-32 --zone us-central2-b --project P --bucket gs://B
                          --spot | --reserved | --on-demand [options] -- --config=configs/c4.py:d12 [trainer's flags]
+launch/tpu_pod.sh attach --name NAME --bucket gs://B       watch it, from any machine, with its recorded code
 launch/tpu_pod.sh status | tensorboard | ssh [--host N] | stop | delete [--yes] | list
 launch/tpu_pod.sh logs [--host N|all] [--attempt N] [--tail LINES] [-f]
 launch/tpu_pod.sh render-jobset [submit's options] --image IMAGE -- [trainer's flags]
@@ -28,11 +29,14 @@ submit runs to the end of the slice, and again after any failure goes on from wh
   --workdir gs://B/DIR  checkpoints, TensorBoard, result; or a path all hosts share (BUCKET/runs/NAME/workdir)
   --max-attempts N      slices that are asked for at most (100)
   --max-hours N         hours that slices may be up in all (720)
+  --max-cost USD        the same in dollars, with --price
+  --zones A,B --types V4,V5    tried in turn while there are no machines, instead of --zone and --type
+  --notify COMMAND|URL  told when the run is preempted, failed, finished or still billing
   --valid-until 6h      give up if no slice was granted by then
   --price USD           per chip and hour, for the cost in status
   --no-plan             do not ask the TPU compiler first whether the run fits
   --network, --subnetwork, --service-account, --internal-ips    as gcloud's
-  --yes                 restart a trainer that is at work on other code without asking
+  --yes                 do not ask before it costs, nor before a trainer at work gets other code
   --take-over           watch a run whose watcher on another machine is gone
 The others take --name NAME (by default the last one submitted) and, on another machine, --bucket gs://B."""
 
@@ -74,9 +78,11 @@ def _run(given: Options, temporary: Path) -> int:
         print(jobset.render(record.from_options(given), given))
         return 0
     if given.command == "list":
-        return show.list_runs(gcloud)
+        return show.list_runs(gcloud, given)
     run = show.choose_run(gcloud, given)
     match given.command:
+        case "attach":
+            return submit.attach(gcloud, run, given)
         case "status":
             return show.status(gcloud, run)
         case "logs":
@@ -98,7 +104,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted(command: str, name: str, number: str) -> int:
-    if command == "submit":
+    if command in ("submit", "attach"):
         print()
         say(
             f"interrupted ({number}). The run and its slice go on, and BILL if the slice is up; "

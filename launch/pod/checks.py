@@ -1,5 +1,6 @@
 """What submit makes sure of before anything is created."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -42,6 +43,12 @@ def check_cloud(gcloud: Gcloud, run: Run, temporary: Path) -> None:
         raise BlockedError(f"gcloud auth list failed: {answer.reason}")
     if not answer.out:
         raise UsageError("gcloud has no account; run gcloud auth login")
+    for zone, kind in run.places:
+        _check_type(gcloud, dataclasses.replace(run, zone=zone, type=kind))
+    _check_bucket(gcloud, run, temporary)
+
+
+def _check_type(gcloud: Gcloud, run: Run) -> None:
     answer = gcloud.ask(*type_command(run))
     if answer.kind in (Kind.ABSENT, Kind.INVALID):
         raise UsageError(
@@ -57,7 +64,6 @@ def check_cloud(gcloud: Gcloud, run: Run, temporary: Path) -> None:
         raise UsageError(_LOGIN)
     if not answer.ok:
         raise BlockedError(f"cannot ask for {run.type} in {run.zone}: {answer.reason}")
-    _check_bucket(gcloud, run, temporary)
 
 
 def _check_bucket(gcloud: Gcloud, run: Run, temporary: Path) -> None:

@@ -82,7 +82,8 @@ def asked_for(state: State, action: Create, kind: Kind, reason: str, now: float,
 def dropped(state: State, ending: Ending, now: float, limits: Limits) -> State:
     """The state after a slice that was dropped is gone."""
     refusals = state.refusals + 1 if ending.uncounted else 0
-    wait = min(limits.backoff, limits.poll * 2 ** min(refusals, 10)) if ending.uncounted else 0.0
+    rounds = refusals // limits.places  # another place is tried at once
+    wait = min(limits.backoff, limits.poll * 2 ** min(rounds, 10)) if rounds else 0.0
     return State(
         attempt=state.attempt,
         uncounted=state.uncounted + ending.uncounted,

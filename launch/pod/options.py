@@ -16,15 +16,16 @@ _NETWORK = "--network --subnetwork --service-account --internal-ips"
 # What each command takes: an option that would be ignored is a mistake.
 ALLOWED = {
     "submit": f"{_SLICE} {_NETWORK} --valid-until --max-hours --price --no-plan --watch --detach --dry-run --take-over "
-    "--yes",
+    "--yes --max-cost --notify --zones --types",
     "render-jobset": f"{_SLICE} --image",
     "logs": "--name --bucket --host --attempt --tail -f",
     "ssh": "--name --bucket --host",
     "delete": "--name --bucket --yes",
+    "attach": "--name --bucket --take-over --notify",
     "status": "--name --bucket",
     "stop": "--name --bucket",
     "tensorboard": "--name --bucket",
-    "list": "--name --bucket",
+    "list": "--bucket",
 }
 TIERS = ("spot", "reserved", "on-demand")
 SWITCHES = ("--internal-ips", "--no-plan", "--watch", "--detach", "--dry-run", "--take-over", "--yes", "-f")
@@ -36,6 +37,7 @@ BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]*)
 FOLDER = rf"{BUCKET}|(/[A-Za-z0-9_.-]+)+"
 PRICE = r"[0-9]{1,4}(\.[0-9]{1,6})?"
 DURATION = r"([0-9]{1,5}[smhd])+"
+ZONES, TYPES = rf"{ZONE}(,{ZONE})*", r"[a-z0-9]+-[0-9]+(,[a-z0-9]+-[0-9]+)*"
 NETWORK = r"[a-z][a-z0-9/_.-]*"
 EMAIL = r"[A-Za-z0-9][A-Za-z0-9._-]*@[a-z0-9.-]+"
 # What nobody wants to find in a bucket: private keys, and tokens that say by themselves what they are. For Python and
@@ -74,6 +76,10 @@ class Options:
     max_attempts: str = "100"
     max_hours: str = "720"
     price: str = ""
+    max_cost: str = ""
+    notify: str = ""
+    zones: str = ""
+    types: str = ""
     host: str = ""
     attempt: str = ""
     tail: str = ""
@@ -109,6 +115,7 @@ def parse(command: str, arguments: list[str]) -> Options:
         _set(options, option, value)
     if options.detach:
         options.watch = True
+    _first_of_several(options)
     return options
 
 
@@ -153,6 +160,7 @@ _NEEDED = (
     ("max_hours", r"[1-9][0-9]{0,4}", "must be a whole number of hours, at least 1"),
 )
 _OPTIONAL = (
+    ("max_cost", r"[0-9]{1,7}", "must be whole dollars, e.g. --max-cost 500"),
     ("price", PRICE, "must be dollars per chip and hour, e.g. --price 1.25"),
     ("valid_until", DURATION, "is not a duration; e.g. --valid-until 6h"),
     ("network", NETWORK, "is not a network's name"),
@@ -171,7 +179,8 @@ def check(options: Options) -> None:
         raise UsageError("--name is missing; give the run a name, e.g. --name c4-d12")
     check_name(options.name)
     try:
-        slices.find(options.type)
+        for name in (options.type, *(options.types.split(",") if options.types else ())):
+            slices.find(name)
     except ValueError as error:
         raise UsageError(
             f"--type={quoted(options.type)} is not a slice type; e.g. v4-8, v4-32, v5p-16, v5litepod-16 or v6e-16"
@@ -181,6 +190,8 @@ def check(options: Options) -> None:
         optional = (field, pattern, words) in _OPTIONAL
         if not (optional and value == "") and not matches(value, pattern):
             raise UsageError(f"--{field.replace('_', '-')}={quoted(value)} {words}")
+    if options.max_cost and not options.price:
+        raise UsageError("--max-cost needs --price, dollars per chip and hour")
     check_bucket(options.bucket)
     if not options.tier:
         raise UsageError("say how the slice is paid for: --spot, --reserved or --on-demand (the full price)")
@@ -198,6 +209,16 @@ def check(options: Options) -> None:
             f"--data={quoted(options.data)} must be gs://BUCKET/FOLDER of a prepared dataset, or "
             "a path that all hosts have"
         )
+
+
+def _first_of_several(options: Options) -> None:
+    """Of --zones and --types, which are tried in turn, the first is the one to begin with."""
+    for one, several, pattern in (("zone", "zones", ZONES), ("type", "types", TYPES)):
+        value = getattr(options, several)
+        if value and not matches(value, pattern):
+            raise UsageError(f"--{several}={quoted(value)} must be names with commas between")
+        if value:
+            setattr(options, one, value.split(",")[0])
 
 
 def _check_trainer(arguments: list[str]) -> str:

@@ -21,6 +21,8 @@ PATTERNS = {
     "PROJECT": options.PROJECT,
     "ZONE": options.ZONE,
     "TYPE": "[a-z0-9]+-[0-9]+",
+    "ZONES": f"({options.ZONES})?",
+    "TYPES": f"({options.TYPES})?",
     "SLICES": "[1-9][0-9]{0,4}",
     "TIER": "|".join(options.TIERS),
     "BUCKET": options.BUCKET,
@@ -56,6 +58,8 @@ class Run:
     max_attempts: int
     max_hours: int
     price: str = ""  # dollars per chip and hour
+    zones: str = ""  # to try in turn, with commas between
+    types: str = ""
     valid_until: str = ""  # a duration of gcloud's
     network: str = ""
     subnetwork: str = ""
@@ -94,6 +98,12 @@ class Run:
     def place(self) -> list[str]:
         return [f"--project={self.project}", f"--zone={self.zone}"]
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Zones and types to try, one after another, when there are no machines."""
+        zones, types = self.zones or self.zone, self.types or self.type
+        return [(zone, find(name).accelerator_type) for name in types.split(",") for zone in zones.split(",")]
+
     def node(self, index: int) -> str:
         """The node of a slice; several are numbered by the service in this way."""
         return self.name if self.slices == 1 else f"{self.name}-{index}"
@@ -101,6 +111,18 @@ class Run:
     def text(self) -> str:
         values = {key: getattr(self, key.lower()) for key in PATTERNS}
         return "".join(f"{key}={'1' if value is True else value or ''}\n" for key, value in values.items())
+
+
+def _hours(given: Options) -> int:
+    """Those of --max-hours, or fewer by --max-cost. Raises UsageError if not even one is affordable."""
+    hours = int(given.max_hours)
+    if not given.max_cost:
+        return hours
+    chips = max(find(name).num_chips for name in (given.types or given.type).split(",")) * int(given.slices)
+    affordable = int(int(given.max_cost) / (float(given.price) * chips))
+    if affordable < 1:
+        raise UsageError(f"--max-cost={given.max_cost} is less than an hour of {chips} chips at ${given.price}")
+    return min(hours, affordable)
 
 
 def from_options(given: Options) -> Run:
@@ -116,8 +138,10 @@ def from_options(given: Options) -> Run:
         workdir=given.workdir,
         data=given.data,
         max_attempts=int(given.max_attempts),
-        max_hours=int(given.max_hours),
+        max_hours=_hours(given),
         price=given.price,
+        zones=given.zones,
+        types=given.types,
         valid_until=given.valid_until,
         network=given.network,
         subnetwork=given.subnetwork,

@@ -228,12 +228,30 @@ def _seize(gcloud: Gcloud, run: Run, word: str) -> History:
     return history
 
 
-def list_runs(gcloud: Gcloud) -> int:
-    """Those of this machine; the bucket knows the others."""
-    files = sorted((record.STATE / "runs").glob("*/run"))
-    for file in files:
-        run = record.load(file)
-        print(f"{run.name:24} {run.slices} x {run.type:12} {run.zone:16} {queued.look(gcloud, run).state}")
-    if not files:
-        print("no run was submitted from this machine")
+def list_runs(gcloud: Gcloud, given: Options) -> int:
+    """Those of a bucket with their watchers, or those of this machine."""
+    runs = _recorded(gcloud, given.bucket) if given.bucket else []
+    if not given.bucket:
+        runs = [record.load(file) for file in sorted((record.STATE / "runs").glob("*/run"))]
+    for run in runs:
+        request = queued.look(gcloud, run)
+        state = request.state if request.ours or request.state in (ABSENT, UNKNOWN) else "of somebody else"
+        line = f"{run.name:24} {run.slices} x {run.type:12} {run.zone:16} {state}"
+        if given.bucket:
+            answer = gcloud.cat(f"{run.url}/watch")
+            line = f"{line:64} {shown(answer.out) if answer.ok else answer.kind}"
+        print(line)
+    if not runs:
+        print(f"no run is in {given.bucket}" if given.bucket else "no run was submitted from this machine")
     return 0
+
+
+def _recorded(gcloud: Gcloud, bucket: str) -> list[Run]:
+    options.check_bucket(bucket)
+    answer = gcloud.cat(f"{bucket}/runs/*/run")
+    if answer.kind is Kind.ABSENT:
+        return []
+    if not answer.ok:
+        raise BlockedError(f"cannot read {bucket}: {answer.reason}")
+    records = re.split("^(?=NAME=)", answer.out, flags=re.MULTILINE)
+    return [record.parse(text, f"in {bucket}/runs") for text in records if text.strip()]

@@ -73,6 +73,7 @@ class Limits:
     max_hours: int = 720
     valid_until: str = ""  # as the person gave it; else requests are valid for DEFAULT_VALID and asked for again
     watch: bool = True  # make new slices
+    places: int = 1  # that are tried in turn
     poll: float = 30.0
     provision: float = 7200.0
     repair: float = 3600.0

@@ -1,9 +1,11 @@
 """submit: check, record, then watch. Run again it does the same, and finds done what was done."""
 
+import dataclasses
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,13 +43,15 @@ def submit(given: Options, temporary: Path) -> int:
     checks.check_cloud(gcloud, run, temporary)
     chosen = code.choose(temporary, config)
     run.tree, run.commit, run.code_sha256 = chosen.tree, chosen.commit, chosen.sha256
-    checks.check_config(gcloud, run, chosen, given.trainer, temporary)
+    for place in dict.fromkeys(kind for _, kind in run.places):
+        checks.check_config(gcloud, dataclasses.replace(run, type=place), chosen, given.trainer, temporary)
     run.local.mkdir(parents=True, exist_ok=True)
     if not given.no_plan:
         checks.check_plan(run, chosen, given.trainer)
+    _confirm_other_code(gcloud, run, given)
+    _confirm_cost(run, given)
     if given.detach:
         return _detach(given, run)
-    _confirm_other_code(gcloud, run, given)
     lock = Lock(gcloud, run.url, run.name)
     lock.take(given.take_over)
     (run.local / "watching").touch()
@@ -63,7 +67,7 @@ def submit(given: Options, temporary: Path) -> int:
     code.upload(gcloud, run, chosen, arguments)
     if trouble := history.add("submitted", f"commit {run.commit[:12]}, code {run.tree[:12]}"):
         raise BlockedError(f"cannot write to {run.url}: {trouble}")
-    end = watch.Watcher(gcloud, run, lock, history, given.watch, resubmitted).watch()
+    end = watch.Watcher(gcloud, run, lock, history, given.watch, resubmitted, given.notify).watch()
     return watch.finish(end, gcloud, run, lock, history)
 
 
@@ -85,6 +89,20 @@ def _confirm_other_code(gcloud: Gcloud, run: Run, given: Options) -> None:
         raise UsageError(f"run {run.name} is training with other {what} ({trees}); --yes restarts it with these")
 
 
+def _confirm_cost(run: Run, given: Options) -> None:
+    """Says what the run may cost, and asks where somebody can answer. Raises UsageError at no."""
+    chips = max(dataclasses.replace(run, type=kind).chips for _, kind in run.places)
+    text = f"at most {run.max_hours} h of {chips} chips = {run.max_hours * chips} chip-hours"
+    if run.price:
+        hour = chips * float(run.price)
+        text += f": ${hour:.2f} an hour, at most ${hour * run.max_hours:.2f}"
+    else:
+        text += " (--price shows dollars, --max-hours and --max-cost are the limits)"
+    say(text)
+    if not given.yes and sys.stdin.isatty() and not yes("Go on? [y/N] "):
+        raise UsageError("nothing was created; answer y, or give --yes")
+
+
 def yes(question: str) -> bool:
     try:
         return input(question) in ("y", "Y")
@@ -100,6 +118,18 @@ def _same_flags(gcloud: Gcloud, run: Run, given: Options) -> bool:
     if not answer.ok:
         raise BlockedError(f"cannot read {run.url}/trainer.args: {answer.reason}")
     return answer.out == "\n".join(given.trainer)
+
+
+def attach(gcloud: Gcloud, run: Run, given: Options) -> int:
+    """Watches a run from any machine, with the code and the flags that are recorded."""
+    lock = Lock(gcloud, run.url, run.name)
+    lock.take(given.take_over)
+    history = History(gcloud, run)
+    history.load()
+    if history.last == "finished":
+        return _finished_already(gcloud, run, lock, history)
+    end = watch.Watcher(gcloud, run, lock, history, watch=True, notify=given.notify).watch()
+    return watch.finish(end, gcloud, run, lock, history)
 
 
 def _finished_already(gcloud: Gcloud, run: Run, lock: Lock, history: History) -> int:
@@ -124,6 +154,8 @@ def _claim_name(gcloud: Gcloud, run: Run, temporary: Path) -> None:
             raise BlockedError(f"cannot read {url}: {found.reason}")
         old = record.parse(found.out, url)
         run.run_id = old.run_id or run.run_id
+        if (old.zone, old.type) in run.places:  # where it was left
+            run.zone, run.type = old.zone, old.type
         file.write_text(run.text())
         for key in ("project", "zone", "type", "slices"):
             if getattr(old, key) != getattr(run, key):
@@ -179,6 +211,7 @@ def _detach(given: Options, run: Run) -> int:
     """Everything was checked here, where it can be read; what is left goes on without this terminal."""
     at = given.arguments.index("--") if "--" in given.arguments else len(given.arguments)
     own = ["--watch" if argument == "--detach" else argument for argument in given.arguments[:at]]
+    own += [] if given.yes else ["--yes"]  # asked here
     kept = [f"{key}={value}" for key, value in os.environ.items() if _KEPT.fullmatch(key)]
     log, ended, watching = run.local / "watcher.log", run.local / "watcher.ended", run.local / "watching"
     command = ["env", *kept, f"PYTHON={checks.trainer_python()}"]

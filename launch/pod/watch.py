@@ -3,9 +3,11 @@
 It can be killed anywhere and started again: what it must not forget is in the bucket and with the service.
 """
 
+import functools
 import time
 
 from . import decide, hosts, queued
+from . import notify as notice
 from .gcloud import Gcloud, Kind, seconds
 from .history import History, failed_stages, uncounted
 from .lock import LOST, OURS, Lock, shown
@@ -46,6 +48,7 @@ def limits_of(run: Run, watch: bool) -> Limits:
         max_hours=run.max_hours,
         valid_until=run.valid_until,
         watch=watch,
+        places=len(run.places),
         poll=seconds("POLL", 30),
         provision=seconds("PROVISION", 7200),
         repair=seconds("REPAIR", 3600),
@@ -57,12 +60,22 @@ class Watcher:
     """Of one run.
 
     Args:
+      watch: make new slices.
+      notify: whom to tell, see notify.py.
       resubmitted: the flags are those of the submit before, so that its end is this one's.
     """
 
     def __init__(
-        self, gcloud: Gcloud, run: Run, lock: Lock, history: History, watch: bool, resubmitted: bool = True
+        self,
+        gcloud: Gcloud,
+        run: Run,
+        lock: Lock,
+        history: History,
+        watch: bool,
+        resubmitted: bool = True,
+        notify: str = "",
     ) -> None:
+        self._notify = functools.partial(notice.notify, notify, run.name)
         self._gcloud, self._run, self._lock, self._history = gcloud, run, lock, history
         self._limits, self._resubmitted = limits_of(run, watch), resubmitted
         events = history.events
@@ -82,6 +95,7 @@ class Watcher:
         self._billed, self._looked = history.billed(time.time()), now()
         self._said: dict[str, float] = {}
         self._request = ""
+        self._told = False
 
     def watch(self) -> End:
         """Until the run is at its end, or somebody else's."""
@@ -93,6 +107,8 @@ class Watcher:
                 if self._state.ending is not None and before.ending is None:
                     self._announce(self._state.ending)
                 if isinstance(action, End):
+                    if action.how in ("finished", "failed", "ended"):
+                        self._notify("finished" if action.how == "finished" else "failed", action.why)
                     return action
                 if not self._act(action, look):
                     self._pause()
@@ -203,6 +219,7 @@ class Watcher:
             if ending.uncounted:
                 self._history.add("unserved", f"attempt {self._state.attempt}")
             self._history.add("dropped", f"attempt {self._state.attempt}: {ending.why}{stage}")
+            self._notify("preempted", ending.why)
         elif ending.kind == "fail":
             say(f"stopping: {ending.why}")
         else:
@@ -226,13 +243,37 @@ class Watcher:
                 answer = queued.delete(self._gcloud, self._run)
                 if not answer.ok:
                     say(f"deleting failed, trying again: {answer.reason}")
+                    if not self._told:
+                        self._notify("still billing", answer.reason)
+                    self._told = True
                 return answer.ok
             case Dropped(ending):
                 self._state = decide.dropped(self._state, ending, now(), self._limits)
+                if ending.uncounted:
+                    self._next_place()
                 return True
             case Wait(text) if text:
                 self._say_now_and_again(text)
         return False
+
+    def _next_place(self) -> None:
+        """The next zone and type to try: only now, when the request in the one before is surely gone."""
+        run, places = self._run, self._run.places
+        here = places.index((run.zone, run.type)) if (run.zone, run.type) in places else -1
+        before = run.zone, run.type
+        run.zone, run.type = places[(here + 1) % len(places)]
+        if (run.zone, run.type) == before:
+            return
+        file = run.local / "run"
+        file.write_text(run.text())
+        answer = self._gcloud.put_surely(file, f"{run.url}/run")
+        if answer.ok:
+            say(f"next: {run.type} in {run.zone}")
+            return
+        # Others would look for the slice where it is not.
+        run.zone, run.type = before
+        file.write_text(run.text())
+        say(f"cannot write {run.url}/run, so the place stays: {answer.reason}")
 
     def _end_job(self) -> None:
         if self._job is not None:

@@ -103,6 +103,9 @@ def missing(name, what="queuedResources"):
 
 def create(state, script, positionals, options):
     name = positionals[0]
+    if state["requests"].get(name, options).get("zone", options["--zone"]) != options["--zone"]:
+        with open(f"{CLOUD}/refused", "a") as refused:
+            refused.write(f"a second slice for {name}\n")
     if name in state["requests"]:
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
     number = state["created"]
@@ -118,6 +121,7 @@ def create(state, script, positionals, options):
     hosts = HOSTS[options["--accelerator-type"]]
     state["created"] += 1
     state["requests"][name] = {"states": attempts[min(number, len(attempts) - 1)], "hosts": hosts, "port": port}
+    state["requests"][name]["zone"] = options["--zone"]
     state["requests"][name]["nodes"] = dict.fromkeys(nodes, "READY")
     labels = options.get("--labels", "")
     state["requests"][name]["labels"] = dict(label.split("=") for label in labels.split(",") if label)
@@ -132,6 +136,8 @@ def create(state, script, positionals, options):
 
 def describe(state, script, positionals, options):
     request = state["requests"].get(positionals[0]) or missing(positionals[0])
+    if request.get("zone", options["--zone"]) != options["--zone"]:
+        missing(positionals[0])
     if request.get("hidden"):
         request["hidden"] -= 1
         write("state.json", state)
@@ -153,6 +159,8 @@ def describe(state, script, positionals, options):
 
 
 def delete(state, script, positionals, options):
+    if state["requests"].get(positionals[0], {}).get("zone", options["--zone"]) != options["--zone"]:
+        missing(positionals[0])
     request = state["requests"].pop(positionals[0], None) or missing(positionals[0])
     import glob
 
