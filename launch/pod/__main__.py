@@ -16,9 +16,10 @@ USAGE = """\
 launch/tpu_pod.sh submit --name NAME --type v4-32 --zone us-central2-b --project P --bucket gs://B
                          --spot | --reserved | --on-demand [options] -- --config=configs/c4.py:d12 [trainer's flags]
 launch/tpu_pod.sh attach --name NAME --bucket gs://B       watch it, from any machine, with its recorded code
-launch/tpu_pod.sh status | tensorboard | ssh [--host N] | stop | delete [--yes] | list
+launch/tpu_pod.sh status | tensorboard | ssh [--host N] [--forward PORT] | stop | delete [--yes] | list
 launch/tpu_pod.sh logs [--host N|all] [--attempt N] [--tail LINES] [-f]
-launch/tpu_pod.sh render-jobset [submit's options] --image IMAGE -- [trainer's flags]
+launch/tpu_pod.sh render-jobset [submit's options] --image IMAGE [--namespace N] [--queue KUEUE]
+                         [--kubernetes-account A] -- [trainer's flags]
 
 submit runs to the end of the slice, and again after any failure goes on from where it was. Its options:
   --watch               make a new slice after each preemption, until the run is finished
@@ -35,7 +36,7 @@ submit runs to the end of the slice, and again after any failure goes on from wh
   --valid-until 6h      give up if no slice was granted by then
   --price USD           per chip and hour, for the cost in status
   --no-plan             do not ask the TPU compiler first whether the run fits
-  --network, --subnetwork, --service-account, --internal-ips    as gcloud's
+  --network, --subnetwork, --service-account, --internal-ips, --runtime-version, --tunnel-through-iap    as gcloud's
   --yes                 do not ask before it costs, nor before a trainer at work gets other code
   --take-over           watch a run whose watcher on another machine is gone
 The others take --name NAME (by default the last one submitted) and, on another machine, --bucket gs://B."""

@@ -35,13 +35,15 @@ def ssh_command(run: Run, attempt: int, host: int, verb: str) -> list[str]:
         "start": f"bash {code}/launch/host.sh start {run.name}",
         "stop": f"test ! -e {home}/current || bash {home}/current/launch/host.sh stop {run.name}",
     }[verb]
-    internal = ["--internal-ip"] if run.internal_ips else []
-    return [*node_ssh(run, host), *internal, *ALIVE, f"--command={remote}", "--quiet"]
+    return [*node_ssh(run, host), *ALIVE, f"--command={remote}", "--quiet"]
 
 
 def node_ssh(run: Run, host: int) -> list[str]:
     slice_index, worker = divmod(host, run.topology.num_hosts)
-    return ["compute", "tpus", "tpu-vm", "ssh", run.node(slice_index), *run.place, f"--worker={worker}"]
+    command = ["compute", "tpus", "tpu-vm", "ssh", run.node(slice_index), *run.place, f"--worker={worker}"]
+    if run.tunnel_through_iap:  # which only that track knows
+        return ["alpha", *command, "--tunnel-through-iap"]
+    return [*command, "--internal-ip"] if run.internal_ips else command
 
 
 class Job:

@@ -1,5 +1,7 @@
 """The same run as a JobSet for GKE."""
 
+import re
+
 from .options import ROOT, Options, matches
 from .record import Run
 from .terminal import UsageError, quoted
@@ -17,6 +19,11 @@ def render(run: Run, given: Options) -> str:
             f"--image={quoted(given.image)} is not a container image; give one that holds this repository, "
             "see launch/README.md"
         )
+    for option in ("namespace", "queue", "kubernetes_account"):
+        if not matches(getattr(given, option), "([a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?)?"):
+            raise UsageError(
+                f"--{option.replace('_', '-')}={quoted(getattr(given, option))} is not a name of Kubernetes"
+            )
     if run.slices > 1 and run.topology.num_hosts == 1:
         raise UsageError("several slices of one host each are not possible on GKE; take a larger --type")
     if not run.data.startswith("gs://"):
@@ -38,12 +45,15 @@ def render(run: Run, given: Options) -> str:
         "DATA_FOLDER": folder or ".",
         "ARGUMENTS": "".join(f"\n                    - {_yaml(argument)}" for argument in arguments),
     }
+    values |= {"NAMESPACE": given.namespace, "QUEUE": given.queue, "SERVICE_ACCOUNT": given.kubernetes_account}
+    only = {"spot": run.tier == "spot", "namespace": given.namespace, "queue": given.queue}
+    only |= {"account": given.kubernetes_account}
     lines = []
     for line in (ROOT / "launch/jobset.yaml").read_text().splitlines():
-        if line.endswith(" # spot only"):
-            if run.tier != "spot":
+        if found := re.fullmatch(r"(.*\S) *# (\w+) only", line):
+            if not only[found[2]]:
                 continue
-            line = line.removesuffix("# spot only").rstrip()
+            line = found[1]
         for key, value in values.items():
             # One place a line, so that what is filled in is not looked at again.
             if f"@{key}@" in line:

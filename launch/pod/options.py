@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 _SLICE = (
     "--name --type --zone --project --bucket --slices --workdir --data --spot --reserved --on-demand --max-attempts"
 )
-_NETWORK = "--network --subnetwork --service-account --internal-ips"
+_NETWORK = "--network --subnetwork --service-account --internal-ips --tunnel-through-iap --runtime-version"
 # What each command takes: an option that would be ignored is a mistake.
 ALLOWED = {
     "submit": f"{_SLICE} {_NETWORK} --valid-until --max-hours --price --no-plan --watch --detach --dry-run --take-over "
     "--yes --max-cost --notify --zones --types",
-    "render-jobset": f"{_SLICE} --image",
+    "render-jobset": f"{_SLICE} --image --namespace --queue --kubernetes-account",
     "logs": "--name --bucket --host --attempt --tail -f",
-    "ssh": "--name --bucket --host",
+    "ssh": "--name --bucket --host --forward",
     "delete": "--name --bucket --yes",
     "attach": "--name --bucket --take-over --notify",
     "status": "--name --bucket",
@@ -28,7 +28,17 @@ ALLOWED = {
     "list": "--bucket",
 }
 TIERS = ("spot", "reserved", "on-demand")
-SWITCHES = ("--internal-ips", "--no-plan", "--watch", "--detach", "--dry-run", "--take-over", "--yes", "-f")
+SWITCHES = (
+    "--internal-ips",
+    "--tunnel-through-iap",
+    "--no-plan",
+    "--watch",
+    "--detach",
+    "--dry-run",
+    "--take-over",
+    "--yes",
+    "-f",
+)
 
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 ZONE = r"[a-z]+-[a-z]+[0-9]+-[a-z]"
@@ -39,6 +49,7 @@ PRICE = r"[0-9]{1,4}(\.[0-9]{1,6})?"
 DURATION = r"([0-9]{1,5}[smhd])+"
 ZONES, TYPES = rf"{ZONE}(,{ZONE})*", r"[a-z0-9]+-[0-9]+(,[a-z0-9]+-[0-9]+)*"
 NETWORK = r"[a-z][a-z0-9/_.-]*"
+RUNTIME = r"[a-z0-9][a-z0-9._-]*"
 EMAIL = r"[A-Za-z0-9][A-Za-z0-9._-]*@[a-z0-9.-]+"
 # What nobody wants to find in a bucket: private keys, and tokens that say by themselves what they are. For Python and
 # for git grep -E alike.
@@ -84,7 +95,13 @@ class Options:
     attempt: str = ""
     tail: str = ""
     image: str = ""
+    namespace: str = ""
+    queue: str = ""
+    kubernetes_account: str = ""
+    runtime_version: str = ""
+    forward: str = ""
     internal_ips: bool = False
+    tunnel_through_iap: bool = False
     no_plan: bool = False
     watch: bool = False
     detach: bool = False
@@ -163,6 +180,7 @@ _OPTIONAL = (
     ("max_cost", r"[0-9]{1,7}", "must be whole dollars, e.g. --max-cost 500"),
     ("price", PRICE, "must be dollars per chip and hour, e.g. --price 1.25"),
     ("valid_until", DURATION, "is not a duration; e.g. --valid-until 6h"),
+    ("runtime_version", RUNTIME, "is not the name of a VM image; e.g. --runtime-version tpu-ubuntu2204-base"),
     ("network", NETWORK, "is not a network's name"),
     ("subnetwork", NETWORK, "is not a subnetwork's name"),
     ("service_account", EMAIL, "is not the e-mail address of a service account"),

@@ -20,7 +20,7 @@ def create_command(run: Run, startup_script: str) -> list[str]:
     command = ["compute", "tpus", "queued-resources", "create", run.name, *run.place]
     command += [
         f"--accelerator-type={run.type}",
-        f"--runtime-version={run.topology.chip.runtime}",
+        f"--runtime-version={run.runtime_version or run.topology.chip.runtime}",
         f"--labels=run={run.name},{LABEL}={run.run_id}",
     ]
     command += [f"--node-id={run.name}"] if run.slices == 1 else []

@@ -36,6 +36,8 @@ PATTERNS = {
     "SUBNETWORK": f"({options.NETWORK})?",
     "SERVICE_ACCOUNT": f"({options.EMAIL})?",
     "INTERNAL_IPS": "1?",
+    "TUNNEL_THROUGH_IAP": "1?",
+    "RUNTIME_VERSION": f"({options.RUNTIME})?",
     "TREE": "[0-9a-f]{40,64}",
     "COMMIT": "[0-9a-f]{40,64}",
     "CODE_SHA256": "[0-9a-f]{64}|",
@@ -65,6 +67,8 @@ class Run:
     subnetwork: str = ""
     service_account: str = ""
     internal_ips: bool = False
+    tunnel_through_iap: bool = False
+    runtime_version: str = ""  # the VM image, if not that of the type
     tree: str = ""
     commit: str = ""
     code_sha256: str = ""  # of the archive that the hosts load
@@ -147,6 +151,8 @@ def from_options(given: Options) -> Run:
         subnetwork=given.subnetwork,
         service_account=given.service_account,
         internal_ips=given.internal_ips,
+        tunnel_through_iap=given.tunnel_through_iap,
+        runtime_version=given.runtime_version,
         run_id=secrets.token_hex(8),
     )
 
@@ -173,8 +179,8 @@ def parse(text: str, source: str) -> Run:
             raise UsageError(f"the record {source} holds no {key.upper()}; delete that file")
     run_url = f"{values['bucket']}/runs/{values['name']}"
     numbers = {key: int(values.pop(key)) for key in ("slices", "max_attempts", "max_hours")}
-    internal = bool(values.pop("internal_ips", ""))
-    run = Run(**({"workdir": f"{run_url}/workdir", "data": ""} | values), **numbers, internal_ips=internal)  # type: ignore[arg-type]
+    switches = {key: bool(values.pop(key, "")) for key in ("internal_ips", "tunnel_through_iap")}
+    run = Run(**({"workdir": f"{run_url}/workdir", "data": ""} | values), **numbers, **switches)  # type: ignore[arg-type]
     _ = run.topology
     return run
 

@@ -142,8 +142,11 @@ def _host(run: Run, given: Options) -> int:
 
 
 def ssh(run: Run, given: Options) -> int:
-    internal = ["--internal-ip"] if run.internal_ips else []
-    return subprocess.run(["gcloud", *hosts.node_ssh(run, _host(run, given)), *internal]).returncode
+    """With --forward a port of the host is one of this machine too, for as long as the session lasts."""
+    if not re.fullmatch("[1-9][0-9]{0,4}|", given.forward):
+        raise UsageError(f"--forward={quoted(given.forward)} must be a port's number, e.g. 9012 of the profiler")
+    port = ["--", "-L", f"{given.forward}:localhost:{given.forward}"] if given.forward else []
+    return subprocess.run(["gcloud", *hosts.node_ssh(run, _host(run, given)), *port]).returncode
 
 
 def tensorboard(gcloud: Gcloud, run: Run) -> int:

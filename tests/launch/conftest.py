@@ -42,7 +42,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("repository")
     for name in ("configs", "data", "launch", "model", "trainer"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("constraints.txt", "pyproject.toml", "README.md"):
+    for name in ("constraints.txt", "pyproject.toml", "README.md", ".gitignore"):
         shutil.copy(ROOT / name, copy / name)
     git(copy, "init", "-q")
     git(copy, "add", "-A")

@@ -61,6 +61,16 @@ def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     assert created(cloud) == 1
 
 
+def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
+    cloud.trainer("0")
+    code, output = cloud.submit("--tunnel-through-iap", "--runtime-version", "v2-alpha-new")
+    assert code == 0, output
+    assert "--runtime-version=v2-alpha-new" in cloud.calls("queued-resources create")[0]
+    assert all(call[0] == "alpha" and "--tunnel-through-iap" in call for call in cloud.calls("tpu-vm ssh"))
+    cloud.run("ssh", "--forward", "9012")
+    assert cloud.calls("tpu-vm ssh")[-1][-3:] == ["--", "-L", "9012:localhost:9012"]
+
+
 def test_log_of_every_host_of_an_attempt_and_only_its_end(cloud):
     cloud.trainer("0")
     assert cloud.submit()[0] == 0

@@ -356,6 +356,7 @@ ACTIONS = {
     "compute tpus queued-resources delete": delete,
     "compute tpus tpu-vm describe": node_describe,
     "compute tpus tpu-vm ssh": ssh,
+    "alpha compute tpus tpu-vm ssh": ssh,
     "storage cat": cat,
     "storage cp": cp_many,
     "storage objects describe": object_describe,
