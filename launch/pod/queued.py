@@ -7,7 +7,7 @@ from pathlib import Path
 from .gcloud import Answer, Gcloud, Kind, seconds
 from .record import Run
 from .state import ABSENT, DEFAULT_VALID, UNKNOWN, Nodes
-from .terminal import one_line
+from .terminal import UsageError, one_line
 
 LABEL = "run-id"
 LOGIN_EXPIRED = (
@@ -91,6 +91,8 @@ def look(gcloud: Gcloud, run: Run) -> Request:
 
 
 def _not_seen(answer: Answer) -> Request:
+    if "Invalid choice: 'queued-resources'" in answer.error:
+        raise UsageError("this gcloud is too old: 467.0.0 or newer is needed; gcloud components update")
     if answer.kind is Kind.ABSENT:
         return Request(ABSENT)
     trouble = LOGIN_EXPIRED if answer.kind is Kind.AUTH else f"cannot see the slice: {answer.reason}"

@@ -1,6 +1,7 @@
 """What reaches a watcher in the background and a person on another machine."""
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -164,3 +165,14 @@ def test_cost_is_said_before_and_limited(cloud):
     assert "MAX_HOURS=10\n" in cloud.object("run")
     code, output = cloud.submit("--max-cost", "9", "--price", "1.25")
     assert code == 2 and "--max-cost=9 is less than an hour of 8 chips at $1.25" in output
+
+
+def test_person_at_a_terminal_is_asked_before_it_costs(cloud):
+    ours, theirs = pty.openpty()
+    os.write(ours, b"n\n")
+    command = [cloud.repository / "launch/tpu_pod.sh", "submit", *SUBMIT, *TRAINER]
+    done = subprocess.run(command, env=cloud.environment, stdin=theirs, capture_output=True, text=True, timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 2 and "nothing was created; answer y, or give --yes" in done.stderr
+    assert "Go on? [y/N]" in done.stdout and created(cloud) == 0

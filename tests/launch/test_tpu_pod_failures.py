@@ -151,3 +151,19 @@ def test_code_that_was_changed_in_the_bucket_is_not_run(cloud):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "WARNING: 1 computed checksum did NOT match" in output, output
     assert not (cloud.folder / "starts-0").exists()
+
+
+def test_gcloud_that_is_too_old_is_said_before_anything_is_created(cloud):
+    cloud.error("queued-resources", "ERROR: (gcloud.compute.tpus) Invalid choice: 'queued-resources'.", times=9)
+    code, output = cloud.submit()
+    assert code == 2 and "this gcloud is too old: 467.0.0 or newer is needed" in output
+    assert not cloud.calls("queued-resources create")
+
+
+def test_name_that_cannot_be_resolved_is_no_expired_login(cloud):
+    trouble = "ERROR: (gcloud) There was a problem refreshing your current auth tokens: Max retries exceeded"
+    cloud.error("accelerator-types describe", trouble)
+    cloud.error("queued-resources describe", trouble, times=2)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0 and "login has expired" not in output, output
