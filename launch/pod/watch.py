@@ -110,7 +110,7 @@ class Watcher:
                     if action.how in ("finished", "failed", "ended"):
                         self._notify("finished" if action.how == "finished" else "failed", action.why)
                     return action
-                if not self._act(action, look):
+                if not self._act(action):
                     self._pause()
         finally:
             if self._job is not None:
@@ -131,15 +131,16 @@ class Watcher:
         if request.state != self._request and request.state != UNKNOWN:
             say(f"slice {self._run.name}: {request.state}")
             self._request = request.state
-        if request.state == ABSENT and self._history.slice_is_up:
+        mine = lock is HeldLock.OURS and (request.ours or request.state == ABSENT)
+        if mine and request.state == ABSENT and self._history.slice_is_up:
             self._history.add("gone")
         result, result_detail = self._look_at_workers()
         nodes, node_detail = Nodes.UNKNOWN, ""
-        if request.state == "ACTIVE":
+        if request.state == "ACTIVE" and request.ours:
             nodes, node_detail = queued.look_at_nodes(self._gcloud, self._run)
             if nodes is Nodes.UNKNOWN:
                 self._say_now_and_again(f"cannot see {node_detail}")
-            if nodes is Nodes.READY and not self._history.slice_is_up:
+            if mine and nodes is Nodes.READY and not self._history.slice_is_up:
                 self._history.add("ready")
         setup, setup_detail = self._look_at_job()
         # Against the state before this look: what was just set up has not had the time to beat.
@@ -180,6 +181,8 @@ class Watcher:
         workers, kind = hosts.read_workers(self._gcloud, self._run, self._history.attempt)
         if kind is not Kind.OK:
             self._workers = []
+            if kind is Kind.ABSENT and self._stale is None:
+                self._stale = set()
             return "unknown" if kind is not Kind.ABSENT else "running", ""
         self._workers = workers
         if self._stale is None:
@@ -226,7 +229,7 @@ class Watcher:
             self._log.follow(self._workers, self._history.attempt)
             say("finished; deleting the slice")
 
-    def _act(self, action: Action, look: Observation) -> bool:
+    def _act(self, action: Action) -> bool:
         """Does it. Returns whether to look again at once."""
         match action:
             case Create():
