@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import os
 import subprocess
-import tarfile
 from pathlib import Path
 
 from .gcloud import Gcloud
@@ -81,8 +80,8 @@ def _archive(temporary: Path, tree: str) -> Path:
             f"the code is {megabytes} MB, of which every host loads a copy; at most {MAX_MEGABYTES} MB: the largest "
             f"file is {name} with {size >> 20} MB, take it out of git"
         )
-    with tarfile.open(archive) as files:
-        files.extractall(folder, filter="tar")
+    folder.mkdir()
+    subprocess.run(["tar", "-xzf", str(archive), "-C", str(folder)], check=True)
     return archive
 
 

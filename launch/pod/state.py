@@ -137,7 +137,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Wait:
-    say: str = ""
+    """Looks again after a while."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Save:
 
 @dataclasses.dataclass(frozen=True)
 class Delete:
-    pass
+    """Deletes the request and its nodes, and looks again."""
 
 
 @dataclasses.dataclass(frozen=True)

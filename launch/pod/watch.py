@@ -28,7 +28,6 @@ from .state import (
     SetUp,
     Setup,
     State,
-    Wait,
 )
 from .state import Lock as HeldLock
 from .terminal import UsageError, printable, say
@@ -255,8 +254,6 @@ class Watcher:
                 if ending.uncounted:
                     self._next_place()
                 return True
-            case Wait(text) if text:
-                self._say_now_and_again(text)
         return False
 
     def _next_place(self) -> None:
