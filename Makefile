@@ -1,4 +1,4 @@
-# make setup | train | study | test | lint | bench: each sets up what it needs.
+# make setup | train | study | test | test-faults | lint | results | bench: each sets up what it needs.
 PYTHON ?= python3
 EXTRAS ?= dev
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(EXTRAS)
 PROJECTS := pyproject.toml model/selective_attention/pyproject.toml model/inference_budget/pyproject.toml
 .DELETE_ON_ERROR:
-.PHONY: setup train study test lint bench clean
+.PHONY: setup train study test test-faults lint results bench clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,11 @@ lint: setup
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/shellcheck -x -a launch/*.sh
 	@$(VENV)/bin/shfmt -i 2 -ci -d launch
+
+# The tables of docs/ that the TPU compiler makes: all, or those whose command has the word ONLY.
+results:
+	@$(MAKE) --no-print-directory setup EXTRAS=dev,tpu
+	@JAX_PLATFORMS=cpu $(RUN) docs/tables.py $(ONLY)
 
 # libtpu for the kernels' schedules, and the peers of data; the clock runs on the CPU.
 bench:

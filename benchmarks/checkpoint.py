@@ -26,10 +26,11 @@ import jax.numpy as jnp
 
 from configs import c4
 from trainer.batches import batch_sharding
-from trainer.checkpoints.manager import Checkpoints, abstract_state
-from trainer.loop import compile_train_step
+from trainer.checkpoints.manager import Checkpoints
 from trainer.mesh import make_mesh
-from trainer.state import init_state, make_optimizer
+from trainer.settings import read_settings
+from trainer.state import abstract_state, init_state
+from trainer.step import compile_train_step
 
 PAD_ID = 0
 TIMES = {
@@ -89,10 +90,10 @@ def main() -> None:
     config = c4.get_config("d12")
     fields = {"batch_size": arguments.batch_size, "context_length": arguments.context_length, "mesh.fsdp": 1}
     config.update_from_flattened_dict(fields | {"model.vocab_size": 16_384, "model.dtype": "float32"})
-    mesh, optimizer = make_mesh(config.mesh, jax.devices()[:1]), make_optimizer(config)
+    settings = read_settings(config)
+    mesh = make_mesh(settings.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
-        shape = abstract_state(jax.eval_shape(lambda: init_state(config, optimizer)), mesh)
-        step = compile_train_step(config, PAD_ID, shape, mesh)
+        step = compile_train_step(settings, PAD_ID, abstract_state(settings, mesh), mesh)
         tokens_shape = (config.batch_size, config.context_length)
         tokens = jax.random.randint(jax.random.key(0), tokens_shape, 1, config.model.vocab_size, jnp.int32)
         tokens = jax.device_put(tokens, batch_sharding(mesh))
@@ -103,14 +104,14 @@ def main() -> None:
             step.args_info[0][2:],
             step.input_shardings[0][2:],
         )
-        state = jax.jit(lambda: init_state(config, optimizer))()
+        state = jax.jit(lambda: init_state(settings))()
         size = sum(x.nbytes for x in jax.tree.leaves(state))
 
         def train() -> None:
             nonlocal state
             state = jax.block_until_ready(step(state, batch, *others)[0])
 
-        checkpoints = Checkpoints(workdir, config, "benchmark")
+        checkpoints = Checkpoints(workdir, settings, "benchmark")
         numbers = itertools.count(1)
 
         def save() -> None:

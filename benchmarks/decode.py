@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
-from inference_budget.generation import decode
+from inference_budget.generation import Sampling, decode
 from launch.slices import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
 from selective_attention.transformer.decoding import unstacked
@@ -40,9 +40,7 @@ def step_time(model: Transformer, cache: Cache, batch: int, steps: int) -> float
     keys = jax.random.split(jax.random.key(0), steps)
     for _ in range(4):
         start = time.perf_counter()
-        tokens_NB, logits_BV, cache = decode(
-            graph, parameters, logits_BV, cache, keys, 0.0, 1.0, top_k=None, nucleus=False
-        )
+        tokens_NB, logits_BV, cache = decode(graph, parameters, logits_BV, cache, keys, Sampling(temperature=0.0))
         jax.block_until_ready((tokens_NB, logits_BV, cache))
         times.append((time.perf_counter() - start) / steps)
     return statistics.median(times[1:])

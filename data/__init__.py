@@ -1,8 +1,9 @@
-"""Raw text -> tokenizer -> ArrayRecord -> deterministic batches. See README.md in this folder."""
+"""Raw text -> tokenizer -> ArrayRecord -> deterministic batches. See docs/data.md."""
 
 from data.batches import EvalBatches, TrainBatches
 from data.dataset import Dataset, open_dataset
-from data.manifest import DataError, Manifest
+from data.errors import DataError
+from data.manifest import Manifest
 from data.tokenizer import Tokenizer
 
 __all__ = ["DataError", "Dataset", "EvalBatches", "Manifest", "Tokenizer", "TrainBatches", "open_dataset"]

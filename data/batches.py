@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from data.dataset import Dataset
-from data.manifest import DataError
+from data.errors import DataError
 
 FILLER = -1
 
@@ -63,7 +63,11 @@ class TrainBatches(_Windows):
     """
 
     def __init__(self, dataset: Dataset, *, context_length: int, batch_size: int, seed: int, split: str = "train"):
-        """Raises DataError if `context_length` does not divide the record length or a batch exceeds the split."""
+        """Takes the windows of `context_length` tokens of a split.
+
+        Raises:
+          DataError: `context_length` does not divide the record length, or a batch exceeds the split.
+        """
         super().__init__(dataset, context_length, batch_size, split)
         if self.num_windows < batch_size:
             raise DataError(
@@ -99,7 +103,11 @@ class EvalBatches(_Windows):
     """The windows in order, each once, in `num_batches` batches; the last is filled with rows of padding."""
 
     def __init__(self, dataset: Dataset, *, context_length: int, batch_size: int, split: str = "validation"):
-        """Raises DataError if `context_length` does not divide the record length, or the split is empty."""
+        """Takes the windows of `context_length` tokens of a split.
+
+        Raises:
+          DataError: `context_length` does not divide the record length, or the split is empty.
+        """
         super().__init__(dataset, context_length, batch_size, split)
         if not self.num_windows:
             raise DataError(f"the split {split!r} is empty")

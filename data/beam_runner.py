@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from data.manifest import DataError
+from data.errors import DataError, WorkError
 from data.workers import Task
 
 try:
@@ -17,10 +17,13 @@ except ImportError:
 def run_on_beam(
     function: Callable, tasks: list[Task], progress: tqdm, *, pipeline_arguments: list[str]
 ) -> Iterator[Task]:
-    """One pipeline that calls `function` with each task, and yields them all when it has ended.
+    """Calls `function` with each task in one pipeline, and yields them all when it has ended.
 
     The workers need this project installed, and a folder that they all reach; results travel through that folder, so
-    that a pipeline that failed is continued by running it again. Raises DataError when the pipeline fails.
+    that a pipeline that failed is continued by running it again.
+
+    Raises:
+      WorkError: the pipeline fails.
     """
     if not tasks:
         return
@@ -30,7 +33,7 @@ def run_on_beam(
             # Without the reshuffle a runner may fuse both steps and give every task to one worker.
             _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(lambda task: function(task, [0, 0]))
     except Exception as error:
-        raise DataError(
+        raise WorkError(
             f"the Beam pipeline failed: {error}; what is done is kept, run the same command again"
         ) from error
     for task in tasks:

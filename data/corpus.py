@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.errors import DataError, end
 from data.sources import in_validation
 
 # What the application itself needs, directly or not, and documents at length. The list is fixed so that installing an
@@ -91,7 +91,7 @@ _ROLE = re.compile(r":[a-z:]+:(?=`)")
 _WORD = re.compile(r"[\"'(`*\u201c\u2018]*[A-Za-z]+(['\u2019/-][A-Za-z]+)*[\"'`*\u201d\u2019]*[.,;:!?)]*")
 
 
-class CorpusError(RuntimeError):
+class CorpusError(DataError):
     """The installation does not hold enough documentation to build the corpus."""
 
 
@@ -99,7 +99,7 @@ def prose(docstring: str) -> list[str]:
     """The paragraphs of English prose in a docstring, each on one line, without code, tables and bare signatures."""
     paragraphs: list[list[str]] = [[]]
     paragraph_indent = 0
-    block_indent = None  # Lines indented deeper than this belong to a literal block.
+    block_indent = None  # lines indented deeper than this belong to a literal block
     in_fence = in_doctest = False
     for line in inspect.cleandoc(docstring).splitlines():
         stripped = line.strip()
@@ -120,7 +120,7 @@ def prose(docstring: str) -> list[str]:
         if _BLOCK_OPENERS.search(line):
             block_indent = indent
         if _RULE.match(line):
-            paragraphs[-1] = []  # The line above is a section's title.
+            paragraphs[-1] = []  # the line above is a section's title
             continue
         if _TABLE.match(line) or _DIRECTIVE.match(line):
             paragraphs.append([])
@@ -128,7 +128,7 @@ def prose(docstring: str) -> list[str]:
         bullet = _BULLET.match(line)
         if bullet or indent != paragraph_indent:
             paragraphs.append([])
-            paragraph_indent = len(bullet[0]) if bullet else indent  # A bullet's text goes on below its first word.
+            paragraph_indent = len(bullet[0]) if bullet else indent  # a bullet's text goes on below its first word
         paragraphs[-1].append(_ROLE.sub("", stripped).replace("::", ":"))
     return [text for lines in paragraphs if is_prose(text := " ".join(" ".join(lines).split()))]
 
@@ -147,10 +147,10 @@ def source_documents(path: str, module: str) -> list[tuple[str, list[str]]]:
         if b'"""' not in source and b"'''" not in source:
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # About invalid escapes in other people's strings.
+            warnings.simplefilter("ignore")  # about invalid escapes in other people's strings
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError):
-        return []  # Unreadable source documents nothing; the size check at the end guards the whole.
+        return []  # unreadable source documents nothing; the size check at the end guards the whole
     if module == "pydoc_data.topics":
         topics = next(node.value for node in tree.body if isinstance(node, ast.Assign))
         return [(f"pydoc:{name}", prose(text)) for name, text in sorted(ast.literal_eval(topics).items())]
@@ -245,7 +245,7 @@ def build(output: Path) -> dict[str, int]:
     output.mkdir(parents=True, exist_ok=True)
     for name, content in zip(names, lines, strict=True):
         buffer = io.BytesIO()
-        with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", mtime=0) as stream:  # No name, no time: same bytes.
+        with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", mtime=0) as stream:  # no name, no time: same bytes
             stream.write("".join(content).encode())
         partial = output / f"{name}.partial"
         partial.write_bytes(buffer.getvalue())
@@ -260,7 +260,7 @@ def main() -> None:
     try:
         sizes = build(arguments.output)
     except CorpusError as error:
-        sys.exit(f"error: {error}")
+        end(error)
     print(", ".join(f"{split} {size / 1e6:.2f} MB" for split, size in sizes.items()), "of text in", arguments.output)
 
 

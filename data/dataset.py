@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard, file_crc32
+from data.errors import DataError
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, file_crc32
 from data.tokenizer import Tokenizer
 
 # Random access: no read-ahead inside a shard, and no threads but our own.
@@ -40,18 +41,27 @@ class Dataset:
     def read_records(self, split: str, records: Sequence[int]) -> np.ndarray:
         """Token ids `[len(records), record_length]`, in the manifest's `record_dtype`.
 
-        Raises DataError for an unknown split and for a record that cannot be read or has another length.
+        Raises:
+          DataError: the split is unknown; a record cannot be read, or has another length.
         """
         return self._splits[self.check_split(split)].read(records)
 
     def check_shards(self) -> None:
-        """Raises DataError unless each shard is what the manifest says, as far as its size and its last record tell."""
+        """Checks that each shard is what the manifest says, as far as its size and its last record tell.
+
+        Raises:
+          DataError: a shard is not.
+        """
         with ThreadPoolExecutor(_THREADS) as pool:
             for reader in self._splits.values():
                 list(pool.map(reader.check, range(len(reader.shards))))
 
     def verify(self, shard: Shard, progress: Callable[[int], object] = lambda count: None) -> None:
-        """Reads all of a shard, telling `progress` the bytes of each read; raises DataError for a wrong checksum."""
+        """Reads all of a shard, telling `progress` the bytes of each read.
+
+        Raises:
+          DataError: its checksum is wrong.
+        """
         if file_crc32(self.path / shard.file, progress) != shard.crc32:
             raise DataError(
                 f"shard {self.path / shard.file} does not have the checksum that the manifest says: it is damaged; "
@@ -73,10 +83,11 @@ def open_dataset(path: str | Path) -> Dataset:
     For larger ones that means reading for long: `python -m data.inspect --verify` does it, and a damaged record is an
     error when it is read.
 
-    Raises DataError.
+    Raises:
+      DataError: something is not what the manifest says, or `path` is no dataset on this machine.
     """
     if "://" in str(path):
-        raise DataError(f"{path} is not a folder on this machine; mount the bucket, see data/README.md")
+        raise DataError(f"{path} is not a folder on this machine; mount the bucket, see docs/data.md")
     path = Path(path)
     try:
         text = (path / MANIFEST_FILE).read_text()

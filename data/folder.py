@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data.manifest import DataError
+from data.errors import DataError
 from data.sources import filesystem
 
 
@@ -39,7 +39,7 @@ class Folder:
         return self._fs.exists(self._path(name))
 
     def size(self, name: str) -> int | None:
-        """In bytes; None if there is no such file."""
+        """The size of a file in bytes; None if there is no such file."""
         try:
             return self._fs.size(self._path(name))
         except FileNotFoundError:
@@ -90,7 +90,11 @@ class Folder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Raises DataError while another process holds the lock of a local folder; elsewhere there is none to hold."""
+        """Holds the lock of a local folder; elsewhere there is none to hold.
+
+        Raises:
+          DataError: another process holds it.
+        """
         if not self._is_local:
             yield
             return

@@ -4,12 +4,12 @@ python -m data.inspect DIR [--verify]
 """
 
 import argparse
-import sys
 
 from tqdm import tqdm
 
 from data.dataset import Dataset, open_dataset
-from data.manifest import DataError, Manifest
+from data.errors import DataError, end
+from data.manifest import Manifest
 
 _SHOWN_TOKENS = 64
 
@@ -63,7 +63,11 @@ def windows(dataset: Dataset) -> list[tuple[str, str]]:
 
 
 def verify(dataset: Dataset) -> None:
-    """Reads every byte; raises DataError for the first shard whose checksum is wrong."""
+    """Reads every byte of every shard.
+
+    Raises:
+      DataError: the checksum of a shard is wrong.
+    """
     with tqdm(
         total=sum(shard.bytes for shard in dataset.manifest.shards), desc="verify", unit="B", unit_scale=True
     ) as progress:
@@ -85,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             verify(dataset)
             print(f"\nall {len(dataset.manifest.shards):,} shards have the right checksums")
     except DataError as error:
-        sys.exit(f"error: {error}")
+        end(error)
 
 
 if __name__ == "__main__":

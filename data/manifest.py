@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import DataError
+
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 MAX_UINT16_VOCAB = 65_536
-
-
-class DataError(ValueError):
-    """Text, a dataset or a batch request that cannot be used; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Manifest:
 
     @property
     def shards(self) -> list[Shard]:
-        """Those of all splits."""
+        """The shards of all splits."""
         return [shard for split in self.splits.values() for shard in split.shards]
 
     @property
@@ -119,7 +117,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises DataError for what is not a manifest of this version, or was changed by hand."""
+        """Reads what `to_json` wrote.
+
+        Raises:
+          DataError: `text` is not a manifest of this version, or was changed by hand.
+        """
         try:
             content = json.loads(text)
             if content["format_version"] != FORMAT_VERSION:

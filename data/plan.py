@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from data.errors import DataError
 from data.folder import Folder
-from data.manifest import DataError
 from data.sources import BadDocument, filesystem, in_validation, read_documents
 from data.stages import FileTask, Receipt, ShardTask, SplitCount, TokenRange
 
@@ -65,7 +65,7 @@ class Plan:
                     text = document.text.encode()[:room]
                     room -= len(text)
                     progress.update(len(text))
-                    yield text.decode(errors="ignore")  # The last character may be cut.
+                    yield text.decode(errors="ignore")  # the last character may be cut
                     if not room:
                         break
 
@@ -73,7 +73,8 @@ class Plan:
 def find_inputs(patterns: list[str], validation_patterns: list[str]) -> tuple[Input, ...]:
     """The files that the patterns match, each once, in the order of the patterns and sorted within one.
 
-    Raises DataError if a pattern matches nothing, or only validation files are found.
+    Raises:
+      DataError: a pattern matches nothing, or only validation files are found.
     """
     found: dict[str, tuple[int, bool]] = {}
     for pattern, validation in [(p, True) for p in validation_patterns] + [(p, False) for p in patterns]:

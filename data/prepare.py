@@ -4,7 +4,7 @@
     python -m data.prepare --runner beam ... -- --runner=DataflowRunner --project=P --region=R --temp_location=gs://B/T
 
 The same options and inputs give the same bytes, with any number of workers and any runner. It can be stopped and run
-again at any time: only what is missing is done. See data/README.md.
+again at any time: only what is missing is done. See docs/data.md.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.errors import DataError, end
 from data.folder import Folder
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, Shard, Split, record_dtype
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split, record_dtype
 from data.plan import SHARD_BYTES, Plan, find_inputs, shard_tasks, split_totals
 from data.sources import SOURCES
 from data.stages import Receipt, tokenize_file, write_shard
@@ -30,7 +31,7 @@ from data.workers import run_tasks
 WORK_FOLDER = ".prepare"
 PRESETS = {"8k": 8_192, "32k": 32_768}
 SPLITS = ("train", "validation")
-_REQUESTS = 32  # At once, since a bucket takes long for each.
+_REQUESTS = 32  # at once, since a bucket takes long for each
 
 # Calls a stage with each task, somewhere, and yields the tasks as they end, while the progress bar follows.
 Runner = Callable[[Callable, list, tqdm], Iterator]
@@ -41,8 +42,12 @@ def prepare(
 ) -> Manifest:
     """Makes the dataset in the folder `output`, or finishes one that was begun with the same plan.
 
-    `tokenizer` is the given one if the plan names one. Raises DataError if `output` holds something else or is in use,
-    an input cannot be read, or more than `max_bad_fraction` of the documents are bad.
+    `tokenizer` is the given one if the plan names one.
+
+    Raises:
+      DataError: `output` holds something else or is in use, an input cannot be read, or more than `max_bad_fraction` of
+        the documents are bad.
+      WorkError: what was done is kept; running again may go on.
     """
     folder = Folder(output)
     work = folder / WORK_FOLDER
@@ -61,7 +66,7 @@ def prepare(
             try:
                 manifest = _make(plan, folder, work, run, max_bad_fraction, tokenizer)
             except BaseException:
-                folder.remove_partial()  # One worker failed, and the others were ended in the middle of a file.
+                folder.remove_partial()  # one worker failed, and the others were ended in the middle of a file
                 raise
     folder.remove_partial()
     work.remove()
@@ -105,7 +110,11 @@ def _make(
 
 
 def _record_plan(work: Folder, plan: Plan) -> None:
-    """Raises DataError if the work that is continued is another's."""
+    """Writes the plan down, or compares it with that of the work that is continued.
+
+    Raises:
+      DataError: that is another.
+    """
     if not work.exists("plan.json"):
         work.write("plan.json", json.dumps(plan.as_json()).encode())
     elif json.loads(work.read("plan.json")) != plan.as_json():
@@ -129,7 +138,11 @@ def _run_stage(run: Runner, stage: Callable, tasks: list[Any], work: Folder, des
 
 
 def _report_bad(plan: Plan, receipts: list[Receipt], max_bad_fraction: float) -> None:
-    """Prints where the first bad documents are; raises DataError if they are too many, or there is nothing else."""
+    """Prints where the first bad documents are.
+
+    Raises:
+      DataError: they are too many, or there is nothing else.
+    """
     bad = sum(receipt.bad_documents for receipt in receipts)
     good = sum(split_totals(receipts, split).documents for split in SPLITS)
     for file, receipt in zip(plan.inputs, receipts, strict=True):
@@ -211,7 +224,7 @@ def vocabulary_size(text: str) -> int:
 def _runner(name: str, workers: int, beam_arguments: list[str]) -> Runner:
     if name == "local":
         return functools.partial(run_tasks, workers=workers)
-    from data.beam_runner import run_on_beam  # An extra.
+    from data.beam_runner import run_on_beam  # an extra
 
     return functools.partial(run_on_beam, pipeline_arguments=beam_arguments)
 
@@ -241,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
             plan, options.output, run=run, max_bad_fraction=options.max_bad_fraction, tokenizer=tokenizer
         )
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        end(error)
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on")
     print(summary(manifest))

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from data.manifest import DataError
+from data.errors import DataError
 
 SOURCES = {
     "c4": "JSON lines with a `text` field, as allenai/c4 has them",
@@ -58,7 +58,11 @@ def in_validation(text: str, fraction: float, purpose: bytes = b"prepare") -> bo
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a path or URL, and the path in it. Raises DataError, with what to install, if there is none."""
+    """The filesystem of a path or URL, and the path in it.
+
+    Raises:
+      DataError: there is none; the message says what to install.
+    """
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -70,8 +74,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def read_documents(url: str, source: str, progress: Callable[[int], object] = lambda offset: None) -> Rows:
     """The documents of one file: a local path or an fsspec URL; gzip, zstandard, parquet or plain by its name.
 
-    `progress` is told, before each document, how many bytes of the file were read. Raises DataError, with file and
-    line, for a file that cannot be read to its end.
+    `progress` is told, before each document, how many bytes of the file were read.
+
+    Raises:
+      DataError: the file cannot be read to its end; the message says where.
     """
     line = 0
     opened, path = filesystem(url)
@@ -185,7 +191,7 @@ def _articles(stream: BinaryIO, parquet: bool) -> Rows:
         if isinstance(row, BadDocument):
             yield row
             continue
-        line = row.text.removesuffix("\n")  # Rows of parquet have it, lines do not.
+        line = row.text.removesuffix("\n")  # rows of parquet have it, lines do not
         if not before.strip() and _HEADING.fullmatch(last) and not line.strip() and any(map(str.strip, article[:-1])):
             yield _article(start, article[:-1], size)
             article, start, size = [last], row.line - 1, len(last) + 1

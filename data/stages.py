@@ -16,8 +16,9 @@ from functools import cache
 import numpy as np
 from array_record.python import array_record_module
 
+from data.errors import DataError, WorkError
 from data.folder import Folder
-from data.manifest import TOKENIZER_FILE, DataError, Shard, file_crc32, record_dtype
+from data.manifest import TOKENIZER_FILE, Shard, file_crc32, record_dtype
 from data.sources import BadDocument, in_validation, read_documents
 from data.tokenizer import SPACE_SYMBOL, Tokenizer
 from data.workers import Position
@@ -46,7 +47,7 @@ class Receipt:
     splits: dict[str, SplitCount]
     bad_documents: int
     bad: list[tuple[int, str]]
-    changed_documents: int  # Those with U+2581, which comes back as a space.
+    changed_documents: int  # those with U+2581, which comes back as a space
 
     @classmethod
     def from_json(cls, content: bytes) -> "Receipt":
@@ -105,7 +106,7 @@ class ShardTask:
 
     @property
     def size(self) -> int:
-        """In records."""
+        """The size of the shard in records."""
         return self.records
 
     def __str__(self) -> str:
@@ -118,7 +119,11 @@ def _load_tokenizer(work: Folder) -> Tokenizer:
 
 
 def tokenize_file(task: FileTask, position: Position) -> None:
-    """Stage one; `position` follows the line and the bytes read. Raises DataError for an unreadable input."""
+    """Turns an input file into tokens: stage one. `position` follows the line and the bytes read.
+
+    Raises:
+      DataError: the input cannot be read.
+    """
 
     def at_byte(offset: int) -> None:
         position[1] = offset
@@ -155,7 +160,7 @@ def tokenize_file(task: FileTask, position: Position) -> None:
 
 
 def write_shard(task: ShardTask, position: Position) -> None:
-    """Stage two; `position` follows the records written.
+    """Writes a shard from its ranges of tokens: stage two. `position` follows the records written.
 
     The shard is read back for its checksum, and its records are counted, before it appears.
     """
@@ -166,7 +171,7 @@ def write_shard(task: ShardTask, position: Position) -> None:
         try:
             _write_records(str(path), _records(task, dtype.itemsize, pad), position)
         except RuntimeError as error:
-            raise DataError(f"cannot write {task.file}: {error}; is there room? Run the same command again") from None
+            raise WorkError(f"cannot write {task.file}: {error}; is there room? Run the same command again") from None
         reader = array_record_module.ArrayRecordReader(str(path))
         if not reader.ok() or reader.num_records() != task.records:
             raise DataError(f"{task.file} came out with {reader.num_records()} records instead of {task.records}")

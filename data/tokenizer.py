@@ -14,7 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.manifest import DataError, TokenizerIdentity
+from data.errors import DataError
+from data.manifest import TokenizerIdentity
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 SPACE_SYMBOL = "\u2581"
@@ -26,7 +27,11 @@ class Tokenizer:
     """A SentencePiece model; `encode` and `decode` are safe to call from several threads."""
 
     def __init__(self, model: bytes):
-        """Raises DataError if `model` is no SentencePiece model, or lacks one of the four special ids."""
+        """Loads a model from its bytes.
+
+        Raises:
+          DataError: `model` is no SentencePiece model, or lacks one of the four special ids.
+        """
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -93,14 +98,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The same texts give the same model.
 
-    Raises DataError if `texts` hold too little for so many pieces, or `vocab_size` leaves none to learn.
+    Raises:
+      DataError: `texts` hold too little for so many pieces, or `vocab_size` leaves none to learn.
     """
     buffer = io.BytesIO()
-    reading_errors: list[Exception] = []  # The trainer would turn them into its own.
+    reading_errors: list[Exception] = []  # the trainer would turn them into its own
 
     def lines() -> Iterator[str]:
         try:
-            for text in texts:  # Lines, because a piece shall not cross one; it skips sentences that hold a tab.
+            for text in texts:  # lines, because a piece shall not cross one; it skips sentences that hold a tab
                 yield from filter(None, re.split(r"[\n\t\r\x00]", text))
         except Exception as error:
             reading_errors.append(error)
@@ -122,7 +128,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             max_sentence_length=MAX_CHUNK,
-            num_threads=4,  # Fixed: the order of summation, and so the model, depends on it.
+            num_threads=4,  # fixed: the order of summation, and so the model, depends on it
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:

@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from tqdm import tqdm
 
-from data.manifest import DataError
+from data.errors import DataError, WorkError
 
 _ATTEMPTS = 2
 _REFRESH_SECONDS = 0.5
@@ -44,8 +44,11 @@ def run_tasks(
 ) -> Iterator[Task]:
     """Calls `function` with each task in a process of its own, at most `workers` at once; yields the tasks as they end.
 
-    A process that dies (killed, out of memory) is retried once. Raises DataError when it dies again, naming the task
-    and its line, or when `function` raises.
+    A process that dies (killed, out of memory) is retried once.
+
+    Raises:
+      DataError: `function` raised it.
+      WorkError: `function` raised something else, or a process died again; the message names the task and its line.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
@@ -86,7 +89,7 @@ def _succeeded(connection: Connection, ended: _Running) -> bool:
         if ended.attempt < _ATTEMPTS:
             return False
         line = f":{ended.position[0]}" if ended.position[0] else ""
-        raise DataError(
+        raise WorkError(
             f"{ended.task}{line}: the worker died here {ended.attempt} times (exit code {ended.process.exitcode}; -9 "
             "is often a lack of memory); what is done is kept, run the same command again"
         ) from None
@@ -94,23 +97,23 @@ def _succeeded(connection: Connection, ended: _Running) -> bool:
         connection.close()
     ended.process.join()
     if problem:
-        raise DataError(problem)
+        raise problem
     return True
 
 
 def _work(connection: Connection, function: Callable, task: Task, position: Position) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
-    problem = None
+    problem: DataError | None = None
     try:
         function(task, position)
     except DataError as error:
-        problem = str(error)
+        problem = error
     except OSError as error:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        problem = f"{task}: {error}{hint}"
+        problem = WorkError(f"{task}: {error}{hint}")
     except Exception as error:
-        problem = f"{task}: {type(error).__name__}: {error}"
+        problem = WorkError(f"{task}: {type(error).__name__}: {error}")
     connection.send(problem)
 
 

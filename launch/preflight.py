@@ -8,14 +8,14 @@ The flags after -- are the trainer's own. Prints the mesh and the batch; a mista
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from data import DataError
 from data.manifest import Manifest
-from trainer.__main__ import CONFIG, parse_flags
-from trainer.config import check_batch, check_config, check_dataset
+from trainer.checks import check_batch, check_dataset
 from trainer.errors import EXIT_MISTAKE, ConfigError
+from trainer.flags import CONFIG, parse_flags
 from trainer.mesh import AXES, mesh_shape
+from trainer.settings import changed, read_settings
 
 
 def describe(
@@ -28,24 +28,21 @@ def describe(
       SystemExit: a mistake in the flags, which was printed.
     """
     parse_flags(["trainer", *trainer_flags, "--workdir=."])
-    config = CONFIG.value
-    with config.unlocked():
-        config.data.path = data
-    check_config(config)
-    shape = mesh_shape(config.mesh, devices)
+    settings = changed(read_settings(CONFIG.value), {"data.path": data})
+    shape = mesh_shape(settings.mesh, devices)
     if shape[0] % slices:
         raise ConfigError(
             f"mesh data={shape[0]} must be a multiple of the {slices} slices, which it spans; change --config.mesh.*"
         )
-    check_batch(config, SimpleNamespace(shape=dict(zip(AXES, shape, strict=True))))  # type: ignore[arg-type]
+    check_batch(settings, dict(zip(AXES, shape, strict=True)))
     if manifest is not None:
-        check_dataset(config, SimpleNamespace(manifest=Manifest.from_json(manifest.read_text())))  # type: ignore[arg-type]
+        check_dataset(settings, Manifest.from_json(manifest.read_text()))
     mesh = " ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
-    rows = config.batch_size // (shape[0] * shape[1])
+    rows = settings.batch_size // (shape[0] * shape[1])
     return (
         f"mesh {mesh} over {devices} devices in {slices} slice{'s' if slices > 1 else ''}\n"
-        f"batch {config.batch_size} sequences of {config.context_length} tokens, {rows} a shard of the batch, "
-        f"{config.steps} steps"
+        f"batch {settings.batch_size} sequences of {settings.context_length} tokens, {rows} a shard of the batch, "
+        f"{settings.steps} steps"
     )
 
 

@@ -40,8 +40,9 @@ CUBES: tuple[Sides, ...] = (
     *((4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16), (8, 16, 16)),
 )
 SQUARES: tuple[Sides, ...] = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_THREE_SIDES: dict[str, Any] = {"names_count_cores": True, "chips_of_one_host": 4, "wraps_from": 4, "shapes": CUBES}
-_TWO_SIDES: dict[str, Any] = {"names_count_cores": False, "chips_of_one_host": 8, "wraps_from": 16, "shapes": SQUARES}
+# names_count_cores, chips_of_one_host, wraps_from, shapes
+_THREE_SIDES = (True, 4, 4, CUBES)
+_TWO_SIDES = (False, 8, 16, SQUARES)
 GENERATIONS = {
     # The clocks of v4, v5p and v5e are peak_flops over the FLOPs that their MXUs, 128 x 128 and four to a core, do in a
     # cycle. v6e's is not to be had like that: by the published two MXUs of 256 x 256 it would have to run at 3.5 GHz.
@@ -50,31 +51,19 @@ GENERATIONS = {
     # The DCN share of v4 is not published per chip: v5p's is assumed.
     "v4": Generation(
         *(2, 1.05e9, 275e12, 30.75 * GIB, 1228e9, 50e9, 6.25e9),
-        **_THREE_SIDES,
-        accelerator="v4",
-        runtime="tpu-ubuntu2204-base",
-        gke_accelerator="tpu-v4-podslice",
+        *(*_THREE_SIDES, "v4", "tpu-ubuntu2204-base", "tpu-v4-podslice"),
     ),
     "v5p": Generation(
         *(2, 1.75e9, 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9),
-        **_THREE_SIDES,
-        accelerator="v5p",
-        runtime="v2-alpha-tpuv5",
-        gke_accelerator="tpu-v5p-slice",
+        *(*_THREE_SIDES, "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice"),
     ),
     "v5e": Generation(
         *(1, 1.5e9, 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9),
-        **_TWO_SIDES,
-        accelerator="v5litepod",
-        runtime="v2-alpha-tpuv5-lite",
-        gke_accelerator="tpu-v5-lite-podslice",
+        *(*_TWO_SIDES, "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
     ),
     "v6e": Generation(
         *(1, 1.75e9, 918e12, 31.25 * GIB, 1640e9, 100e9, 12.5e9),
-        **_TWO_SIDES,
-        accelerator="v6e",
-        runtime="v2-alpha-tpuv6e",
-        gke_accelerator="tpu-v6e-slice",
+        *(*_TWO_SIDES, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice"),
     ),
 }
 
@@ -123,7 +112,7 @@ class Topology:
         """JAX's description of the slices, whose `devices` programs can be compiled for; needs libtpu."""
         from jax.experimental import topologies
 
-        options: dict[str, Any] = {"num_slices": num_slices}
+        options: dict[str, object] = {"num_slices": num_slices}
         if len(self.shape) == 3:
             options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "wrap": self.wraps}
         elif self.num_chips == 1:

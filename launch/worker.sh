@@ -114,7 +114,7 @@ mount_data() {
   fusermount -u "$home/data" 2>/dev/null
   bucket=${data#gs://} folder=${bucket#*/}
   [ "$folder" = "$bucket" ] || only=("--only-dir=$folder")
-  # The values and their reasons are in data/README.md.
+  # The values and their reasons are in docs/data.md.
   gcsfuse -o ro --implicit-dirs --metadata-cache-ttl-secs=-1 --stat-cache-max-size-mb=-1 \
     --kernel-list-cache-ttl-secs=-1 "${only[@]}" "${bucket%%/*}" "$home/data" >>"$log" 2>&1 &&
     ls -R "$home/data" >/dev/null && mount_is_good

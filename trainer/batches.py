@@ -2,15 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import grain
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from selective_attention import partition_spec
-from trainer.step import Batch
+
+
+class Batch(TypedDict):
+    """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
+
+    inputs: Array  # int32 [B, N]
+    targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
 
 
 class Rows(Protocol):
@@ -22,7 +29,7 @@ class Rows(Protocol):
     def rows(self, step: int, rows: range) -> dict[str, np.ndarray]: ...
 
 
-class Skipping:
+class RemainingBatches:
     """`source` without the batches of some windows: what comes after moves up."""
 
     def __init__(self, source: Rows, windows: Sequence[tuple[int, int]]) -> None:

@@ -10,7 +10,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from trainer.batches import Rows, prefetch
-from trainer.step import EvalStep, Request
+from trainer.hosts.requests import Request
+from trainer.step import EvalStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def evaluate(
     """Mean loss over the first `num_batches` batches of `source`; None if a host was told to stop meanwhile.
 
     Sums are kept in float64 on the host, so that the result does not depend on the number of batches before it.
-    `requests` gives the array of `trainer.step`; `progress` is called after each batch.
+    `requests` gives the array of `trainer.hosts.requests`; `progress` is called after each batch.
     """
     nll, tokens = 0.0, 0
     pending = None

@@ -6,14 +6,56 @@ By default into DIR/export/STEP, where a checkpoint that was exported before is 
 """
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from selective_attention import export_safetensors
-from trainer.checkpoints.manager import load_model
+import jax
+from flax import nnx
+
+from selective_attention import Transformer, export_safetensors
+from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
+from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
 from trainer.errors import ResumeError
+from trainer.settings import Settings, read_saved
+from trainer.state import TrainState, init_state, model_graph
+
+logger = logging.getLogger("trainer")
+
+
+def load_model(workdir: str) -> tuple[Transformer, Settings, int]:
+    """The model of a workdir's newest whole checkpoint, on this process's first device: (model, the run's settings,
+    step). Changes nothing in the workdir.
+
+    Raises:
+      ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
+    """
+    reasons = []
+    for step in sorted(list_steps(checkpoint_folder(workdir)), reverse=True):
+        folder = checkpoint_folder(workdir) / str(step)
+        try:
+            seal = read_seal(folder)
+            if seal is not None:
+                check_files(folder, seal)
+            metadata = read_metadata(folder)
+            settings = read_saved(metadata["config"])
+            params = load_state(folder, metadata, _on_one_device(settings), sealed=seal is not None).params
+        except DamagedError as error:
+            logger.warning("checkpoint %d is damaged and was passed over: %s", step, error)
+            reasons.append(f"{step}: {error}")
+            continue
+        return nnx.merge(model_graph(settings.transformer), params), settings, step
+    if reasons:
+        raise ResumeError(f"no checkpoint in {workdir}/checkpoints is whole ({'; '.join(reasons)})")
+    raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
+
+
+def _on_one_device(settings: Settings) -> TrainState:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    state = jax.eval_shape(lambda: init_state(settings))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
 
 
 def export(workdir: str, output: str | None = None) -> Path:

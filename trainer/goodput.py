@@ -2,13 +2,16 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
+
+from trainer.hosts.watchdog import Watchdog
 
 logger = logging.getLogger("trainer")
 GOODPUT_FILE = "goodput.json"
@@ -120,3 +123,19 @@ class Goodput:
         lost = ", ".join(f"{cause.replace('_', ' ')} {seconds[cause] / total:.0%}" for cause in causes)
         starts = f"{total / 3600:.2f} h in {self._starts} start{'s' if self._starts > 1 else ''}"
         return f"goodput {seconds['steps'] / total:.0%} of {starts}; the rest: {lost}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The phases of a run: each is watched while it lasts, and its time has a cause. A call gives one's context."""
+
+    watchdog: Watchdog
+    goodput: Goodput
+
+    @contextlib.contextmanager
+    def __call__(self, kind: str, cause: str | None = None) -> Iterator[Callable[[], None]]:
+        """The block is work of this kind, for the watchdog, and its seconds have this cause, for goodput: None leaves
+        them to the steps. Both end with the block, however it ends. Yields `Watchdog.watch`'s function.
+        """
+        with self.watchdog.watch(kind) as renew, self.goodput.span(cause) if cause else contextlib.nullcontext():
+            yield renew

@@ -6,21 +6,21 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
 
+from configs import base
+from selective_attention.sharding import AXES
 from trainer.errors import ConfigError
 
 _EMULATION_HINT = "; CPUs can emulate 8: XLA_FLAGS=--xla_force_host_platform_device_count=8"
-AXES = ("data", "fsdp", "context", "tensor")
 
 
-def mesh_shape(sizes: ConfigDict, num_devices: int, hint: str = "") -> tuple[int, ...]:
+def mesh_shape(sizes: base.Mesh, num_devices: int, hint: str = "") -> tuple[int, ...]:
     """Devices along each of AXES, with a -1 filled in; `hint` ends the message about another number of devices.
 
     Raises:
       ConfigError: the sizes do not multiply to `num_devices`.
     """
-    shape = [sizes[axis] for axis in AXES]
+    shape = [getattr(sizes, axis) for axis in AXES]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ConfigError(f"mesh {asked}: sizes must be at least 1, and only one may be -1")
@@ -35,7 +35,7 @@ def mesh_shape(sizes: ConfigDict, num_devices: int, hint: str = "") -> tuple[int
     return tuple(shape)
 
 
-def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: base.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with Explicit axes over `devices` (default: all), laid out for the slice's network.
 
     Explicit axes make shardings part of the types. That is why they were chosen: on meshes of three axes XLA's

@@ -5,16 +5,13 @@ import logging
 import time
 from collections.abc import Mapping
 
-import jax
-import numpy as np
-from jax import Array
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 from trainer.goodput import Goodput
-from trainer.step import Request
+from trainer.outcomes import Outcome
 
 logger = logging.getLogger("trainer")
 _MOST_KEPT = 100_000  # events
@@ -88,66 +85,30 @@ class MetricsWriter:
 
 
 class StepLog:
-    """Metrics of steps, read one step late so that reading never keeps the devices waiting.
-
-    `last_step` is the newest step that was read, `bad_steps` how many bad ones in a row end there, and `requests` what
-    hosts have asked for since it was last cleared: the same on all hosts at the same point of the loop.
-    """
+    """Writes what steps said: to TensorBoard, to goodput, to the progress bar or, where there is none, in lines."""
 
     def __init__(
         self, writer: MetricsWriter, goodput: Goodput, every_steps: int, bar: tqdm, is_main: bool, started_at: float
     ) -> None:
-        self.last_step, self.bad_steps, self.requests = 0, 0, np.zeros(len(Request), np.int32)
         self._writer, self._goodput, self._every_steps, self._bar = writer, goodput, every_steps, bar
         self._is_main, self._started_at = is_main, started_at
-        self._pending: tuple[int, dict[str, Array], dict[str, float]] | None = None
-        self._last_time: float | None = None
 
-    def begin(self) -> None:
-        """A step begins; after a pause its time counts from here."""
-        if self._last_time is None:
-            self._last_time = time.monotonic()
-
-    def add(self, step: int, metrics: dict[str, Array], data_seconds: dict[str, float]) -> None:
-        """Takes the metrics of a step just dispatched, and how its data came; writes those of the step before."""
-        self._read()
-        self._pending = step, metrics, data_seconds
-
-    def drain(self) -> None:
-        """Waits for the last step dispatched and writes its metrics; the pause that follows is not counted as step
-        time.
-        """
-        self._read()
-        self._last_time = None
-
-    def forget(self) -> None:
-        """After a rollback: the steps read so far are history."""
-        self.bad_steps, self.requests = 0, np.zeros_like(self.requests)
-
-    def _read(self) -> None:
-        if self._pending is None:
-            return
-        (step, metrics, data_seconds), self._pending = self._pending, None
-        host = jax.device_get(metrics)
-        self.requests |= host.pop("requests")
-        values = {name: float(value) for name, value in host.items()}
-        self.last_step, self.bad_steps = step, int(values["bad_steps"])
-        now = time.monotonic()
-        assert self._last_time is not None
-        seconds, self._last_time = now - self._last_time, now
-        values |= {"step_seconds": seconds, "tokens_per_second": values["tokens"] / seconds}
+    def write(self, outcome: Outcome) -> None:
+        """To be called once for each step, in order."""
+        step, metrics, data_seconds, seconds = outcome
         waited = min(seconds, data_seconds["wait_seconds"])
         self._goodput.add("data", waited)
-        self._goodput.step(step, seconds - waited, values["loss"])
-        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        self._goodput.step(step, seconds - waited, metrics["loss"])
+        times = {"step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+        self._writer.write(step, {f"train/{name}": value for name, value in (metrics | times).items()})
         self._writer.write(step, {f"data/{name}": value for name, value in data_seconds.items()})
         if self._started_at and self._is_main:
             logger.info("first step done %.1f s after the process began", time.time() - self._started_at)
             self._started_at = 0.0
         self._bar.n = step
-        self._bar.set_postfix(loss=f"{values['loss']:.3f}")
+        self._bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         if self._bar.disable and self._is_main and step % self._every_steps == 0:
-            logger.info("step %d loss %.4f, %.2f s a step", step, values["loss"], seconds)
+            logger.info("step %d loss %.4f, %.2f s a step", step, metrics["loss"], seconds)
 
 
 def progress_bar(total: int, description: str, is_main: bool, initial: int = 0) -> tqdm:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from selective_attention import Selection, Transformer, TransformerConfig
-from trainer.errors import ConfigError
+from selective_attention import Transformer, TransformerConfig
+from trainer.settings import Settings
 
 
 class Health(NamedTuple):
@@ -30,49 +30,21 @@ class TrainState(NamedTuple):
     health: Health
 
 
-def model_config(config: ConfigDict) -> TransformerConfig:
-    """The model's sizes from a run's config.
-
-    Raises:
-      ConfigError: a value that the model refuses.
-    """
-    m = config.model
-    overrides = {name: m[name] for name in ("num_layers", "num_heads") if m[name]}
-    try:
-        return TransformerConfig.from_width(
-            m.width,
-            vocab_size=m.vocab_size,
-            max_length=config.context_length,
-            num_kv_heads=m.num_kv_heads,
-            selection=m.selection if m.selective else Selection.OFF,
-            positions=m.positions,
-            qk_norm=m.qk_norm,
-            tied_embeddings=m.tied_embeddings,
-            dtype=m.dtype,
-            remat=m.remat,
-            scan_layers=m.scan_layers,
-            attention=None if m.attention == "auto" else m.attention,
-            **overrides,
-        )
-    except ValueError as error:
-        raise ConfigError(f"config.model: {error}") from error
-
-
-def learning_rate(config: ConfigDict) -> optax.Schedule:
+def learning_rate(settings: Settings) -> optax.Schedule:
     """Linear warm-up from 0, then cosine decay until the last step (paper, section 5)."""
-    o = config.optimizer
+    o = settings.optimizer
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=o.peak_lr,
         warmup_steps=o.warmup_steps,
-        decay_steps=max(config.steps, o.warmup_steps + 1),
+        decay_steps=max(settings.steps, o.warmup_steps + 1),
         end_value=o.peak_lr * o.final_lr_fraction,
     )
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW with global-norm clipping; weight decay leaves norm scales alone."""
-    o = config.optimizer
+    o = settings.optimizer
 
     def decayed(params: nnx.State) -> nnx.State:
         return jax.tree.map(lambda p: p.axes != (None,) * len(p.axes), params, is_leaf=_is_param)
@@ -80,7 +52,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
     return optax.chain(
         clip,
-        optax.adamw(learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed),
+        optax.adamw(learning_rate(settings), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed),
     )
 
 
@@ -88,12 +60,23 @@ def _is_param(leaf: object) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
-def init_state(config: ConfigDict, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(settings: Settings) -> TrainState:
     """The state of step 0; traced under a mesh, every array is made with its sharding."""
-    model = Transformer(model_config(config), rngs=nnx.Rngs(params=config.seed))
+    model = Transformer(settings.transformer, rngs=nnx.Rngs(params=settings.seed))
     params = nnx.state(model, nnx.Param)
     health = Health(jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, jnp.float32))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), health)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(settings).init(params), health)
+
+
+def abstract_state(settings: Settings, mesh: Mesh) -> TrainState:
+    """The state's shapes: ShapeDtypeStructs with their shardings on the mesh."""
+
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return jax.tree.map(concrete, jax.eval_shape(lambda: init_state(settings)))
 
 
 @functools.cache

@@ -1,36 +1,27 @@
-"""One update, and one evaluation batch: pure functions of state and batch, jitted once by the loop.
+"""One update, and one evaluation batch: pure functions of state and batch.
 
 Shape letters: B batch, N positions, A accumulation parts.
 """
 
-import enum
+import logging
+import time
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from selective_attention import lm_loss, memory_loss, reshard, selection_statistics
-from trainer.state import Health, TrainState, learning_rate, model_config, model_graph
+from selective_attention import TransformerConfig, lm_loss, memory_loss, reshard, selection_statistics
+from trainer.batches import Batch, batch_sharding
+from trainer.hosts.requests import Request, request_sharding
+from trainer.settings import Settings
+from trainer.state import Health, TrainState, learning_rate, make_optimizer, model_graph
 
-
-class Batch(TypedDict):
-    """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
-
-    inputs: Array  # int32 [B, N]
-    targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
-
-
-class Request(enum.IntEnum):
-    """What a host can ask of all: the columns of a step's `requests`."""
-
-    STOP = 0  # it was told to stop
-    SAVE = 1  # a checkpoint is due by the clock
-    SAVE_AGAIN = 2  # its part of the last save failed
+logger = logging.getLogger("trainer")
 
 
 _MEMORY = 0.99  # how much of the running mean of the loss a step keeps
@@ -39,7 +30,7 @@ TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[nnx.State, Batch, Array], Metrics]
 
 
-def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation, pad_id: int) -> TrainStep:
+def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
     """`train_step(state, batch, requests) -> (state, metrics)`.
 
     `requests` is int32 [devices, len(Request)], one row on every device, 1 where its host asks for something; their
@@ -49,9 +40,9 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
     state stay as they were; `state.health` counts. Metrics are float32 scalars: loss (cross-entropy, nats per token),
     memory_loss, grad_norm (before clipping), learning_rate, tokens, bad_steps (in a row); and requests.
     """
-    schedule = learning_rate(config)
-    graph = model_graph(model_config(config))
-    epsilon, tau = config.memory_loss.epsilon, config.memory_loss.tau
+    optimizer, schedule = make_optimizer(settings), learning_rate(settings)
+    graph = model_graph(settings.transformer)
+    epsilon, tau = settings.memory_loss.epsilon, settings.memory_loss.tau
 
     def loss_fn(params: nnx.State, part: Batch, num_tokens: Array) -> tuple[Array, Metrics]:
         model = nnx.merge(graph, params)
@@ -61,17 +52,17 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
         loss = nll / num_tokens
         if not epsilon:
             return loss, {"loss": loss, "memory_loss": jnp.zeros_like(loss)}
-        memory = jnp.sum(memory_loss(forgotten_LBN, weights_BN)) / config.batch_size
+        memory = jnp.sum(memory_loss(forgotten_LBN, weights_BN)) / settings.batch_size
         return loss + epsilon * memory, {"loss": loss, "memory_loss": memory}
 
     def train_step(state: TrainState, batch: Batch, requests: Array) -> tuple[TrainState, Metrics]:
         num_tokens = jnp.maximum(jnp.sum(_weights(batch, pad_id)), 1)
         gradient = jax.grad(loss_fn, has_aux=True)
-        if config.accumulation == 1:
+        if settings.accumulation == 1:
             grads, metrics = gradient(state.params, batch, num_tokens)
         else:
             # Row r goes to part r mod A: every device splits its own rows, none move.
-            parts = jax.tree.map(lambda x: _split_rows(x, config.accumulation), batch)
+            parts = jax.tree.map(lambda x: _split_rows(x, settings.accumulation), batch)
 
             def add_part(total, part):
                 return jax.tree.map(jnp.add, total, gradient(state.params, part, num_tokens)), None
@@ -80,8 +71,8 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
             (grads, metrics), _ = jax.lax.scan(add_part, zeros, parts)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
-        if config.faults.spike_factor:
-            good &= metrics["loss"] <= config.faults.spike_factor * state.health.mean_loss
+        if settings.faults.spike_factor:
+            good &= metrics["loss"] <= settings.faults.spike_factor * state.health.mean_loss
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
         params, opt_state = jax.tree.map(
@@ -100,9 +91,22 @@ def make_train_step(config: ConfigDict, optimizer: optax.GradientTransformation,
     return train_step
 
 
-def make_eval_step(config: ConfigDict, pad_id: int) -> EvalStep:
+def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
+    """The train step compiled for exactly these shapes and shardings, its state donated."""
+    shape, sharding = (settings.batch_size, settings.context_length), batch_sharding(mesh)
+    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    requests = jax.ShapeDtypeStruct((mesh.size, len(Request)), jnp.int32, sharding=request_sharding(mesh))
+    start = time.monotonic()
+    with jax.set_mesh(mesh):  # of this thread
+        step = jax.jit(make_train_step(settings, pad_id), donate_argnums=0)
+        compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), requests).compile()
+    logger.info("compiled the train step in %.1f s", time.monotonic() - start)
+    return compiled
+
+
+def make_eval_step(model: TransformerConfig, pad_id: int) -> EvalStep:
     """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens": their number, "requests"}`, as above."""
-    graph = model_graph(model_config(config))
+    graph = model_graph(model)
 
     def eval_step(params: nnx.State, batch: Batch, requests: Array) -> Metrics:
         logits_BNV = nnx.merge(graph, params)(batch["inputs"])
@@ -112,13 +116,15 @@ def make_eval_step(config: ConfigDict, pad_id: int) -> EvalStep:
     return eval_step
 
 
-def make_selection_step(config: ConfigDict, pad_id: int) -> Callable[[nnx.State, Batch], Metrics]:
-    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L]."""
-    graph = model_graph(model_config(config))
+def make_selection_step(model: TransformerConfig, tau: float, pad_id: int) -> Callable[[nnx.State, Batch], Metrics]:
+    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L]; `tau` in
+    nats.
+    """
+    graph = model_graph(model)
 
     def selection_step(params: nnx.State, batch: Batch) -> Metrics:
         def statistics(f_BNM: Array) -> Metrics:
-            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), config.memory_loss.tau)
+            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), tau)
 
         return nnx.merge(graph, params).selection_masks(batch["inputs"], statistics)
 

@@ -10,23 +10,20 @@ a mistake, which one line names.
 """
 
 import argparse
-import math
 import sys
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
-from tqdm import tqdm
 
-from inference_budget.budgets import Budgets
-from inference_budget.generation import generate
-from inference_budget.perplexity import Evaluator, Losses, Windows
-from inference_budget.policies import POLICIES
-from inference_budget.search import Found, Point, baselines, search
+from data import Dataset, open_dataset
+from inference_budget import POLICIES, Budgets, Evaluator, EvictionPolicy, generate, model_fingerprint
+from inference_budget.interchange import budgets_of, read_budgets_file
+from selective_attention import Transformer
 
-from .inputs import Data, InputError, load_model, model_fingerprint
+from .inputs import InputError, load_model, read_windows
 from .report import table, write_report
-from .result import Journal, budgets_of, point_json, points_json, read_json, write_json
+from .result import SearchFile, read_search
+from .search import run_search
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,137 +35,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def run_search(options: argparse.Namespace) -> None:
-    output = Path(options.output)
-    if not output.parent.is_dir():
-        raise InputError(f"--output={output}: there is no folder {output.parent}")
-    model, data, policy = load_model(options.checkpoint), Data(options.data), POLICIES[options.policy]
-    length = options.context or model.config.max_length
-    training = data.windows("train", length, options.windows)
-    validation = data.windows("validation", length, options.validation_windows)
-    step = options.step or max(length // 32, 1)
-    identity = {
-        "checkpoint": {"path": str(Path(options.checkpoint).resolve()), "fingerprint": model_fingerprint(model)},
-        "data": {"path": str(data.path.resolve()), "fingerprint": data.fingerprint},
-        "context_length": length,
-        "policy": policy.name,
-        "windows": {"train": len(training), "validation": len(validation)},
-    }
-    evaluator = Evaluator(model, training, policy)
-    target = None if options.target_checkpoint is None else load_model(options.target_checkpoint)
-    target_nll = math.log(options.target_perplexity) if target is None else _plain(target, training).mean
-    journal = Journal(output.with_name(f"{output.name}.journal"), identity)
-    with tqdm(desc="search", unit="cut", disable=None) as bar:
-
-        def progress(point: Point) -> None:
-            bar.update()
-            bar.set_postfix_str(f"{point.budgets.memory_factor:.2f}x, perplexity {point.perplexity:.3f}")
-
-        found = search(
-            evaluator,
-            target_nll=target_nll,
-            step=step,
-            first_step=options.first_step,
-            lazy=options.lazy,
-            known=journal,
-            progress=progress,
-        )
-    best = found.best(target_nll)
-    if best is None:
-        least = min(found.curve, key=lambda point: point.nll)
-        raise InputError(
-            f"the target perplexity of {math.exp(target_nll):.3f} is out of reach: the best is {least.perplexity:.3f}, "
-            f"at a memory factor of {least.budgets.memory_factor:.2f}"
-        )
-    others = baselines(evaluator, _spread_totals(found), journal)
-    held_out = _held_out(model, validation, policy, best, found, None if target is None else _plain(target, validation))
-    content = identity | {
-        "budgets": list(best.budgets.tokens),
-        "memory_factor": best.budgets.memory_factor,
-        "search": {
-            "step": step, "first_step": options.first_step or step, "lazy": options.lazy,
-            "full_sweeps": found.full_sweeps, "lazy_missed": found.missed, "target_perplexity": math.exp(target_nll),
-            "target_checkpoint": options.target_checkpoint,
-        },
-        "found": point_json(best),
-        "validation": held_out,
-        "curve": points_json(found.curve),
-        "baselines": {name: points_json(points) for name, points in others.items()},
-    }  # fmt: skip
-    write_json(output, content)
-    print(f"{policy.name}: {best.budgets.memory_factor:.2f}x less memory, budgets {list(best.budgets.tokens)}")
-    print(f"training windows: perplexity {best.perplexity:.3f}, target {math.exp(target_nll):.3f}")
-    _print_held_out(held_out)
-    if found.full_sweeps:
-        print(f"lazy evaluation would have chosen otherwise in {found.missed} of {found.full_sweeps} full sweeps")
-
-
-def _plain(model: Any, windows: Windows) -> Losses:
-    return Evaluator(model, windows, None).losses([Budgets.full(model.config.num_layers, windows.length)])[0]
-
-
-def _spread_totals(found: Found, count: int = 12) -> list[int]:
-    totals = sorted({point.budgets.total for point in found.curve})
-    return totals[:: max(len(totals) // count, 1)]
-
-
-def _held_out(
-    model: Any, windows: Windows, policy: Any, best: Point, found: Found, target: Losses | None
-) -> dict[str, Any]:
-    """What was found, on windows that the search has not seen; and the largest factor whose loss is at most the
-    target's there, among the points of the curve.
-    """
-    evaluator = Evaluator(model, windows, policy)
-    full = Budgets.full(model.config.num_layers, windows.length)
-    unpruned, pruned = evaluator.losses([full, best.budgets])
-
-    def measured(losses: Losses) -> dict[str, float]:
-        return {"perplexity": losses.perplexity, "last_quarter_perplexity": losses.last_quarter_perplexity}
-
-    result: dict[str, Any] = {"full": measured(unpruned), "pruned": measured(pruned)}
-    result["pruned_minus_full"] = dict(zip(("nats", "standard_error"), pruned.minus(unpruned), strict=True))
-    if target is not None:
-        difference, error = pruned.minus(target)
-        result |= {"target": measured(target)}
-        result["pruned_minus_target"] = {"nats": difference, "standard_error": error}
-        holding = None
-        for point in sorted(found.curve, key=lambda point: -point.budgets.memory_factor):
-            if (losses := evaluator.losses([point.budgets])[0]).mean <= target.mean:
-                holding = {"memory_factor": point.budgets.memory_factor, "budgets": list(point.budgets.tokens)}
-                holding |= measured(losses)
-                break
-        result["largest_at_target"] = holding
-    return result
-
-
-def _print_held_out(result: dict[str, Any]) -> None:
-    print("validation windows:")
-    for name in ("full", "pruned", "target"):
-        if name in result:
-            values = result[name]
-            last = values["last_quarter_perplexity"]
-            print(f"  {name:<7} perplexity {values['perplexity']:.3f}, last quarter of positions {last:.3f}")
-    for name in ("pruned_minus_full", "pruned_minus_target"):
-        if name in result:
-            difference = result[name]
-            label = name.replace("_", " ")
-            print(f"  {label}: {difference['nats']:+.4f} nats, standard error {difference['standard_error']:.4f}")
-    if "largest_at_target" in result:
-        point = result["largest_at_target"]
-        print(f"  largest factor that meets the target here: {'none' if point is None else point['memory_factor']}")
-
-
-def _load(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Data, Budgets, Any]:
-    content = read_json(options.budgets)
+def _load(options: argparse.Namespace) -> tuple[SearchFile, Transformer, Dataset, Budgets, EvictionPolicy]:
+    content = cast(SearchFile, read_budgets_file(options.budgets))  # one of `save_budgets` has no data and windows
     model = load_model(options.checkpoint or content["checkpoint"]["path"])
     budgets, policy = budgets_of(content, model_fingerprint(model))
-    return content, model, Data(options.data or content["data"]["path"]), budgets, policy
+    if options.data is None and "data" not in content:
+        raise InputError(f"{options.budgets} names no dataset; give --data")
+    return content, model, open_dataset(options.data or content["data"]["path"]), budgets, policy
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    content, model, data, budgets, policy = _load(options)
-    count = options.windows or content["windows"].get(options.split, 64)
-    windows = data.windows(options.split, budgets.context_length, count)
+    content, model, dataset, budgets, policy = _load(options)
+    count = options.windows or content.get("windows", {}).get(options.split, 64)
+    windows = read_windows(dataset, options.split, budgets.context_length, count)
     full = Budgets.full(model.config.num_layers, windows.length)
     unpruned, pruned = Evaluator(model, windows, policy).losses([full, budgets])
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
@@ -181,12 +60,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    _, model, data, budgets, policy = _load(options)
+    _, model, dataset, budgets, policy = _load(options)
     text = sys.stdin.read() if options.prompt is None else options.prompt
     if not text:
         raise InputError("the prompt is empty; give --prompt, or text on standard input")
-    tokenizer = data.tokenizer
-    prompt = [data.bos_id, *tokenizer.encode(text)]
+    tokenizer = dataset.tokenizer()
+    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     drawn: list[int] = []
     shown: str | None = None  # of what was drawn; nothing at all before the prompt is taken in, which may be refused
 
@@ -211,7 +90,7 @@ def run_generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop_ids=[data.eos_id],
+        stop_ids=[tokenizer.eos_id],
         dtype=options.cache_dtype,
         on_tokens=show,
     )
@@ -219,7 +98,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    searches = [read_json(path) for path in options.files]
+    searches = [read_search(path) for path in options.files]
     write_report(searches, options.output)
     for row in table(searches):
         print(" | ".join(row))

@@ -1,22 +1,28 @@
 """One HTML page about several searches: perplexity against memory factor, per-layer budgets, and who survives."""
 
-import html
 import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from inference_budget.perplexity import eviction_times
-from inference_budget.policies import POLICIES
+from data import DataError, open_dataset
+from inference_budget import POLICIES, BudgetsError, eviction_times, model_fingerprint
+from inference_budget.interchange import budgets_of
+from launch import charts
+from launch.report.page import legible
 
-from .inputs import Data, InputError, load_model, model_fingerprint
-from .result import budgets_of
+from .inputs import InputError, load_model, read_windows
+from .result import PointJson, SearchFile
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 SAMPLE = 96  # tokens of the sample that are shown
+LINES = {  # of a search: how they are drawn, and what they are
+    "found": ("-", "found greedily"),
+    "uniform": ("--", "uniform budgets"),
+    "pyramid": (":", "PyramidKV's line"),
+}
 HEADINGS = [
     "model, policy",
     "factor found",
@@ -27,17 +33,25 @@ HEADINGS = [
     "standard error",
     "largest factor at target here",
 ]
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h2{margin-top:2.5rem}svg{max-width:100%}table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;
-border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left;white-space:nowrap}
-.tokens span{white-space:pre-wrap;border-radius:2px}.tokens{font-family:monospace;line-height:1.7}p.note{color:#666}"""
+STYLE = """
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  background: var(--back); color: var(--ink) }
+h2 { margin-top: 2.5rem } h4 { margin: 1rem 0 .2rem } p.note { color: var(--soft) }
+.scroll { overflow-x: auto } svg { display: block; width: 100%; min-width: 640px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+td:nth-child(-n + 2), th:nth-child(-n + 2) { text-align: left; white-space: nowrap }
+td:first-child, th:first-child { padding-left: 0 }
+.tokens { font: 13px/1.7 ui-monospace, monospace; word-break: break-all } .tokens span { border-radius: 2px }
+"""
 
 
-def write_report(searches: Sequence[dict[str, Any]], output: str | Path) -> None:
+def write_report(searches: Sequence[SearchFile], output: str | Path) -> None:
     """Writes the page, which needs no other file.
 
     Args:
-      searches: contents of budgets.json files. The first's tokens are shown as a sample, if its model and data are
+      searches: contents of files of `search`. The first's tokens are shown as a sample, if its model and data are
         still there.
       output: HTML file.
 
@@ -48,35 +62,32 @@ def write_report(searches: Sequence[dict[str, Any]], output: str | Path) -> None
         raise InputError(f"--output={output}: there is no folder {Path(output).parent}")
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Memory budgets</title>",
-        f"<style>{STYLE}</style><h1>Memory budgets</h1>",
+        "<meta name=viewport content='width=device-width, initial-scale=1'>",
+        "<meta name=color-scheme content='light dark'>",
+        f"<style>{charts.palette()}{STYLE}</style><h1>Memory budgets</h1>",
         "<p>A layer holds as many tokens as its budget; when it is full, each new token evicts one for good. The ",
         "memory factor is L N / sum of budgets. Evict, then attend; &lt;BOS&gt; is protected under every policy.</p>",
         _table_html(searches),
-        "<h2>Perplexity against memory factor</h2><p class=note>On the search's training windows. Solid: found ",
-        "greedily, its dot what meets the target; dashed: uniform budgets; dotted: PyramidKV's line at equal ",
-        "totals.</p>",
+        "<h2>Perplexity against memory factor</h2><p class=note>On the search's training windows. A dot is what meets ",
+        "the target; uniform budgets and PyramidKV's line have the totals of points of the search.</p>",
         _curves(searches),
         "<h2>Budgets by layer</h2><p class=note>Tokens that each layer holds at the target.</p>",
-        *map(_bars, searches),
+        _bars(searches),
         _survivors(searches[0]),
     ]
     Path(output).write_text("".join(parts), encoding="utf-8")
 
 
-def _model(search: dict[str, Any]) -> str:
+def _model(search: SearchFile) -> str:
     path = Path(search["checkpoint"]["path"])
     return path.parent.parent.name if path.parent.name == "export" else path.name  # an exported step: its run's name
 
 
-def _name(search: dict[str, Any]) -> str:
-    return f"{_model(search)}, {search['policy']}"
+def _colour(search: SearchFile) -> str:
+    return charts.SERIES[list(POLICIES).index(search["policy"])]
 
 
-def _colour(search: dict[str, Any]) -> str:
-    return COLOURS[list(POLICIES).index(search["policy"])]
-
-
-def table(searches: Sequence[dict[str, Any]]) -> list[list[str]]:
+def table(searches: Sequence[SearchFile]) -> list[list[str]]:
     """What the searches found at their targets, measured on held-out windows; the first row has the headings."""
     rows = [HEADINGS]
     for search in searches:
@@ -85,7 +96,7 @@ def table(searches: Sequence[dict[str, Any]]) -> list[list[str]]:
         holding = held_out.get("largest_at_target")
         rows.append(
             [
-                _name(search),
+                f"{_model(search)}, {search['policy']}",
                 f"{search['memory_factor']:.2f}",
                 f"{held_out['full']['perplexity']:.2f}",
                 f"{held_out['pruned']['perplexity']:.2f}",
@@ -98,99 +109,114 @@ def table(searches: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _table_html(searches: Sequence[dict[str, Any]]) -> str:
-    head, *rows = (map(html.escape, row) for row in table(searches))
-    parts = ["<h2>At the target, on held-out windows</h2><table><tr><th>", "<th>".join(head)]
+def _table_html(searches: Sequence[SearchFile]) -> str:
+    names = [["model", "policy"], *([_model(search), search["policy"]] for search in searches)]
+    head, *rows = (map(escape, [*name, *row[1:]]) for name, row in zip(names, table(searches), strict=True))
+    parts = ["<h2>At the target, on held-out windows</h2><div class=scroll><table><tr><th>", "<th>".join(head)]
     parts += ["<tr><td>" + "<td>".join(row) for row in rows]
-    return "".join(parts) + "</table>"
+    return "".join(parts) + "</table></div>"
 
 
-def _curves(searches: Sequence[dict[str, Any]]) -> str:
+def _by_model(searches: Sequence[SearchFile]) -> dict[str, list[SearchFile]]:
+    by_model: dict[str, list[SearchFile]] = {}
+    for search in searches:
+        by_model.setdefault(_model(search), []).append(search)
+    return by_model
+
+
+def _lines(search: SearchFile) -> dict[str, list[PointJson]]:
+    """By the names of LINES."""
+    return {"found": search["curve"], **search["baselines"]}
+
+
+def _curves(searches: Sequence[SearchFile]) -> str:
     """A chart for each model, all with the same axes, and a colour for each policy."""
     everything = [point for search in searches for points in _lines(search).values() for point in points]
     most = max(point["memory_factor"] for point in everything)
     low = min(point["perplexity"] for point in everything)
-    high = max(point["perplexity"] for search in searches for point in search["curve"]) * 1.03
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    for search in searches:
-        by_model.setdefault(_model(search), []).append(search)
+    high = max(point["perplexity"] for search in searches for point in search["curve"])
+    margin = 0.03 * (high - low or high)
     return "".join(
-        f"<h3>{html.escape(model)}</h3>{_chart(of_model, most, low, high)}" for model, of_model in by_model.items()
+        f"<h3>{escape(model)}</h3>{_chart(model, of_model, most, (low - margin, high + margin))}"
+        for model, of_model in _by_model(searches).items()
     )
 
 
-def _chart(searches: Sequence[dict[str, Any]], most: float, low: float, high: float) -> str:
-    width, height, left, right, bottom = 900, 360, 60, 140, 40
-
-    def x(factor: float) -> float:
-        return left + (width - left - right) * math.log(factor) / max(math.log(most), 1e-9)
-
-    def y(perplexity: float) -> float:
-        return 10 + (height - bottom - 10) * (1 - (min(perplexity, high) - low) / max(high - low, 1e-9))
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role=img>']
-    for factor in (2**n for n in range(int(math.log2(most)) + 1)):
-        parts.append(
-            f'<line x1={x(factor):.1f} x2={x(factor):.1f} y1=10 y2={height - bottom} stroke="#eee" />'
-            f"<text x={x(factor):.1f} y={height - 20} text-anchor=middle font-size=13>{factor}x</text>"
-        )
-    for tick in np.linspace(low, high, 5):
-        parts.append(f"<text x={left - 8} y={y(tick) + 4:.1f} text-anchor=end font-size=13>{tick:.1f}</text>")
-    for n, search in enumerate(searches):
-        colour = _colour(search)
-        for dash, points in _lines(search).items():
+def _chart(model: str, searches: Sequence[SearchFile], most: float, limits: tuple[float, float]) -> str:
+    figure = charts.new_figure(900, 360)
+    axes = charts.add_axes(figure, (64, 10, 700, 310), "memory factor: context over mean budget", "perplexity")
+    axes.set_xscale("log", base=2)
+    axes.set(xlim=(1, max(most, 2)), ylim=limits)
+    powers = [2**n for n in range(int(math.log2(most)) + 1)]
+    axes.set_xticks(powers, [f"{power}x" for power in powers])
+    axes.locator_params(axis="y", nbins=6)
+    for target in sorted({round(search["search"]["target_perplexity"], 6) for search in searches}):
+        if limits[0] <= target <= limits[1]:
+            axes.axhline(target, color=charts.INK, linewidth=1, clip_on=False)
+            axes.text(1, target, " target", color=charts.INK, size=12, va="bottom")
+    for search in searches:
+        colour, found = _colour(search), search["found"]
+        for name, points in _lines(search).items():
             ordered = sorted(points, key=lambda point: point["memory_factor"])
-            path = " ".join(f"{x(p['memory_factor']):.1f},{y(p['perplexity']):.1f}" for p in ordered)
-            parts.append(
-                f'<polyline points="{path}" fill=none stroke="{colour}" stroke-width=2 stroke-dasharray="{dash}" />'
-            )
-        found = search["found"]
-        place = f"cx={x(found['memory_factor']):.1f} cy={y(found['perplexity']):.1f}"
-        parts.append(
-            f'<circle {place} r=5 fill="{colour}" />'
-            f'<text x={width - right + 30} y={24 + 22 * n} font-size=14 fill="{colour}">&#9632; '
-            f"{html.escape(search['policy'])}</text>"
-        )
-    return "".join(parts) + "</svg>"
+            factors = [point["memory_factor"] for point in ordered]
+            perplexities = np.minimum([point["perplexity"] for point in ordered], limits[1])
+            axes.plot(factors, perplexities, LINES[name][0], color=colour, linewidth=2, clip_on=False)
+        title = f"{search['policy']}: {found['memory_factor']:.2f}x, perplexity {found['perplexity']:.2f}"
+        charts.add_dot(axes, found["memory_factor"], found["perplexity"], 10, colour, title=title)
+    for search in searches:
+        axes.plot([], [], color=_colour(search), linewidth=6, label=search["policy"])
+    for style, what in LINES.values():
+        axes.plot([], [], style, color=charts.SOFT, linewidth=2, label=what)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1.02), frameon=False, labelcolor=charts.INK, fontsize=13)
+    return f"<div class=scroll>{charts.svg(figure, f'Perplexity of {model} against its memory factor')}</div>"
 
 
-def _lines(search: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    others = search["baselines"]
-    return {"none": search["curve"], "8 5": others["uniform"], "2 4": others["pyramid"]}
+def _bars(searches: Sequence[SearchFile]) -> str:
+    parts = []
+    for model, of_model in _by_model(searches).items():
+        parts.append(f"<h3>{escape(model)}</h3>")
+        for search in of_model:
+            title = f"{search['policy']}: {search['memory_factor']:.2f}x"
+            parts.append(f"<h4>{escape(title)}</h4><div class=scroll>{_bar_chart(search, title)}</div>")
+    return "".join(parts)
 
 
-def _bars(search: dict[str, Any]) -> str:
-    budgets, length, colour = search["budgets"], search["context_length"], _colour(search)
-    parts = [f"<h3>{html.escape(_name(search))}: {search['memory_factor']:.2f}x</h3>"]
-    parts.append(f'<svg viewBox="0 0 900 {20 * len(budgets) + 4}" role=img>')
+def _bar_chart(search: SearchFile, title: str) -> str:
+    budgets, length = search["budgets"], search["context_length"]
+    figure, layers = charts.new_figure(900, 20 * len(budgets) + 4), range(len(budgets))
+    axes = charts.add_axes(figure, (70, 2, 810, 20 * len(budgets) + 2))
+    axes.grid(False)
+    axes.set(xlim=(0, length), ylim=(len(budgets) - 0.5, -0.5), xticks=[])
+    axes.barh(layers, [length] * len(budgets), height=0.7, color=charts.LINE)
+    axes.barh(layers, budgets, height=0.7, color=_colour(search))
+    axes.set_yticks(layers, [f"layer {layer}" for layer in layers])
     for layer, budget in enumerate(budgets):
-        parts.append(
-            f"<text x=60 y={20 * layer + 15} text-anchor=end font-size=13>layer {layer}</text>"
-            f'<rect x=70 y={20 * layer + 3} height=14 width=740 fill="#f2f2f2" />'
-            f'<rect x=70 y={20 * layer + 3} height=14 width={740 * budget / length:.1f} fill="{colour}" />'
-            f"<text x=820 y={20 * layer + 15} font-size=13>{budget} of {length}</text>"
-        )
-    return "".join(parts) + "</svg>"
+        axes.text(1.02 * length, layer, f"{budget} of {length}", size=13, color=charts.SOFT, va="center")
+    for bar in axes.patches:
+        bar.set_clip_on(False)
+    return charts.svg(figure, title)
 
 
-def _survivors(search: dict[str, Any]) -> str:
+def _survivors(search: SearchFile) -> str:
     """A held-out text, a shade for how long each token stays in each layer."""
     try:
-        model, data = load_model(search["checkpoint"]["path"]), Data(search["data"]["path"])
+        model, dataset = load_model(search["checkpoint"]["path"]), open_dataset(search["data"]["path"])
         budgets, policy = budgets_of(search, model_fingerprint(model))
-        tokenizer = data.tokenizer
-    except InputError as error:
-        return f"<p class=note>No sample is shown: {html.escape(str(error))}</p>"
-    inputs = data.windows("validation", budgets.context_length, 3).inputs[1:2]
-    hidden_at = np.asarray(eviction_times(model, jnp.asarray(inputs), budgets, policy)[0])
+        inputs = read_windows(dataset, "validation", budgets.context_length, 3).inputs
+    except (InputError, BudgetsError, DataError) as error:
+        return f"<p class=note>No sample is shown: {escape(str(error))}</p>"
+    middle_1N = inputs[len(inputs) // 2][None]
+    hidden_at = np.asarray(eviction_times(model, jnp.asarray(middle_1N), budgets, policy)[0])
     rows = hidden_at.shape[1]
+    name = ", ".join(dict.fromkeys([_model(search), search["policy"]]))  # a model may be called as its policy
     note = " (its first key/value head)" if rows > 1 else ""
     parts = [
-        f"<h2>Which tokens survive: {html.escape(_name(search))}{note}</h2><p class=note>The first {SAMPLE} tokens ",
-        f"of a held-out window of {budgets.context_length}. Dark: held to its end. Light: evicted soon. Point at ",
-        "a token to see by which one.</p>",
+        f"<h2>Which tokens survive: {escape(name)}{note}</h2><p class=note>The first {SAMPLE} tokens ",
+        f"of a held-out window of {budgets.context_length}. Strong: held to its end. Faint: evicted soon. Point ",
+        "at a token to see by which one. &middot; is a space, ↵ a line break, [E2] a byte.</p>",
     ]
-    pieces = [tokenizer.id_to_piece(int(token)).replace("\u2581", " ") for token in inputs[0]]
+    tokenizer = dataset.tokenizer()
+    pieces = [legible(tokenizer.piece(int(token))) for token in middle_1N[0]]
     for layer, hidden_at_N in enumerate(hidden_at[:, 0]):
         parts.append(f"<h3>layer {layer}: {budgets.tokens[layer]} tokens</h3><p class=tokens>")
         for j, piece in enumerate(pieces[:SAMPLE]):
@@ -198,11 +224,8 @@ def _survivors(search: dict[str, Any]) -> str:
             held = len(pieces) if stays else int(hidden_at_N[j]) - j
             life = math.log1p(held) / math.log1p(len(pieces))
             when = "held to the end" if stays else f"evicted by token {int(hidden_at_N[j])}, after {hidden_at_N[j] - j}"
-            ink = "#fff" if life > 0.6 else "#222"
-            shade = 0.08 + 0.92 * life
-            parts.append(
-                f'<span title="{j}: {when}" style="background:rgba(31,119,180,{shade:.2f});color:{ink}">'
-                f"{html.escape(piece)}</span>"
-            )
+            ink = "#fff" if life > 0.6 else "var(--ink)"
+            shade = f"color-mix(in srgb,var(--s0) {8 + 92 * life:.0f}%,transparent)"
+            parts.append(f'<span title="{j}: {when}" style="background:{shade};color:{ink}">{escape(piece)}</span>')
         parts.append("</p>")
     return "".join(parts)

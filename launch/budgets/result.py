@@ -1,56 +1,102 @@
-"""budgets.json: what a search found, for which model and on which data."""
+"""What a search writes: budgets.json with all that it went through, and the journal that it is resumed from."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
-from inference_budget.budgets import Budgets
-from inference_budget.policies import POLICIES, EvictionPolicy
-from inference_budget.search import Point
+from inference_budget import Point
+from inference_budget.interchange import BudgetsFile, Source, read_budgets_file
 
 from .inputs import InputError
 
-FORMAT = "inference_budget.Budgets/1"
+
+class PointJson(TypedDict):
+    """Budgets and what they cost on the search's training windows."""
+
+    budgets: list[int]
+    memory_factor: float
+    nll: float  # nats per token
+    perplexity: float
+    last_quarter_nll: float
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """At once, so that an interrupted command leaves no half of it."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"format": FORMAT} | content, indent=1) + "\n")
-    partial.replace(path)
+class Perplexities(TypedDict):
+    """Over all positions, and over the last quarter of them."""
+
+    perplexity: float
+    last_quarter_perplexity: float
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Raises InputError for what is not such a file."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} does not say that its format is {FORMAT!r}; make it with `search`")
-    return content
+class Difference(TypedDict):
+    """Of two losses on the same windows, and the standard error from the pairs."""
+
+    nats: float
+    standard_error: float
 
 
-def budgets_of(content: dict[str, Any], fingerprint: str) -> tuple[Budgets, EvictionPolicy]:
-    """Raises InputError if the file is another model's, or has been changed to what cannot be used."""
-    try:
-        checkpoint, tokens, length = content["checkpoint"], content["budgets"], content["context_length"]
-        policy = POLICIES[content["policy"]]
-        found_for, path = checkpoint["fingerprint"], checkpoint["path"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the budgets file lacks, or does not know, {error}; make it with `search`") from error
-    if found_for != fingerprint:
-        raise InputError(
-            f"these budgets were found for another model, {path} ({found_for[:12]}, not {fingerprint[:12]}); search "
-            "again for this one"
-        )
-    return Budgets(tuple(tokens), length), policy
+class Holding(Perplexities):
+    """A point of the curve on the held-out windows."""
+
+    memory_factor: float
+    budgets: list[int]
 
 
-def point_json(point: Point) -> dict[str, Any]:
+class HeldOut(TypedDict):
+    """What was found, on windows that the search has not seen; the last three where the target is a model."""
+
+    full: Perplexities
+    pruned: Perplexities
+    pruned_minus_full: Difference
+    target: NotRequired[Perplexities]
+    pruned_minus_target: NotRequired[Difference]
+    largest_at_target: NotRequired[Holding | None]
+
+
+class Options(TypedDict):
+    """How a search went about it."""
+
+    step: int
+    first_step: int
+    lazy: bool
+    full_sweeps: int
+    lazy_missed: int
+    target_perplexity: float
+    target_checkpoint: str | None
+
+
+class Identity(TypedDict):
+    """What a journal's losses depend on."""
+
+    checkpoint: Source
+    data: Source
+    context_length: int
+    policy: str
+    windows: dict[str, int]  # by split
+
+
+class SearchFile(BudgetsFile):
+    """A budgets.json of `search`."""
+
+    data: Source
+    windows: dict[str, int]
+    memory_factor: float
+    search: Options
+    found: PointJson
+    validation: HeldOut
+    curve: list[PointJson]
+    baselines: dict[str, list[PointJson]]
+
+
+def read_search(path: str | Path) -> SearchFile:
+    """Raises BudgetsError or InputError for what is not a file of `search`."""
+    content = read_budgets_file(path)
+    if missing := sorted(SearchFile.__required_keys__ - content.keys()):
+        raise InputError(f"{path} lacks {', '.join(missing)}; make it with `search`")
+    return cast(SearchFile, content)
+
+
+def point_json(point: Point) -> PointJson:
     return {
         "budgets": list(point.budgets.tokens),
         "memory_factor": point.budgets.memory_factor,
@@ -60,7 +106,7 @@ def point_json(point: Point) -> dict[str, Any]:
     }
 
 
-def points_json(points: Iterable[Point]) -> list[dict[str, Any]]:
+def points_json(points: Iterable[Point]) -> list[PointJson]:
     return [point_json(point) for point in points]
 
 
@@ -71,7 +117,7 @@ class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
       InputError: the file is of a search for something else.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
         self._losses: dict[tuple[int, ...], tuple[float, float]] = {}
         header = json.dumps(identity, sort_keys=True)
         lines = path.read_text().splitlines() if path.exists() else []

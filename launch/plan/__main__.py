@@ -14,21 +14,22 @@ fit, 130 stopped by Ctrl-C.
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from launch.plan import chart, scaling, tables
-from launch.plan.estimate import plan
+from launch.plan.planner import plan
 from launch.plan.remedies import try_remedies
+from launch.plan.result import Plan
 from launch.plan.sweep import sweep
 from launch.slices import Topology, find
-from trainer.__main__ import CONFIG, parse_flags
-from trainer.config import check_config
 from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, ConfigError
+from trainer.flags import CONFIG, parse_flags
 from trainer.mesh import AXES
+from trainer.settings import Settings, read_settings
 
 TOPOLOGY = flags.DEFINE_list("topology", [], "Slices by their public names; by default the config's mesh.topology.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices, joined by their hosts' network.", lower_bound=1)
@@ -48,15 +49,13 @@ def main(argv: list[str]) -> None:
         )
     if importlib.util.find_spec("libtpu") is None:
         _mistake("the TPU compiler is not installed; run: pip install -e '.[tpu]'")
-    config = CONFIG.value
     try:
-        names = [name.strip() for name in TOPOLOGY.value] or [config.mesh.topology]
+        names = [name.strip() for name in TOPOLOGY.value] or [CONFIG.value.mesh.topology]
         _check_flags(names)
         topologies = _find(names)
         fixed = parse_mesh(MESH.value)
-        config.mesh.update(fixed)
-        check_config(config)
-        code = _run(config, topologies, fixed)
+        CONFIG.value.mesh.update(fixed)
+        code = _run(read_settings(CONFIG.value), topologies, fixed)
     except ConfigError as error:
         _mistake(str(error))
     except RuntimeError as error:
@@ -68,32 +67,32 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def _run(config: ConfigDict, topologies: list[Topology], fixed: dict[str, int]) -> int:
+def _run(config: Settings, topologies: list[Topology], fixed: dict[str, int]) -> int:
     """Plans what the flags ask for, writes and prints it; the exit code."""
     topology, slices = topologies[0], SLICES.value
     if SWEEP.value:
         plans = sweep(config, topology, slices, fixed, plan)
-        _write({"topology": topology.name, "slices": slices, "plans": plans})
+        _write({"topology": topology.name, "slices": slices, "plans": [made.to_json() for made in plans]})
         print(f"{topology.name}, batch {config.batch_size} x {config.context_length} tokens\n")
         print(tables.sweep_table(plans))
-        return 0 if plans[0]["fits"] else EXIT_OUT_OF_MEMORY
+        return 0 if plans[0].fits else EXIT_OUT_OF_MEMORY
     if len(topologies) > 1:
         rows = scaling.scale(config, topologies, slices, plan)
         _write({"scaling": rows})
         if PNG.value:
-            chart.draw(rows, PNG.value)
+            chart.draw([dict(row) for row in rows], PNG.value)
         print(tables.scaling_table(rows))
         return 0 if any("error" not in row for row in rows) else EXIT_OUT_OF_MEMORY
     made = plan(config, topology, slices)
-    hlo = made.pop("hlo", "")
-    if HLO.value and hlo:
-        Path(HLO.value).write_text(hlo)
-    if not made["fits"]:
+    if HLO.value and isinstance(made, Plan):
+        Path(HLO.value).write_text(made.step.hlo)
+    remedies = None
+    if not made.fits:
         print("It does not fit; compiling what might", file=sys.stderr)
-        made["remedies"] = try_remedies(config, made, plan)
-    _write(made)
-    print(tables.plan_table(made, PRICE.value))
-    return 0 if made["fits"] else EXIT_OUT_OF_MEMORY
+        remedies = try_remedies(config, made, plan)
+    _write(made.to_json() | ({} if remedies is None else {"remedies": remedies}))
+    print(tables.plan_table(made, PRICE.value, remedies))
+    return 0 if made.fits else EXIT_OUT_OF_MEMORY
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -131,7 +130,7 @@ def _find(names: list[str]) -> list[Topology]:
         raise ConfigError(f"--topology: {error}") from error
 
 
-def _write(result: dict[str, Any]) -> None:
+def _write(result: Mapping[str, object]) -> None:
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -19,22 +19,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from launch.plan import times
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Program
+from launch.plan.result import CollectiveRow, OversizedStep, Shortage, Step
 from launch.plan.schedule import environment
 from launch.slices import Topology, find
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed, read_settings
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measure(config: ConfigDict, topology: Topology, slices: int = 1) -> dict[str, Any]:
+def measure(config: Settings, topology: Topology, slices: int = 1) -> Step | OversizedStep:
     """What the compiler says of the train step of `config` on `slices` slices.
-
-    Of a step that does not fit: `error`, one line; `needed_bytes`, at least; and `hbm_bytes` of the state alone.
 
     Raises:
       ConfigError: the mesh or the batch does not fit the slice.
@@ -43,7 +41,7 @@ def measure(config: ConfigDict, topology: Topology, slices: int = 1) -> dict[str
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request = {
-            "config": json.loads(config.to_json()),
+            "config": dataclasses.asdict(config),
             "topology": topology.name,
             "slices": slices,
             "dump": f"{name}/dump",
@@ -57,7 +55,10 @@ def measure(config: ConfigDict, topology: Topology, slices: int = 1) -> dict[str
         result = json.loads((folder / "result").read_text())
     if "mistake" in result:
         raise ConfigError(result["mistake"])
-    return result
+    if "step" in result:
+        return Step(**result["step"])
+    oversized = result["oversized"]
+    return OversizedStep(**oversized | {"shortage": Shortage(**oversized["shortage"])})
 
 
 def main() -> None:
@@ -65,52 +66,49 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
-        config, topology = ConfigDict(request["config"]), find(request["topology"])
-        result = _compile(config, topology, request["slices"], Path(request["dump"]))
+        config, topology = read_settings(request["config"]), find(request["topology"])
+        made = _compile(config, topology, request["slices"], Path(request["dump"]))
     except ConfigError as error:
-        result = {"mistake": str(error)}
+        result: dict[str, object] = {"mistake": str(error)}
+    else:
+        result = {"step" if isinstance(made, Step) else "oversized": dataclasses.asdict(made)}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
-def _compile(config: ConfigDict, topology: Topology, slices: int, dump: Path) -> dict[str, Any]:
+def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> Step | OversizedStep:
     import jax
 
-    from trainer.checkpoints.manager import abstract_state
-    from trainer.config import check_batch
-    from trainer.loop import compile_train_step
+    from trainer.checks import check_batch
     from trainer.mesh import make_mesh
-    from trainer.state import init_state, make_optimizer
+    from trainer.state import abstract_state
+    from trainer.step import compile_train_step
 
     if config.model.attention == "auto":
-        config.model.attention = "pallas"  # what "auto" is on a TPU
+        config = changed(config, {"model.attention": "pallas"})  # what "auto" is on a TPU
     mesh = make_mesh(config.mesh, devices=list(topology.describe(slices).devices))
-    check_batch(config, mesh)
-    with jax.set_mesh(mesh):
-        state = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+    check_batch(config, mesh.shape)
+    state = abstract_state(config, mesh)
 
     def per_chip(tree: Any) -> int:
         return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
     parameters, optimizer = per_chip(state.params), per_chip(state.opt_state)
-    facts = {
-        "mesh": dict(mesh.shape),
-        "hbm_bytes": {"parameters": parameters, "optimizer": optimizer},
-        "state_bytes": sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(state)),
-    }
+    state_bytes = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(state))
     try:
         compiled = compile_train_step(config, 0, state, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return facts | out_of_memory(str(error))
+        of_state = {"parameters": parameters, "optimizer": optimizer}
+        return OversizedStep(dict(mesh.shape), of_state, state_bytes, shortage(str(error)))
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     if memory is None or text is None or cost is None:
         raise RuntimeError("the compiler gives no account of its program; is this the libtpu that jax[tpu] pins?")
     program = Program(text)
     operations = list(program.operations())
     network = Network(dict(mesh.shape), mesh.devices, topology, slices)
-    estimate = times.estimate(program, operations, network, dump)
-    facts["hbm_bytes"] = {
+    estimate = times.step_times(program, operations, network, dump)
+    hbm_bytes = {
         "parameters": parameters,
         "optimizer": optimizer,
         "batch and padding": memory.argument_size_in_bytes - parameters - optimizer,
@@ -118,22 +116,25 @@ def _compile(config: ConfigDict, topology: Topology, slices: int, dump: Path) ->
         "activations and temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    return facts | {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "step_ms_by_part": estimate.milliseconds,
-        "collectives": _rows(estimate.collectives),
-        "moved_shapes": sorted({shape for c in estimate.collectives for shape in c.shapes}),
-        "matmul_flops": sum(o.flops * o.times for o in operations),
-        "unscaled_matmul_flops": sum(o.flops for o in program.operations(scale=False)),
-        "compiler_flops": cost["flops"],
-        "hlo": text,
-    }
+    return Step(
+        mesh=dict(mesh.shape),
+        hbm_bytes=hbm_bytes,
+        state_bytes=state_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        step_ms_by_part=estimate.milliseconds,
+        collectives=_rows(estimate.collectives),
+        moved_shapes=sorted({shape for c in estimate.collectives for shape in c.shapes}),
+        matmul_flops=sum(o.flops * o.times for o in operations),
+        unscaled_matmul_flops=sum(o.flops for o in program.operations(scale=False)),
+        compiler_flops=cost["flops"],
+        hlo=text,
+    )
 
 
-def out_of_memory(message: str) -> dict[str, Any]:
-    """`error`, one line for a person, and `needed_bytes`, at least, from a message of the compiler."""
+def shortage(message: str) -> Shortage:
+    """What a message of the compiler says of the memory that is missing."""
     if "memory space vmem" in message:  # which neither sharding the state nor smaller batches change
-        return {"error": "a kernel needs more VMEM than a core has", "of": "VMEM"}
+        return Shortage("a kernel needs more VMEM than a core has", of="VMEM")
     for pattern in (
         r"Used ([\d.]+)(\w) of ([\d.]+)(\w)",
         r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)(\w)\)",
@@ -141,18 +142,18 @@ def out_of_memory(message: str) -> dict[str, Any]:
         if found := re.search(pattern, message):
             needed, limit = float(found[1]) * UNITS[found[2]], float(found[3]) * UNITS[found[4]]
             line = f"needs at least {needed / 2**30:.2f} GiB of HBM on each chip, which has {limit / 2**30:.2f}"
-            return {"error": line, "needed_bytes": needed, "limit_bytes": limit}
-    return {"error": " ".join(message.split())[:200]}
+            return Shortage(line, needed_bytes=needed, limit_bytes=limit)
+    return Shortage(" ".join(message.split())[:200])
 
 
-def _rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
-    """One row for each kind, axes, group size and network: count and bytes a step, estimated milliseconds a step."""
-    rows: dict[tuple, dict[str, Any]] = {}
+def _rows(collectives: Iterable[Collective]) -> list[CollectiveRow]:
+    """One row for each kind, axes, group size and network; estimated milliseconds."""
+    rows: dict[tuple[str, str, int, str], CollectiveRow] = {}
     for c in collectives:
-        key = {
-            name: value for name, value in dataclasses.asdict(c).items() if name in ("kind", "axes", "size", "network")
-        }
-        row = rows.setdefault(tuple(key.values()), key | {"count": 0.0, "bytes": 0.0, "milliseconds": 0.0})
+        none = CollectiveRow(
+            kind=c.kind, axes=c.axes, size=c.size, network=c.network, count=0.0, bytes=0.0, milliseconds=0.0
+        )
+        row = rows.setdefault((c.kind, c.axes, c.size, c.network), none)
         row["count"] += c.times
         row["bytes"] += c.times * c.bytes
         row["milliseconds"] += c.times * c.milliseconds

@@ -1,19 +1,18 @@
 """Which meshes a slice can have: those worth compiling, and what to say of one that it cannot have."""
 
+import dataclasses
 import itertools
-
-from ml_collections import ConfigDict
 
 from launch.slices import Topology
 from trainer.errors import ConfigError
 from trainer.mesh import AXES, mesh_shape
-from trainer.state import model_config
+from trainer.settings import Settings
 
 LARGEST_TENSOR = 8  # parts; more leave a chip too little of a matmul
 TOKENS_OF_CONTEXT = 1024  # at least, on each chip of a split sequence
 
 
-def sensible_meshes(config: ConfigDict, topology: Topology, slices: int, fixed: dict[str, int]) -> list[dict[str, int]]:
+def sensible_meshes(config: Settings, topology: Topology, slices: int, fixed: dict[str, int]) -> list[dict[str, int]]:
     """Sizes of the axes for each mesh worth compiling.
 
     `tensor` divides the key/value heads and is at most 8; `context` leaves a chip 1,024 tokens; `data` and `fsdp` share
@@ -22,7 +21,7 @@ def sensible_meshes(config: ConfigDict, topology: Topology, slices: int, fixed: 
     Raises:
       ConfigError: there is none.
     """
-    model, chips = model_config(config), topology.num_chips * slices
+    model, chips = config.transformer, topology.num_chips * slices
     choices = {
         "fsdp": [n for n in _divisors(chips // slices) if model.d_model % n == 0],
         "context": [n for n in _divisors(chips) if n == 1 or config.context_length // n >= TOKENS_OF_CONTEXT],
@@ -44,9 +43,12 @@ def sensible_meshes(config: ConfigDict, topology: Topology, slices: int, fixed: 
     return meshes
 
 
-def check_mesh(config: ConfigDict, topology: Topology, slices: int) -> None:
-    """Raises ConfigError where the config's mesh has other chips than the slices, or more parts of a batch than the
-    batch has sequences. The message names what would do.
+def check_mesh(config: Settings, topology: Topology, slices: int) -> None:
+    """Checks that the slices can have the config's mesh.
+
+    Raises:
+      ConfigError: the mesh has other chips than the slices, or more parts of a batch than the batch has sequences. The
+        message names what would do.
     """
     chips = topology.num_chips * slices
     try:
@@ -62,9 +64,9 @@ def check_mesh(config: ConfigDict, topology: Topology, slices: int) -> None:
         )
 
 
-def _example(config: ConfigDict, topology: Topology, slices: int) -> str:
+def _example(config: Settings, topology: Topology, slices: int) -> str:
     """The sensible mesh that is most like the config's, as a flag; empty if there is none."""
-    asked = config.mesh
+    asked = dataclasses.asdict(config.mesh)
     try:
         meshes = sensible_meshes(config, topology, slices, {})
     except ConfigError:
@@ -72,7 +74,7 @@ def _example(config: ConfigDict, topology: Topology, slices: int) -> str:
 
     def unlike(mesh: dict[str, int]) -> tuple[int, int]:
         others = sum(mesh[axis] != asked[axis] for axis in ("context", "tensor"))
-        return others, abs(mesh["fsdp"] - asked.fsdp)
+        return others, abs(mesh["fsdp"] - asked["fsdp"])
 
     mesh = min(meshes, key=unlike)
     change = [

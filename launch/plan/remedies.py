@@ -1,14 +1,13 @@
 """What would make a step fit that does not: changes to the config, each of them compiled."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from ml_collections import ConfigDict
-
-from launch.plan.estimate import Change, Planner, changed
+from launch.plan.planner import Change, Planner
+from launch.plan.result import DoesNotFit, Plan, Remedy, refusal
 from launch.plan.several import compile_all
 from launch.slices import find
 from trainer.errors import ConfigError
+from trainer.settings import Settings, changed
 
 
 def flags(change: Change) -> str:
@@ -16,12 +15,12 @@ def flags(change: Change) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def candidates(config: ConfigDict, failed: dict[str, Any]) -> tuple[list[Change], list[Change]]:
+def candidates(config: Settings, failed: Plan | DoesNotFit) -> tuple[list[Change], list[Change]]:
     """Single changes, and after them all together: recompute layers, shard the state over more chips, split the batch.
     Where VMEM is too small, only fewer heads on a chip help. Sharding never leaves a slice.
     """
-    mesh, slices = failed["mesh"], failed["slices"]
-    if failed.get("of") == "VMEM":
+    mesh, slices = failed.mesh, failed.place.slices
+    if isinstance(failed, DoesNotFit) and failed.step.shortage.of == "VMEM":
         halves = [axis for axis in ("data", "fsdp") if mesh[axis] % (2 * (slices if axis == "data" else 1)) == 0]
         return [{f"mesh.{axis}": mesh[axis] // 2, "mesh.tensor": 2 * mesh["tensor"]} for axis in halves[:1]], []
     single: list[Change] = []
@@ -41,11 +40,8 @@ def candidates(config: ConfigDict, failed: dict[str, Any]) -> tuple[list[Change]
     return single, combined
 
 
-def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner) -> list[dict[str, Any]]:
-    """One row for each change that was compiled: `change`, `step_ms` and `headroom` where it fits, else `needs`.
-
-    Changes together are compiled only where none alone is enough.
-    """
+def try_remedies(config: Settings, failed: Plan | DoesNotFit, planner: Planner) -> list[Remedy]:
+    """One row for each change that was compiled. Changes together are compiled only where none alone is enough."""
     single, combined = candidates(config, failed)
     rows = _try(config, single, failed, planner)
     if not any("step_ms" in row for row in rows):
@@ -53,17 +49,17 @@ def try_remedies(config: ConfigDict, failed: dict[str, Any], planner: Planner) -
     return rows
 
 
-def _try(
-    config: ConfigDict, changes: Sequence[Change], failed: dict[str, Any], planner: Planner
-) -> list[dict[str, Any]]:
-    def attempt(change: Change) -> dict[str, Any]:
-        row: dict[str, Any] = {"change": flags(change)}
+def _try(config: Settings, changes: Sequence[Change], failed: Plan | DoesNotFit, planner: Planner) -> list[Remedy]:
+    topology = find(failed.place.topology)
+
+    def attempt(change: Change) -> Remedy:
+        row: Remedy = {"change": flags(change)}
         try:
-            made = planner(changed(config, change), find(failed["topology"]), failed["slices"])
+            made = planner(changed(config, change), topology, failed.place.slices)
         except ConfigError as error:
             return row | {"needs": str(error)}
-        if not made["fits"]:
-            return row | {"needs": made.get("error") or "more HBM than the chip has"}
-        return row | {"step_ms": made["step_ms"], "headroom": made["headroom"]}
+        if isinstance(made, DoesNotFit) or not made.fits:
+            return row | {"needs": refusal(made, "more HBM than the chip has")}
+        return row | {"step_ms": made.step_ms, "headroom": made.headroom}
 
     return compile_all(attempt, changes, "remedies") if changes else []

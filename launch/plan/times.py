@@ -28,7 +28,7 @@ class Times:
     collectives: list[Collective]
 
 
-def estimate(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
+def step_times(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
     """`dump` is the folder of the kernels' schedules."""
     chip = network.topology.chip
     parts: dict[str, float] = collections.defaultdict(float)

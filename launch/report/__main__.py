@@ -22,11 +22,11 @@ from tqdm import tqdm
 from data import DataError, Dataset, EvalBatches, Tokenizer, open_dataset
 from launch.report.page import Curve, RunReport, SentenceMasks, render
 from selective_attention import Transformer
-from selective_attention.transformer.decoding import sample
-from trainer.checkpoints.manager import load_model
+from selective_attention.transformer.sampling import sample
 from trainer.errors import ResumeError
+from trainer.export import load_model
 from trainer.loop import RESULT_FILE
-from trainer.state import model_config
+from trainer.settings import Settings
 
 SENTENCE_TOKENS = (40, 60)  # of the sentence that is shown, without BOS
 MAX_WINDOWS = 200  # of the validation split that are searched for it
@@ -63,7 +63,8 @@ def write_report(
     """
     if not runs:
         raise ReportError("no runs were given; give at least one NAME=WORKDIR")
-    results = {name: _read_result(name, Path(workdir)) for name, workdir in runs.items()}
+    for name, workdir in runs.items():
+        _read_result(name, Path(workdir))  # before anything that takes long
     dataset = open_dataset(dataset_path)
     tokenizer = dataset.tokenizer()
     reports, sentence = [], None
@@ -75,36 +76,48 @@ def write_report(
                     f"run {name!r} ({workdir}) has {config.model.vocab_size} token ids, but the dataset {dataset_path} "
                     f"has {tokenizer.vocab_size}; give the dataset that it was trained on"
                 )
-            masks = None
-            if config.model.selective:
-                if sentence is None:
-                    sentence = choose_sentence(model, dataset, config.context_length)
-                masks_LNN = np.asarray(_masks(model, sentence[None]))[:, 0]
-                masks = SentenceMasks([tokenizer.piece(token) for token in sentence], masks_LNN)
-            prompt, continuation = _sample(model, dataset, config.context_length, seed)
-            reports.append(
-                RunReport(
-                    name=name,
-                    selective=config.model.selective,
-                    parameters=model_config(config).parameter_counts()["total"],
-                    num_layers=model.config.num_layers,
-                    steps=results[name]["steps"],
-                    train_tokens=results[name]["steps"] * config.batch_size * config.context_length,
-                    loss=results[name]["loss"],
-                    perplexity=results[name]["perplexity"],
-                    validation_tokens=results[name]["tokens"],
-                    train_curve=read_scalar(workdir, "train/loss"),
-                    eval_curve=Curve.joined(read_scalar(workdir, "eval/loss"), read_scalar(workdir, "final/loss")),
-                    prompt=prompt,
-                    continuation=continuation,
-                    masks=masks,
-                )
-            )
+            if config.model.selective and sentence is None:
+                sentence = choose_sentence(model, dataset, config.context_length)
+            shown = sentence if config.model.selective else None
+            reports.append(_run_report(name, workdir, (model, config), dataset, shown, seed))
             bar.update()
     path = Path(output_dir) / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(reports), encoding="utf-8")
     return reports
+
+
+def _run_report(
+    name: str,
+    workdir: str | Path,
+    loaded: tuple[Transformer, Settings],
+    dataset: Dataset,
+    sentence: np.ndarray | None,
+    seed: int,
+) -> RunReport:
+    """What the page says of a run, with the masks of the sentence, if there is one."""
+    (model, config), tokenizer, result = loaded, dataset.tokenizer(), _read_result(name, Path(workdir))
+    masks = None
+    if sentence is not None:
+        masks_LNN = np.asarray(_masks(model, sentence[None]))[:, 0]
+        masks = SentenceMasks([tokenizer.piece(token) for token in sentence], masks_LNN)
+    prompt, continuation = _sample(model, dataset, config.context_length, seed)
+    return RunReport(
+        name=name,
+        selective=config.model.selective,
+        parameters=config.transformer.parameter_counts()["total"],
+        num_layers=model.config.num_layers,
+        steps=result["steps"],
+        train_tokens=result["steps"] * config.batch_size * config.context_length,
+        loss=result["loss"],
+        perplexity=result["perplexity"],
+        validation_tokens=result["tokens"],
+        train_curve=read_scalar(workdir, "train/loss"),
+        eval_curve=Curve.joined(read_scalar(workdir, "eval/loss"), read_scalar(workdir, "final/loss")),
+        prompt=prompt,
+        continuation=continuation,
+        masks=masks,
+    )
 
 
 def terminal_table(reports: Sequence[RunReport]) -> str:

@@ -1,19 +1,21 @@
 """The page of `launch.report`: HTML with inline SVG that stands alone, light or dark as the reader's system is.
 
-Every figure is drawn here; the template has the styles, and a script that only adds read-outs under the pointer. All
-text that comes from documents or the command line goes through `escape`.
+Curves are drawn by `launch.charts`. The masks, which are text as much as pictures, are made here: cells that the page's
+styles colour, and that its script finds by their place; it only adds read-outs under the pointer. All text that comes
+from documents or the command line goes through `escape`.
 """
 
 import dataclasses
 import itertools
 import json
-import math
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
+
+from launch import charts
 
 FORGOTTEN = 1.0  # F above which a token counts as forgotten, as tau in the paper's memory loss
 F_BANDS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # lower bounds; one shade each
@@ -96,7 +98,7 @@ def render(reports: Sequence[RunReport]) -> str:
     sections = [_result_section(reports), _curves_section(reports), _samples_section(reports)]
     sections += [_masks_section(report.name, report.masks) for report in reports if report.masks is not None]
     template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
-    return template.replace("@SECTIONS@", "\n".join(sections))
+    return template.replace("@PALETTE@", charts.palette()).replace("@SECTIONS@", "\n".join(sections))
 
 
 def legible(piece: str) -> str:
@@ -138,31 +140,31 @@ def _result_section(reports: Sequence[RunReport]) -> str:
 def _curves_section(reports: Sequence[RunReport]) -> str:
     lines, marks = [], []
     for i, r in enumerate(reports):
-        lines += [(r.train_curve, f"raw s{i % 4}", None), (r.train_curve.smoothed(), f"line s{i % 4}", r.name)]
-        marks.append((r.eval_curve, f"s{i % 4}", r.name))
+        lines += [(r.train_curve, i % 4, None), (r.train_curve.smoothed(), i % 4, r.name)]
+        marks.append((r.eval_curve, i % 4, r.name))
     text = (
         _legend(reports)
         + _chart(lines, marks, "loss, nats per token", "Loss over training steps")
         + "<p class=note>Faint: the training loss of each step. Lines: its centred mean over a 25th of the run. "
-        "Circles: the validation loss (at the last step over the whole split). Lower is better.</p>"
+        "Dots: the validation loss (at the last step over the whole split). Lower is better.</p>"
     )
     pair = {report.selective: report for report in reports}
     if len(reports) == 2 and len(pair) == 2:
         gain = pair[False].train_curve.minus(pair[True].train_curve)
-        marks = [(pair[False].eval_curve.minus(pair[True].eval_curve), "s2", "validation")]
+        marks = [(pair[False].eval_curve.minus(pair[True].eval_curve), 2, "difference")]
         if gain.steps:
             names = f"loss of {escape(pair[False].name)} minus that of {escape(pair[True].name)}"
             text += (
                 f"<h3>What selection gains: {names}</h3>"
                 + _chart(
-                    [(gain, "raw s2", None), (gain.smoothed(), "line s2", "training")],
+                    [(gain, 2, None), (gain.smoothed(), 2, "training")],
                     marks,
                     "difference, nats per token",
                     "Difference of the losses over training steps",
                     zero=True,
                 )
                 + "<p class=note>Above zero the selective model is better. If both runs saw the same batches, as those "
-                "of one dataset and seed do, the noise that they share cancels out. Line, faint line and circles as "
+                "of one dataset and seed do, the noise that they share cancels out. Line, faint line and dots as "
                 "above.</p>"
             )
     return f"<section><h2>Loss curves</h2>{text}</section>"
@@ -176,63 +178,58 @@ def _legend(reports: Sequence[RunReport]) -> str:
     )
 
 
-def _chart(lines, marks, unit: str, title: str, zero: bool = False) -> str:
-    """A line chart. `lines` and `marks`: (curve, CSS classes, name in the read-out or None)."""
+def _chart(
+    lines: Sequence[tuple[Curve, int, str | None]],
+    marks: Sequence[tuple[Curve, int, str]],
+    unit: str,
+    title: str,
+    zero: bool = False,
+) -> str:
+    """A line chart.
+
+    Args:
+      lines: (curve, series, name), drawn faint and unsmoothed where there is no name.
+      marks: (curve, series, name), drawn as dots.
+      unit, title: of the values, and of the chart.
+      zero: keep zero in sight, and clip what is faint.
+    """
     curves = [curve for curve, _, _ in [*lines, *marks] if curve.steps]
     if not curves:
         return "<p class=note>No points were logged.</p>"
     last = max(curve.steps[-1] for curve in curves)
-    shown = [v for curve, css, _ in [*lines, *marks] if "raw" not in css or not zero for v in curve.values]
+    shown = [v for curve, _, name in [*lines, *marks] if name or not zero for v in curve.values]
     low, high = min([*shown, 0.0] if zero else shown), max([*shown, 0.0] if zero else shown)
     margin = 0.06 * (high - low or 1)
     low, high = low - margin, high + margin
-    width, height = PLOT_WIDTH - LEFT - RIGHT, PLOT_HEIGHT - TOP - BOTTOM
-
-    def x(step: float) -> float:
-        return round(LEFT + width * step / last, 1)
-
-    def y(value: float) -> float:
-        return round(TOP + height * (high - min(max(value, low), high)) / (high - low), 1)
-
-    parts = []
-    for value in _ticks(low, high, 6):
-        css = "zero" if zero and value == 0 else "grid"
-        parts.append(
-            f"<line class={css} x1={LEFT} x2={PLOT_WIDTH - RIGHT} y1={y(value)} y2={y(value)} />"
-            f"<text class=tick x={LEFT - 8} y={y(value) + 4} text-anchor=end>{value:g}</text>"
-        )
-    for step in _ticks(0, last, 8):
-        parts.append(f"<text class=tick x={x(step)} y={TOP + height + 18} text-anchor=middle>{step:,.0f}</text>")
-    for curve, css, _ in lines:
-        thin = curve.thinned()
-        points = " ".join(f"{x(s)},{y(v)}" for s, v in zip(thin.steps, thin.values, strict=True))
-        parts.append(f"<polyline class='{css}' points='{points}' />")
-    for curve, css, name in marks:
+    figure = charts.new_figure(PLOT_WIDTH, PLOT_HEIGHT)
+    axes = charts.add_axes(figure, (LEFT, TOP, PLOT_WIDTH - RIGHT, PLOT_HEIGHT - BOTTOM), "training step", unit)
+    axes.set(xlim=(0, last), ylim=(low, high))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=8, integer=True)
+    axes.locator_params(axis="y", nbins=6)
+    if zero:
+        axes.axhline(0, color=charts.SOFT, linewidth=1, clip_on=False)
+    for curve, series, name in lines:
+        thin, (css, width, alpha) = curve.thinned(), ("line", 2, 1.0) if name else ("raw", 1, 0.3)
+        values, colour, gid = np.clip(thin.values, low, high), charts.SERIES[series], charts.gid(css)
+        axes.plot(thin.steps, values, color=colour, linewidth=width, alpha=alpha, gid=gid, clip_on=False)
+    for curve, series, name in marks:
         for step, value in zip(curve.steps, curve.values, strict=True):
-            hover = f"{escape(name or '')}, step {step:,}: validation {value:.4f}"
-            parts.append(f"<circle class='mark {css}' cx={x(step)} cy={y(value)} r=4><title>{hover}</title></circle>")
+            says = f"{name}, step {step:,}: validation {value:.4f}"
+            inside = min(max(value, low), high)
+            charts.add_dot(axes, step, inside, 8, charts.SERIES[series], css="mark", title=says)
     named = [(curve.thinned(), name) for curve, _, name in lines if name]
     readout = {
         "last": last,
         "series": [{"name": n, "steps": c.steps, "values": [round(v, 4) for v in c.values]} for c, n in named],
     }
-    return (
-        f"<div class=scroll><svg class=chart viewBox='0 0 {PLOT_WIDTH} {PLOT_HEIGHT}' role=img "
-        f"aria-label='{escape(title)}' data-plot='{escape(json.dumps(readout))}' data-left={LEFT} data-width={width}>"
-        f"<text transform='translate(12 {TOP + height / 2}) rotate(-90)' text-anchor=middle>{escape(unit)}</text>"
-        f"<text x={LEFT + width / 2} y={PLOT_HEIGHT - 6} text-anchor=middle>training step</text>"
-        + "".join(parts)
-        + f"<line class=cursor y1={TOP} y2={TOP + height} x1=-9 x2=-9 />"
-        + f"<text class=readout x={PLOT_WIDTH - RIGHT} y={TOP + 12} text-anchor=end></text></svg></div>"
+    width = PLOT_WIDTH - LEFT - RIGHT
+    data = f"data-plot='{escape(json.dumps(readout))}' data-left={LEFT} data-width={width}"
+    pointer = (
+        f"<line class=cursor y1={TOP} y2={PLOT_HEIGHT - BOTTOM} x1=-9 x2=-9 />"
+        f"<text class=readout x={PLOT_WIDTH - RIGHT} y={TOP + 12} text-anchor=end></text>"
     )
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers between low and high, about `count`."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return f"<div class=scroll>{charts.svg(figure, title, 'chart', data, pointer)}</div>"
 
 
 def _samples_section(reports: Sequence[RunReport]) -> str:

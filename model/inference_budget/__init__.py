@@ -1,8 +1,9 @@
 """Per-layer memory budgets for selective-attention transformers (arXiv 2410.02703, section 2)."""
 
-from .budgets import Budgets
+from .budgets import Budgets, BudgetsError
 from .cache import PrunedLayerCache, cache_bytes, init_pruned_cache, memory_factor
 from .generation import generate
+from .interchange import load_budgets, model_fingerprint, save_budgets
 from .perplexity import Evaluator, Losses, Windows, eviction_times
 from .policies import H2O, POLICIES, TOVA, EvictionPolicy, Held, OldestFirst, Random, Selective, SinksAndWindow
 from .prefill import prefill
@@ -13,6 +14,7 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "Budgets",
+    "BudgetsError",
     "Evaluator",
     "EvictionPolicy",
     "Found",
@@ -30,7 +32,10 @@ __all__ = [
     "eviction_times",
     "generate",
     "init_pruned_cache",
+    "load_budgets",
     "memory_factor",
+    "model_fingerprint",
     "prefill",
+    "save_budgets",
     "search",
 ]

@@ -7,12 +7,16 @@ MIN_BUDGET = 2  # <BOS> and the current token, neither of which is ever evicted
 PYRAMID_BETA = 20  # how steep PyramidKV's line is; its default
 
 
+class BudgetsError(ValueError):
+    """Budgets, a policy or their file that cannot be used; the message says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Budgets:
     """Tokens held by each layer, <BOS> and the current token included, in contexts of up to `context_length`.
 
     Raises:
-      ValueError: a budget below 2 or above the context, which names the layer.
+      BudgetsError: a budget below 2 or above the context, which names the layer.
     """
 
     tokens: tuple[int, ...]
@@ -21,10 +25,10 @@ class Budgets:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", tuple(int(budget) for budget in self.tokens))
         if not self.tokens:
-            raise ValueError("budgets need at least one layer")
+            raise BudgetsError("budgets need at least one layer")
         for layer, budget in enumerate(self.tokens):
             if not MIN_BUDGET <= budget <= self.context_length:
-                raise ValueError(
+                raise BudgetsError(
                     f"the budget of layer {layer} is {budget}; it must be from {MIN_BUDGET} (<BOS> and the current "
                     f"token) to the context of {self.context_length} tokens"
                 )
@@ -36,7 +40,7 @@ class Budgets:
 
     @property
     def memory_factor(self) -> float:
-        """`L * N / sum_l K_l` (section 2 of the paper)."""
+        """`L * N / sum of budgets`, for L layers and contexts of N tokens (section 2 of the paper)."""
         return len(self.tokens) * self.context_length / self.total
 
     def replaced(self, layer: int, budget: int) -> "Budgets":
@@ -44,13 +48,13 @@ class Budgets:
         return Budgets((*self.tokens[:layer], budget, *self.tokens[layer + 1 :]), self.context_length)
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises ValueError unless there is one budget for each of the model's layers."""
+        """Raises BudgetsError unless there is one budget for each of the model's layers."""
         if len(self.tokens) != num_layers:
-            raise ValueError(f"there are {len(self.tokens)} budgets, but the model has {num_layers} layers")
+            raise BudgetsError(f"there are {len(self.tokens)} budgets, but the model has {num_layers} layers")
 
     @classmethod
     def full(cls, num_layers: int, context_length: int) -> "Budgets":
-        """Nothing is ever evicted."""
+        """The whole context in each layer: nothing is ever evicted."""
         return cls((context_length,) * num_layers, context_length)
 
     @classmethod
@@ -75,7 +79,7 @@ def _whole(wanted: Sequence[float], total: int, context_length: int) -> tuple[in
     """Whole budgets within bounds that sum to `total`, as close to `wanted` as rounding down and topping up gets."""
     layers = len(wanted)
     if not MIN_BUDGET * layers <= total <= context_length * layers:
-        raise ValueError(
+        raise BudgetsError(
             f"{total} tokens over {layers} layers are out of range: from {MIN_BUDGET * layers} to "
             f"{context_length * layers}"
         )

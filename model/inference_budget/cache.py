@@ -1,9 +1,7 @@
 """The pruned cache: as many slots in each layer as its budget, and tokens that left for good.
 
-A slot is reused in place, so keys stay where they are, rotated at their absolute positions; nothing is ever compacted.
-
-Shape letters: B batch, T new tokens, M slots of a layer (its budget), H query heads, K key/value heads, D head width,
-R sets of evictions per sequence: 1, or K for a policy that evicts per head, whose heads then are rows of their own.
+Decoding reuses a slot in place, and keys stay rotated at their absolute positions; only after a block of tokens, as in
+a prefill, is what is left gathered into the slots anew. Shape letters: README.md.
 """
 
 import dataclasses
@@ -16,12 +14,21 @@ import jax.numpy as jnp
 from jax import Array, P
 
 from selective_attention import Cache, Selection, TransformerConfig, partition_spec
-from selective_attention.attention import implementation_module
+from selective_attention.selection import Projections
 from selective_attention.sharding import RULES
-from selective_attention.transformer.decoding import attend_slots, write
+from selective_attention.transformer.decoding import Slots, attend_slots, write
 
 from .budgets import Budgets
-from .eviction import Columns, evict, of_head_zero, over_heads, protected, victim
+from .eviction import (
+    NEVER,
+    Arriving,
+    Columns,
+    attend_evicting,
+    of_head_zero,
+    over_heads,
+    protected,
+    victim,
+)
 from .policies import EvictionPolicy, Held, check_policy
 
 
@@ -49,7 +56,7 @@ class PrunedLayerCache:
         self, position_B: Array, q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None
     ) -> tuple[Array, "PrunedLayerCache"]:
         """As `LayerCache.attend`: makes room if there is none, takes the token in, then attends."""
-        return on_shards(_attend_one, self, self, position_B, q, k, v, q_sel, k_sel)
+        return on_shards(_attend_one, self, position_B, Projections(q, k, v, q_sel, k_sel))
 
     def take_in(
         self,
@@ -65,11 +72,11 @@ class PrunedLayerCache:
     ) -> tuple[Array, "PrunedLayerCache"]:
         """Takes in T tokens in one parallel pass, with the evictions of taking them in one by one.
 
-        The projections are [B, T, heads, D]; row b has `count_B[b]` tokens, the first at `position_B[b]`, and the rest
-        is padding. `empty` says that the cache is, which saves attending to its free slots.
+        The projections are as in `Projections`; row b has `count_B[b]` tokens, the first at `position_B[b]`, and the
+        rest is padding. `empty` says that the cache is, which saves attending to its free slots.
         """
         take_in = functools.partial(_take_in, empty=empty)
-        return on_shards(take_in, self, self, position_B, q, k, v, q_sel, k_sel, count_B)
+        return on_shards(take_in, self, position_B, Projections(q, k, v, q_sel, k_sel), count_B)
 
 
 def init_pruned_cache(
@@ -116,21 +123,14 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def memory_factor(caches: Sequence[PrunedLayerCache], context_length: int) -> float:
-    """`L N / sum_l K_l`, from the slots that are allocated."""
+    """`L * N / sum of budgets`, from the slots that are allocated."""
     return len(caches) * context_length / sum(cache.k.shape[2] for cache in caches)
 
 
 def _attend_one(
-    cache: PrunedLayerCache,
-    position_B: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array | None,
-    k_sel: Array | None,
-    *,
-    heads_axis: str | None,
+    cache: PrunedLayerCache, position_B: Array, new: Projections, *, heads_axis: str | None
 ) -> tuple[Array, PrunedLayerCache]:
+    """Takes in one token a row."""
     c, groups = cache.config, cache.position.shape[1]
     now_B = jnp.repeat(position_B, groups)
     position_BM, f_BM, score_BM = _state_rows(cache.position), _state_rows(cache.f), _state_rows(cache.score)
@@ -138,20 +138,18 @@ def _attend_one(
     slot_B = victim(protected(cache.policy.priority(held), position_BM), position_BM)
     here_BM = jnp.arange(cache.budget) == slot_B[:, None]
     position_BM = jnp.where(here_BM, now_B[:, None], position_BM)
-    k_BKMD = write(_slot_rows(cache.k, groups), _slot_rows(k[:, 0], groups), slot_B)
-    v_BKMD = write(_slot_rows(cache.v, groups), _slot_rows(v[:, 0], groups), slot_B)
-    k_sel_BKMD = None if cache.k_sel is None or k_sel is None else write(cache.k_sel, k_sel, slot_B)
+    k_BKMD = write(_slot_rows(cache.k, groups), _slot_rows(new.k[:, 0], groups), slot_B)
+    v_BKMD = write(_slot_rows(cache.v, groups), _slot_rows(new.v[:, 0], groups), slot_B)
+    k_sel_BKMD = None if cache.k_sel is None or new.k_sel is None else write(cache.k_sel, new.k_sel, slot_B)
+    k_sel = None if k_sel_BKMD is None else k_sel_BKMD[:, 0]
+    f_BM = None if f_BM is None else jnp.where(here_BM, 0, f_BM)
     out, f_BM, weights_BM = attend_slots(
-        q.reshape(q.shape[0] * groups, 1, -1, c.head_dim),
-        k_BKMD,
-        v_BKMD,
-        None if f_BM is None else jnp.where(here_BM, 0, f_BM),
-        q_sel=q_sel,
-        k_sel=None if k_sel_BKMD is None else k_sel_BKMD[:, 0],
-        position_B=now_B,
-        slot_position_BM=position_BM,
-        selection=c.selection,
-        share_selection=functools.partial(of_head_zero, heads_axis=heads_axis),
+        new.q.reshape(new.q.shape[0] * groups, 1, -1, c.head_dim),
+        new.q_sel,
+        now_B,
+        Slots(k_BKMD, v_BKMD, k_sel, position_BM, f_BM),
+        c.selection,
+        functools.partial(of_head_zero, heads_axis=heads_axis),
     )
     if score_BM is not None:
         weights_BM = over_heads(weights_BM, heads_axis)
@@ -165,148 +163,56 @@ def _attend_one(
         f=None if f_BM is None or cache.f is None else f_BM.reshape(cache.f.shape),
         score=None if score_BM is None or cache.score is None else score_BM.reshape(cache.score.shape),
     )
-    return out.reshape(q.shape), after
+    return out.reshape(new.q.shape), after
 
 
 def _take_in(
-    cache: PrunedLayerCache,
-    position_B: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array | None,
-    k_sel: Array | None,
-    count_B: Array,
-    *,
-    empty: bool,
-    heads_axis: str | None,
+    cache: PrunedLayerCache, position_B: Array, new: Projections, count_B: Array, *, empty: bool, heads_axis: str | None
 ) -> tuple[Array, PrunedLayerCache]:
-    out, columns = attend_evicting(
-        cache.policy,
-        cache.config,
-        None if empty else cache,
-        q,
-        k,
-        v,
-        q_sel,
-        k_sel,
-        start_B=position_B,
-        count_B=count_B,
-        budget_B=jnp.full_like(position_B, cache.budget),
-        layer=cache.layer,
-        heads_axis=heads_axis,
-    )[:2]
-    return out, _compacted(cache, columns)
+    """Takes in T tokens a row."""
+    arriving = Arriving(position_B, count_B, jnp.full_like(position_B, cache.budget), cache.layer)
+    held = None if empty else _columns(cache)
+    out, columns, _ = attend_evicting(cache.policy, cache.config, held, new, arriving, heads_axis)
+    return out, _gathered(cache, columns)
 
 
-def attend_evicting(
-    policy: EvictionPolicy,
-    config: TransformerConfig,
-    cache: PrunedLayerCache | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array | None,
-    k_sel: Array | None,
-    *,
-    start_B: Array,
-    count_B: Array,
-    budget_B: Array,
-    layer: Array | int,
-    heads_axis: str | None = None,
-) -> tuple[Array, Columns, Array]:
-    """Attention of T new tokens over a layer's slots and themselves, with the policy's evictions on the way.
-
-    Args:
-      policy, config: who leaves; the model's.
-      cache: the slots, None for none.
-      q, k, v, q_sel, k_sel: a block's projections [B, T, ...] of the new tokens.
-      start_B, count_B, budget_B, layer, heads_axis: as in `evict`; the budget may be traced.
-
-    Returns:
-      out [B, T, H, D]; the columns after the last token, with R rows a sequence; and from which query on each column is
-      hidden, int32 [B * R, M], counted in columns: positions where there is no cache.
-    """
-    groups = k.shape[2] if policy.per_head else 1
-    start_B, count_B, budget_B = (jnp.repeat(x, groups) for x in (start_B, count_B, budget_B))
-    q_rows, k, v = (_heads_as_rows(x, groups) for x in (q, k, v))
-    length = q.shape[1]
-    t_T = jnp.arange(length, dtype=jnp.int32)
-    position = jnp.where(t_T < count_B[:, None], start_B[:, None] + t_T, -1)
-    zeros = jnp.zeros(position.shape, jnp.promote_types(q.dtype, jnp.float32))
-    f = None if config.selection is Selection.OFF else zeros
-    score = zeros if policy.keeps_score else None
-    if cache is not None:
-        k, v = (
-            jnp.concatenate([jnp.swapaxes(_slot_rows(old, groups), 1, 2).astype(new.dtype), new], axis=1)
-            for old, new in ((cache.k, k), (cache.v, v))
-        )
-        if cache.k_sel is not None and k_sel is not None:
-            k_sel = jnp.concatenate([cache.k_sel[:, 0].astype(k_sel.dtype), k_sel], axis=1)
-        position = jnp.concatenate([_state_rows(cache.position), position], axis=1)
-        f, score = (
-            None if old is None else jnp.concatenate([_state_rows(old), zeros], axis=1)
-            for old in (cache.f, cache.score)
-        )
-    if q_sel is None or k_sel is None:
-        q_sel, k_sel = of_head_zero(q_rows[:, :, 0], heads_axis), of_head_zero(k[:, :, 0], heads_axis)
-    hidden_at, columns = evict(
-        policy,
-        Columns(k, v, k_sel, position, f, score),
-        q_rows,
-        q_sel,
-        start_B=start_B,
-        count_B=count_B,
-        budget_B=budget_B,
-        layer=layer,
-        selection=config.selection,
-        heads_axis=heads_axis,
-    )
-    out, _ = implementation_module(config.attention).attend(
-        q_rows,
-        k,
-        v,
-        q_sel,
-        k_sel,
-        jnp.zeros(position.shape, zeros.dtype) if f is None else f,
-        offset=position.shape[1] - length,
-        evict_at=hidden_at,
-        q_segment_ids=None,
-        kv_segment_ids=None,
-        scale=config.head_dim**-0.5,
-        selection=config.selection,
-        tau=None,
-    )
-    return _rows_as_heads(out, q.shape), columns, hidden_at
-
-
-def _compacted(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
-    """What is left after a block, gathered into the cache's slots, oldest first."""
-    budget, (rows, num_columns) = cache.budget, columns.position.shape
+def _columns(cache: PrunedLayerCache) -> Columns:
+    """The slots as columns of a block."""
     groups = cache.position.shape[1]
-    age_BM = jnp.where(columns.position >= 0, columns.position, jnp.iinfo(jnp.int32).max)
-    order_BM = jnp.argsort(age_BM, axis=1)[:, :budget]
-    free = max(budget - num_columns, 0)
+    return Columns(
+        k=jnp.swapaxes(_slot_rows(cache.k, groups), 1, 2),
+        v=jnp.swapaxes(_slot_rows(cache.v, groups), 1, 2),
+        k_sel=None if cache.k_sel is None else cache.k_sel[:, 0],
+        position=_state_rows(cache.position),
+        f=_state_rows(cache.f),
+        score=_state_rows(cache.score),
+    )
 
-    def gathered(x: Array, fill: float, shape: tuple[int, ...]) -> Array:
+
+def _gathered(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
+    """The cache with what is left of the columns after a block in its slots, oldest first."""
+    num_columns = columns.position.shape[1]
+    age_BM = jnp.where(columns.position >= 0, columns.position, NEVER)
+    order_BM = jnp.argsort(age_BM, axis=1)[:, : cache.budget]
+    free = max(cache.budget - num_columns, 0)
+
+    def gathered(x: Array, like: Array, fill: int = 0) -> Array:
         index = order_BM.reshape(*order_BM.shape, *(1,) * (x.ndim - 2))
         kept = jnp.take_along_axis(x, index, axis=1)
         kept = jnp.pad(kept, ((0, 0), (0, free), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
-        return (jnp.swapaxes(kept, 1, 2) if x.ndim == 4 else kept).reshape(shape)
+        return (jnp.swapaxes(kept, 1, 2) if x.ndim == 4 else kept).reshape(like.shape).astype(like.dtype)
 
-    def kept_or_none(x: Array | None, like: Array | None) -> Array | None:
-        return None if x is None or like is None else gathered(x, 0, like.shape)
+    def gathered_if(x: Array | None, like: Array | None) -> Array | None:
+        return None if x is None or like is None else gathered(x, like)
 
     return dataclasses.replace(
         cache,
-        k=gathered(columns.k, 0, cache.k.shape).astype(cache.k.dtype),
-        v=gathered(columns.v, 0, cache.v.shape).astype(cache.v.dtype),
-        k_sel=None
-        if cache.k_sel is None
-        else gathered(columns.k_sel[:, :, None], 0, cache.k_sel.shape).astype(cache.k_sel.dtype),
-        position=gathered(columns.position, -1, (rows // groups, groups, budget)),
-        f=kept_or_none(columns.f, cache.f),
-        score=kept_or_none(columns.score, cache.score),
+        k=gathered(columns.k, cache.k),
+        v=gathered(columns.v, cache.v),
+        k_sel=gathered_if(None if columns.k_sel is None else columns.k_sel[:, :, None], cache.k_sel),
+        position=gathered(columns.position, cache.position, fill=-1),
+        f=gathered_if(columns.f, cache.f),
+        score=gathered_if(columns.score, cache.score),
     )
 
 
@@ -320,51 +226,44 @@ def _slot_rows(x: Array, groups: int) -> Array:
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
-def _heads_as_rows(x: Array, groups: int) -> Array:
-    """[B, T, heads, D] -> [B * R, T, heads / R, D]."""
-    batch, length, heads, width = x.shape
-    split = jnp.moveaxis(x.reshape(batch, length, groups, heads // groups, width), 2, 1)
-    return split.reshape(batch * groups, length, heads // groups, width)
-
-
-def _rows_as_heads(x: Array, shape: tuple[int, ...]) -> Array:
-    """Undoes `_heads_as_rows`."""
-    groups = x.shape[0] // shape[0]
-    return jnp.moveaxis(x.reshape(shape[0], groups, *x.shape[1:]), 1, 2).reshape(shape)
-
-
 def on_shards(
     function: Callable[..., tuple[Array, PrunedLayerCache]],
     cache: PrunedLayerCache,
-    *arguments: Any,
+    position_B: Array,
+    new: Projections,
+    *more_B: Array,
 ) -> tuple[Array, PrunedLayerCache]:
-    """`function(*arguments, heads_axis=...)`, on every device's batch rows and heads if a mesh is set.
+    """`function(cache, position_B, new, *more_B, heads_axis=...)`, on every device's rows and heads if a mesh is set.
 
-    The arguments are those of `_attend_one`, and whatever follows them has one entry a sequence. Where the mesh does
-    not divide the key/value heads, all devices of `tensor` do the same work.
+    Where the mesh does not divide the key/value heads, all devices of `tensor` do the same work.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(*arguments, heads_axis=None)
+        return function(cache, position_B, new, *more_B, heads_axis=None)
     axes = RULES["kv_heads"][0]
     sharded = mesh.shape.get(axes, 1) > 1 and cache.k.shape[1] % mesh.shape[axes] == 0
     heads = axes if sharded else None
     batch = (partition_spec(("batch",), cache.k.shape[:1]) or P(None))[0]
-    slots, state = P(batch, heads), P(batch, heads if cache.position.shape[1] > 1 else None)
-    specs_by_name: dict[str, Any] = {
-        "k": slots,
-        "v": slots,
-        "k_sel": None if cache.k_sel is None else P(batch),
-        "position": state,
-        "f": None if cache.f is None else state,
-        "score": None if cache.score is None else state,
-    }
-    cache_specs = dataclasses.replace(cache, **specs_by_name)
-    projections = P(batch, None, heads)
-    _, position_B, *rest = arguments
-    specs = [cache_specs, P(batch), *[projections] * 3, *(None if x is None else P(batch) for x in rest[3:])]
-    arrays = jax.tree.map(jax.reshard, [cache, position_B, *rest], specs)
+    slots: Any = P(batch, heads)
+    state: Any = P(batch, heads if cache.position.shape[1] > 1 else None)
+    projection: Any = P(batch, None, heads)
+
+    def spec(x: Array | None, spec: P) -> Any:
+        return None if x is None else spec
+
+    cache_specs = dataclasses.replace(
+        cache,
+        k=slots,
+        v=slots,
+        k_sel=spec(cache.k_sel, P(batch)),
+        position=state,
+        f=spec(cache.f, state),
+        score=spec(cache.score, state),
+    )
+    new_specs = Projections(projection, projection, projection, spec(new.q_sel, P(batch)), spec(new.k_sel, P(batch)))
+    specs = [cache_specs, P(batch), new_specs, *[P(batch)] * len(more_B)]
+    arrays = jax.tree.map(jax.reshard, [cache, position_B, new, *more_B], specs)
     # Heads that evict for themselves have nothing to tell each other.
     local = functools.partial(function, heads_axis=None if cache.policy.per_head else heads)
-    mapped = jax.shard_map(local, in_specs=tuple(specs), out_specs=(projections, cache_specs), check_vma=False)
+    mapped = jax.shard_map(local, in_specs=tuple(specs), out_specs=(projection, cache_specs), check_vma=False)
     return mapped(*arrays)

@@ -4,7 +4,7 @@ Layers are computed in order, all positions at once (see `eviction`), for many c
 that agree in the lower layers share them, and the activations of one base allocation are kept, so that lowering a
 single layer's budget costs only the layers from there on.
 
-Shape letters: B rows (windows times candidates), N positions, E d_model, W windows, C candidates.
+The rows of a batch are windows times candidates here. Shape letters: README.md.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer, selective_attention
-from selective_attention.transformer.transformer import rms_norm
+from selective_attention.transformer.projection import rms_norm
 
 from .budgets import Budgets
-from .cache import attend_evicting
+from .eviction import Arriving, Projections, attend_evicting
 from .policies import EvictionPolicy, check_policy
 
 TOKENS_PER_PASS = 8_192  # rows times positions that a layer takes at once
@@ -38,6 +38,7 @@ class Windows:
 
     @property
     def length(self) -> int:
+        """N, tokens of a window."""
         return self.inputs.shape[1]
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class Losses:
 
     @classmethod
     def of(cls, nll_WN: np.ndarray) -> "Losses":
-        """From every target's."""
+        """From every target's negative log-likelihood, [W, N]."""
         nll_WN = np.asarray(nll_WN, np.float64)
         return cls(nll_WN.mean(axis=1), nll_WN[:, -max(nll_WN.shape[1] // 4, 1) :].mean(axis=1))
 
@@ -69,6 +70,7 @@ class Losses:
 
     @property
     def last_quarter_perplexity(self) -> float:
+        """exp of the mean over the last quarter."""
         return math.exp(float(self.last_quarter.mean()))
 
     def minus(self, other: "Losses") -> tuple[float, float]:
@@ -82,10 +84,10 @@ class Evaluator:
     """Losses of one model on the same windows, under any budgets of one policy.
 
     Args:
-      model: of ours; no mesh.
-      windows: all of one length N, at most the model's.
-      policy: who leaves; None for a model whose layers are all full.
-      progress: called with the share of a layer pass that is done, after each.
+      model: the transformer, on one device.
+      windows: the text, in windows of at most the model's context.
+      policy: decides who leaves; None where every layer holds everything.
+      progress: called after each pass through a layer.
 
     Raises:
       ValueError: windows longer than the model's context, or a policy that is not defined on the model.
@@ -113,7 +115,7 @@ class Evaluator:
         self._kept: list[dict[tuple[int, ...], Array]] = [{} for _ in range(parts)]
 
     def losses(self, candidates: Sequence[Budgets]) -> list[Losses]:
-        """One a candidate, in their order."""
+        """The losses under each candidate, in their order."""
         for budgets in candidates:
             self._check(budgets)
         wanted = [budgets.tokens for budgets in candidates]
@@ -243,20 +245,8 @@ def layer_pass(
             )
             return out, None
         zeros_B = jnp.zeros(batch, jnp.int32)
-        out, _, hidden_at = attend_evicting(
-            policy,
-            c,
-            None,
-            q,
-            k,
-            v,
-            q_sel,
-            k_sel,
-            start_B=zeros_B,
-            count_B=zeros_B + length,
-            budget_B=budget_B,
-            layer=layer,
-        )
+        arriving = Arriving(zeros_B, zeros_B + length, budget_B, layer)
+        out, _, hidden_at = attend_evicting(policy, c, None, Projections(q, k, v, q_sel, k_sel), arriving)
         return out, hidden_at
 
     graph, stacked = nnx.split(model.blocks)

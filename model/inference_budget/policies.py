@@ -1,11 +1,12 @@
 """Which token leaves when a layer is full: selective attention's own rule, and what it is compared with.
 
 One convention for all: a token arrives, a full layer evicts one of those it holds by what earlier queries made of
-them, and only then does the token's query attend. So a query sees at most K tokens, itself included. <BOS> and the
-current token never leave, ties go to the oldest. The published H2O, TOVA and StreamingLLM attend before they evict
-(their queries see K + 1), and protect <BOS> only by chance or as a sink; here they all get the same cache.
+them, and only then does the token's query attend. So a query sees at most as many tokens as the budget says, itself
+included. <BOS> and the current token never leave, ties go to the oldest. The published H2O, TOVA and StreamingLLM
+attend before they evict (their queries see one more), and protect <BOS> only by chance or as a sink; here they all get
+the same cache.
 
-Shape letters: B rows (sequences; for a policy that evicts per head, sequences times key/value heads), M slots.
+Shape letters: README.md. A policy that evicts per head has a row for each key/value head of a sequence.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from selective_attention import Selection, TransformerConfig
+
+from .budgets import BudgetsError
 
 
 class Held(NamedTuple):
@@ -121,7 +124,7 @@ class TOVA:
 class SinksAndWindow(_Unscored):
     """StreamingLLM's choice: the first tokens and the most recent ones stay. Positions stay absolute here."""
 
-    sinks: int = 4  # with small budgets K - 1
+    sinks: int = 4  # with smaller budgets, all but the current token
 
     name: ClassVar[str] = "sinks"
 
@@ -175,11 +178,13 @@ POLICIES = {policy.name: policy for policy in _ALL}
 
 
 def check_policy(policy: EvictionPolicy, config: TransformerConfig) -> None:
-    """Raises ValueError where the policy is not defined on the model."""
+    """Raises BudgetsError where the policy is not defined on the model."""
     if isinstance(policy, Selective) and config.selection is Selection.OFF:
-        raise ValueError("policy 'selective' needs a selective model; this one has no F, and all its tokens would tie")
+        raise BudgetsError(
+            "policy 'selective' needs a selective model; this one has no F, and all its tokens would tie"
+        )
     if policy.per_head and config.selection is not Selection.OFF:
-        raise ValueError(
+        raise BudgetsError(
             f"policy {policy.name!r} is not defined on a selective model: all heads need head 0's keys, which head 0 "
             "may have evicted while others hold the token; take 'h2o'"
         )

@@ -1,6 +1,6 @@
 """Taking whole prompts into a pruned cache, in one parallel pass or block by block.
 
-Shape letters: B batch, N positions, T positions of a block, E d_model, V vocabulary.
+Shape letters: README.md.
 """
 
 import functools
@@ -12,7 +12,7 @@ from jax import Array
 
 from selective_attention import Cache, Transformer, reshard
 from selective_attention.transformer.decoding import run_layers
-from selective_attention.transformer.transformer import rms_norm
+from selective_attention.transformer.projection import rms_norm
 
 from .budgets import Budgets
 from .cache import PrunedLayerCache, init_pruned_cache
@@ -37,10 +37,11 @@ def prefill(
       model: the transformer.
       tokens_BN: int32 [B, N]; each row starts with <BOS>. Prompts may be longer than the budgets.
       lengths_B: int32 [B], the tokens of each prompt, at least 1; what follows them in `tokens_BN` is padding.
-      budgets, policy: slots of each layer, and who leaves a full one.
+      budgets, policy: how many tokens each layer may hold, and who leaves a full one.
       dtype: of keys and values in the cache; by default the model's.
-      block: tokens taken in at a time. At once (the default), a layer's keys and values of the whole prompt are in
-        memory while it is computed; in blocks of T those of K + T tokens, and attention costs N (K + T), not N^2 / 2.
+      block: T, tokens taken in at a time, by default all. At once, a layer's keys and values of the whole prompt are
+        in memory while it is computed; in blocks, those of M + T tokens with M the layer's budget, and attention costs
+        N (M + T), not N^2 / 2.
 
     Raises:
       ValueError: as `init_pruned_cache`.

@@ -44,7 +44,7 @@ class Found:
 
 
 class _Measure:
-    """Evaluates what is not known yet."""
+    """Measures budgets, by evaluating what is not known yet."""
 
     def __init__(self, evaluator: Evaluator, known: Known) -> None:
         self._evaluator, self._known = evaluator, known
@@ -52,6 +52,7 @@ class _Measure:
         self._kept: Budgets | None = None
 
     def base(self, budgets: Budgets) -> None:
+        """What the next candidates differ from in one layer."""
         self._base = budgets
 
     def __call__(self, candidates: Sequence[Budgets]) -> list[Point]:
@@ -104,53 +105,70 @@ def search(
             f"steps must be from 1 to {length - 1}, the first at least the last; got {step_now} and {step}"
         )
     measure = _Measure(evaluator, {} if known is None else known)
+    choose = _Choice(measure, num_layers, slack=slack if lazy else None, full_sweep_every=full_sweep_every)
     point = measure([Budgets.full(num_layers, length)])[0]
-    curve, misses, sweeps, missed = [point], 0, 0, 0
+    curve, misses = [point], 0
     progress(point)
-    stale = [-math.inf] * num_layers
-    while True:
-        measure.base(point.budgets)
-        cuts = {
-            layer: point.budgets.replaced(layer, max(budget - step_now, MIN_BUDGET))
-            for layer, budget in enumerate(point.budgets.tokens)
-            if budget > MIN_BUDGET
-        }
-        if not cuts:
-            break
-        iteration = len(curve)
-        full = not lazy or iteration % full_sweep_every == 0
-        fresh = _lazily(measure, cuts, point, stale, slack) if lazy else {}
-        lazy_choice = min(fresh, key=lambda layer: (fresh[layer].nll, layer), default=None)
-        if full:
-            fresh = dict(zip(cuts, measure(list(cuts.values())), strict=True))
-        for layer, cut in fresh.items():
-            stale[layer] = cut.nll - point.nll
-        chosen = min(fresh, key=lambda layer: (fresh[layer].nll, layer))
-        if lazy and full:
-            sweeps, missed = sweeps + 1, missed + (lazy_choice != chosen)
-        cut = fresh[chosen]
+    while misses <= patience and (cuts := _cuts(point.budgets, step_now)):
+        cut = choose(cuts, point, iteration=len(curve))
         if cut.nll > target_nll and step_now > step:
             step_now = max(step_now // 2, step)
-            stale = [-math.inf] * num_layers
+            choose.forget()
             continue
         misses = misses + 1 if cut.nll > target_nll else 0
         point = cut
         curve.append(point)
         progress(point)
-        if misses > patience:
-            break
-    return Found(tuple(curve), sweeps, missed)
+    return Found(tuple(curve), choose.full_sweeps, choose.missed)
 
 
-def _lazily(
-    measure: _Measure, cuts: dict[int, Budgets], point: Point, stale: Sequence[float], slack: float
-) -> dict[int, Point]:
-    fresh: dict[int, Point] = {}
-    for layer in sorted(cuts, key=lambda layer: (stale[layer], layer)):
-        if fresh and stale[layer] > min(cut.nll for cut in fresh.values()) - point.nll + slack:
-            break
-        fresh[layer] = measure([cuts[layer]])[0]
-    return fresh
+def _cuts(budgets: Budgets, step: int) -> dict[int, Budgets]:
+    """By layer, the budgets with that layer's lowered."""
+    return {
+        layer: budgets.replaced(layer, max(budget - step, MIN_BUDGET))
+        for layer, budget in enumerate(budgets.tokens)
+        if budget > MIN_BUDGET
+    }
+
+
+class _Choice:
+    """Chooses the cut that costs least: by measuring all, or with a `slack` those that may."""
+
+    def __init__(self, measure: _Measure, num_layers: int, *, slack: float | None, full_sweep_every: int) -> None:
+        self.full_sweeps = self.missed = 0
+        self._measure, self._slack, self._full_sweep_every = measure, slack, full_sweep_every
+        self._increments = [-math.inf] * num_layers  # of each layer's cut when it was last measured
+
+    def __call__(self, cuts: dict[int, Budgets], point: Point, iteration: int) -> Point:
+        self._measure.base(point.budgets)
+        lazy = {} if self._slack is None else self._lazily(cuts, point, self._slack)
+        measured = lazy
+        if full := self._slack is None or iteration % self._full_sweep_every == 0:
+            measured = dict(zip(cuts, self._measure(list(cuts.values())), strict=True))
+        for layer, cut in measured.items():
+            self._increments[layer] = cut.nll - point.nll
+        chosen = _cheapest(measured)
+        if lazy and full:
+            self.full_sweeps += 1
+            self.missed += _cheapest(lazy) != chosen
+        return measured[chosen]
+
+    def forget(self) -> None:
+        """Another step has other increments."""
+        self._increments = [-math.inf] * len(self._increments)
+
+    def _lazily(self, cuts: dict[int, Budgets], point: Point, slack: float) -> dict[int, Point]:
+        measured: dict[int, Point] = {}
+        for layer in sorted(cuts, key=lambda layer: (self._increments[layer], layer)):
+            least = min((cut.nll for cut in measured.values()), default=math.inf)
+            if self._increments[layer] > least - point.nll + slack:
+                break
+            measured[layer] = self._measure([cuts[layer]])[0]
+        return measured
+
+
+def _cheapest(cuts: dict[int, Point]) -> int:
+    return min(cuts, key=lambda layer: (cuts[layer].nll, layer))
 
 
 def baselines(evaluator: Evaluator, totals: Iterable[int], known: Known | None = None) -> dict[str, list[Point]]:

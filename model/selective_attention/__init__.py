@@ -4,10 +4,11 @@ from .attention import Selection, selection_mask, selective_attention
 from .parallel import sharded_selective_attention, zigzag_positions
 from .sharding import RULES, partition_spec, reshard
 from .transformer.config import TransformerConfig
-from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, prefill, sample
+from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, prefill
 from .transformer.encoder_decoder import EncoderDecoder
 from .transformer.interchange import export_safetensors, import_safetensors
 from .transformer.losses import lm_loss, memory_loss, memory_per_query, selection_statistics
+from .transformer.sampling import sample
 from .transformer.transformer import Block, Transformer
 
 __all__ = [

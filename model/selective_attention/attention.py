@@ -6,6 +6,7 @@ Shape letters: B batch, N positions, H query heads, K key/value heads (K divides
 """
 
 from types import ModuleType
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,25 @@ from jax import Array
 
 from .implementations import blockwise, reference
 from .implementations.tpu import attend as pallas_tpu
-from .selection import Selection, selection_mask
+from .selection import Projections, Rule, Seen, Selection, selection_mask
 
 __all__ = ["Selection", "selection_mask", "selective_attention"]
+
+_MODULES = {"reference": reference, "xla": blockwise, "pallas": pallas_tpu}
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of `selective_attention`, which describes them."""
+
+    q_sel: Array | None
+    k_sel: Array | None
+    scale: float | None
+    evict_at: Array | None
+    segment_ids: Array | None
+    selection: Selection
+    memory_tau: float | None
+    logit_bound: Array | float | None
+    implementation: str | None
 
 
 def selective_attention(
@@ -58,54 +75,71 @@ def selective_attention(
     Raises:
       ValueError: shapes that do not fit together, missing `q_sel, k_sel`, or an unknown implementation.
     """
-    selection = Selection(selection)
-    check_arguments(q, k, v, q_sel, k_sel, evict_at, segment_ids, selection)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    out, forgotten = implementation_module(implementation).attend(
-        q,
-        k,
-        v,
-        q_sel,
-        k_sel,
-        jnp.zeros(k.shape[:2], jnp.promote_types(q.dtype, jnp.float32)),
-        offset=0,
-        evict_at=evict_at,
-        q_segment_ids=segment_ids,
-        kv_segment_ids=segment_ids,
+    options = AttentionOptions(
+        q_sel=q_sel,
+        k_sel=k_sel,
         scale=scale,
+        evict_at=evict_at,
+        segment_ids=segment_ids,
         selection=selection,
-        tau=memory_tau,
+        memory_tau=memory_tau,
         logit_bound=logit_bound,
     )
-    return out if memory_tau is None else (out, forgotten)
+    out, forgotten = attend_whole(*checked(q, k, v, options), implementation)
+    return out if forgotten is None else (out, forgotten)
 
 
-def implementation_module(name: str | None) -> ModuleType:
-    """The module whose `attend` and `column_sums` do the work; None is the best one of the platform.
+def attend_whole(
+    projections: Projections, seen: Seen, rule: Rule, implementation: str | None
+) -> tuple[Array, Array | None]:
+    """Attention of whole sequences to themselves on one device: (out, forgotten), the latter None without tau."""
+    k = projections.k
+    f_start = jnp.zeros(k.shape[:2], jnp.promote_types(projections.q.dtype, jnp.float32))
+    return implementation_module(implementation).attend(projections, f_start, seen, rule)
+
+
+def implementation_name(name: str | None) -> str:
+    """`name`, or for None the platform's best implementation.
 
     Raises:
       ValueError: an unknown name.
     """
     if name is None:
-        name = "pallas" if jax.default_backend() == "tpu" else "xla"
-    modules = {"reference": reference, "xla": blockwise, "pallas": pallas_tpu}
-    if name not in modules:
+        return "pallas" if jax.default_backend() == "tpu" else "xla"
+    if name not in _MODULES:
         raise ValueError(f"implementation={name!r} is unknown; choose 'reference', 'xla', 'pallas' or None")
-    return modules[name]
+    return name
 
 
-def check_arguments(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array | None,
-    k_sel: Array | None,
-    evict_at: Array | None,
-    segment_ids: Array | None,
-    selection: Selection,
-) -> None:
-    """Raises ValueError, which names the shapes, where the arguments of `selective_attention` do not fit together."""
+def implementation_module(name: str | None) -> ModuleType:
+    """The module whose `attend` and `column_sums` do the work; errors as `implementation_name`."""
+    return _MODULES[implementation_name(name)]
+
+
+def checked(q: Array, k: Array, v: Array, options: AttentionOptions) -> tuple[Projections, Seen, Rule]:
+    """What implementations are told of a call of `selective_attention`.
+
+    Raises:
+      ValueError: the arguments do not fit together; the message names the shapes.
+      TypeError: there is no such option.
+    """
+    if unknown := options.keys() - AttentionOptions.__annotations__:
+        known = ", ".join(AttentionOptions.__annotations__)
+        raise TypeError(f"there is no keyword argument {min(unknown)!r}; choose from {known}")
+    projections = Projections(q, k, v, options.get("q_sel"), options.get("k_sel"))
+    seen = Seen.whole(options.get("segment_ids"), options.get("evict_at"))
+    selection, scale = Selection(options.get("selection", Selection.PAPER)), options.get("scale")
+    _check_projections(projections, selection)
+    batch, length, _, head_dim = q.shape
+    for name, array in (("evict_at", seen.evict_at), ("segment_ids", seen.q_segment_ids)):
+        if array is not None and (array.shape != (batch, length) or not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"{name} must be an integer array [{batch}, {length}]; got {array.dtype} {array.shape}")
+    scale = head_dim**-0.5 if scale is None else scale
+    return projections, seen, Rule(scale, selection, options.get("memory_tau"), options.get("logit_bound"))
+
+
+def _check_projections(projections: Projections, selection: Selection) -> None:
+    q, k, v, q_sel, k_sel = projections
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k, v must be [B, N, heads, D]; got shapes {q.shape}, {k.shape}, {v.shape}")
     batch, length, num_heads, head_dim = q.shape
@@ -119,6 +153,3 @@ def check_arguments(
         raise ValueError("selection 'own_head' needs the projections q_sel and k_sel; without them head 0 would select")
     if q_sel is not None and k_sel is not None and (q_sel.shape[:2] != (batch, length) or q_sel.shape != k_sel.shape):
         raise ValueError(f"q_sel and k_sel must be [{batch}, {length}, D]; got {q_sel.shape} and {k_sel.shape}")
-    for name, array in (("evict_at", evict_at), ("segment_ids", segment_ids)):
-        if array is not None and (array.shape != (batch, length) or not jnp.issubdtype(array.dtype, jnp.integer)):
-            raise ValueError(f"{name} must be an integer array [{batch}, {length}]; got {array.dtype} {array.shape}")

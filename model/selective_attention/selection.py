@@ -5,12 +5,18 @@ Paper: "Selective Attention Improves Transformer" (arXiv 2410.02703), section 3.
 Shape letters: B batch, N queries, M keys, D head width.
 """
 
+import dataclasses
 import enum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+# Finite stand-ins for infinity, so that a row with nothing to see stays free of NaN.
+HIDDEN = 1e30  # F of a pair that attention does not look at: exp(logit - HIDDEN - maximum) is exactly 0
+NOTHING_SEEN = -1e29  # a running maximum below this has met hidden pairs only
+LEAKY_SLOPE = 0.01  # of the ablation LEAKY
 
 
 class Selection(enum.StrEnum):
@@ -19,7 +25,7 @@ class Selection(enum.StrEnum):
     PAPER = "paper"
     UNPROTECTED_BOS = "unprotected_bos"  # the first token of a sequence can be masked
     UNPROTECTED_SELF = "unprotected_self"  # a token can mask itself, for later queries
-    LEAKY = "leaky"  # leaky ReLU of slope 0.01: attention can be boosted a little
+    LEAKY = "leaky"  # leaky ReLU: attention can be boosted a little
     OWN_HEAD = "own_head"  # the selecting logits have projections of their own, instead of head 0's
     OFF = "off"  # standard attention
 
@@ -49,10 +55,36 @@ def selection_mask(
     length = q.shape[1]
     if selection is Selection.OFF:
         return jnp.zeros((q.shape[0], length, length), jnp.promote_types(q.dtype, jnp.float32))
-    queries, keys = Queries.at(0, length, segment_ids), Keys.of(length, segment_ids)
-    s_BNM = select(q, k, queries, keys, scale, selection)
+    seen = Seen.whole(segment_ids)
+    s_BNM = select(q, k, seen.queries(length), seen.keys(length), Rule(scale, selection))
     f_BNM = jnp.cumsum(s_BNM, axis=1) - s_BNM  # over queries (axis 1), exclusive: query i does not act on itself
     return jnp.where(jnp.tri(length, dtype=bool), f_BNM, 0)
+
+
+class Projections(NamedTuple):
+    """What attention is computed from: N queries and M keys."""
+
+    q: Array  # [B, N, H, D]
+    k: Array  # [B, M, K, D]
+    v: Array  # [B, M, K, D]
+    q_sel: Array | None = None  # [B, N, D'] of the selecting head; None, as k_sel, where head 0 selects
+    k_sel: Array | None = None  # [B, M, D']
+
+    def selecting(self) -> tuple[Array, Array]:
+        """The selecting head's own projections, or else those of head 0: [B, N, D'] and [B, M, D']."""
+        if self.q_sel is None or self.k_sel is None:
+            return self.q[:, :, 0], self.k[:, :, 0]
+        return self.q_sel, self.k_sel
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """By what rule queries attend and select; `selective_attention` describes the fields."""
+
+    scale: float
+    selection: Selection = Selection.PAPER
+    tau: float | None = None  # `memory_tau` there
+    logit_bound: Array | float | None = None
 
 
 class Queries(NamedTuple):
@@ -60,10 +92,6 @@ class Queries(NamedTuple):
 
     position: Array  # int32 [N]
     segment: Array | None  # int32 [B, N]
-
-    @classmethod
-    def at(cls, offset: Array | int, length: int, segment_ids: Array | None) -> "Queries":
-        return cls(offset + jnp.arange(length, dtype=jnp.int32), segment_ids)
 
 
 class Keys(NamedTuple):
@@ -74,34 +102,45 @@ class Keys(NamedTuple):
     segment: Array | None  # int32 [B, M]
     evict_at: Array | None  # int32 [B, M]
 
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a block of queries may see: all keys, or their first ones, up to its own positions."""
+
+    offset: Array | int = 0  # position of the first query, int32 scalar; keys start at 0
+    q_segment_ids: Array | None = None  # int32 [B, N]
+    kv_segment_ids: Array | None = None  # int32 [B, M]
+    evict_at: Array | None = None  # int32 [B, M]
+
     @classmethod
-    def of(cls, length: int, segment_ids: Array | None, evict_at: Array | None = None) -> "Keys":
-        """Of the whole sequence."""
-        position_M = jnp.arange(length, dtype=jnp.int32)
+    def whole(cls, segment_ids: Array | None = None, evict_at: Array | None = None) -> "Seen":
+        """By a whole sequence, of itself."""
+        return cls(0, segment_ids, segment_ids, evict_at)
+
+    def queries(self, length: int) -> Queries:
+        """The block's `length` queries."""
+        return Queries(self.offset + jnp.arange(length, dtype=jnp.int32), self.q_segment_ids)
+
+    def keys(self, length: int) -> Keys:
+        """All `length` keys."""
+        position_M, segment_ids = jnp.arange(length, dtype=jnp.int32), self.kv_segment_ids
         first_BM = position_M[None] == 0
         if segment_ids is not None:
             first_BM |= segment_ids != jnp.roll(segment_ids, 1, axis=1)
-        return cls(position_M, first_BM, segment_ids, evict_at)
+        return Keys(position_M, first_BM, segment_ids, self.evict_at)
 
 
-def selecting_head(q_BNHD: Array, k_BMKD: Array, q_sel: Array | None, k_sel: Array | None) -> tuple[Array, Array]:
-    """The selecting head's own projections, [B, N, D'] and [B, M, D'], or else those of head 0."""
-    if q_sel is None or k_sel is None:
-        return q_BNHD[:, :, 0], k_BMKD[:, :, 0]
-    return q_sel, k_sel
-
-
-def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, scale: float, selection: Selection) -> Array:
+def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, rule: Rule) -> Array:
     """S of section 3, [B, N, M] float32: how much each query masks each key for later queries. B may be absent."""
     dtype = jnp.promote_types(q_BND.dtype, jnp.float32)
-    logits_BNM = scale * jnp.einsum("...nd,...md->...nm", q_BND, k_BMD, preferred_element_type=dtype)
-    allowed_BNM = allowed(queries.position[:, None], keys.position, keys.first[..., None, :], selection)
-    return jnp.where(allowed_BNM & _same_segment(queries, keys), rectified(logits_BNM, selection), 0)
+    logits_BNM = rule.scale * jnp.einsum("...nd,...md->...nm", q_BND, k_BMD, preferred_element_type=dtype)
+    allowed_BNM = allowed(queries.position[:, None], keys.position, keys.first[..., None, :], rule.selection)
+    return jnp.where(allowed_BNM & _same_segment(queries, keys), rectified(logits_BNM, rule.selection), 0)
 
 
 def rectified(logits: Array, selection: Selection) -> Array:
     """Never negative, so that attention is only ever reduced (but for the ablation)."""
-    return jax.nn.leaky_relu(logits, 0.01) if selection is Selection.LEAKY else jax.nn.relu(logits)
+    return jax.nn.leaky_relu(logits, LEAKY_SLOPE) if selection is Selection.LEAKY else jax.nn.relu(logits)
 
 
 def allowed(query: Array, key: Array, first: Array, selection: Selection) -> Array:

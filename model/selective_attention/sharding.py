@@ -11,15 +11,16 @@ import jax
 from jax import Array, P
 from jax.sharding import AxisType
 
+AXES = DATA, FSDP, CONTEXT, TENSOR = ("data", "fsdp", "context", "tensor")  # of the mesh, in its order
 # Several mesh axes shard one dimension together, in this order. A name that is not listed is never sharded.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "sequence": ("context",),
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
+    "batch": (DATA, FSDP),
+    "sequence": (CONTEXT,),
+    "vocab": (TENSOR,),
+    "embed": (FSDP,),
+    "heads": (TENSOR,),
+    "kv_heads": (TENSOR,),
+    "mlp": (TENSOR,),
 }
 
 Axes = tuple[str | None, ...]

@@ -1,9 +1,14 @@
 """Configs hold the paper's values, and a mistake names what is right."""
 
+import dataclasses
+import re
+
 import pytest
 
 from configs import base, c4, demo
-from trainer.state import model_config
+from selective_attention import TransformerConfig
+from trainer.errors import ConfigError
+from trainer.settings import changed, free_fields, read_saved, read_settings
 
 
 @pytest.mark.parametrize("width", c4.WIDTHS)
@@ -20,7 +25,10 @@ def test_context_size_family_trains_at_batch_128():
 
 
 def test_twice_the_heads_are_twice_the_attention_parameters():
-    one, two = (model_config(c4.get_config(f"d12,standard{option}")).parameter_counts() for option in ("", ",heads2x"))
+    one, two = (
+        read_settings(c4.get_config(f"d12,standard{option}")).transformer.parameter_counts()
+        for option in ("", ",heads2x")
+    )
     assert two["attention"] == 2 * one["attention"] and two["mlp"] == one["mlp"]
 
 
@@ -36,6 +44,45 @@ def test_baseline_differs_from_the_selective_run_in_the_mask_alone():
 def test_unknown_variant_names_the_valid_ones(variant):
     with pytest.raises(ValueError, match="choose"):
         c4.get_config(variant)
+
+
+def test_what_says_how_a_machine_computes_is_free_on_resume_and_in_no_export():
+    free = {name.removeprefix("model.") for name in free_fields() if name.startswith("model.")}
+    assert free == TransformerConfig.machine_fields() == {"attention", "remat", "scan_layers"}
+
+
+def test_settings_are_the_config_and_a_copy_with_a_change():
+    settings = read_settings(c4.get_config("d8,memory"))
+    assert dataclasses.asdict(settings) == c4.get_config("d8,memory").to_dict()
+    other = changed(settings, {"model.remat": "block", "optimizer.peak_lr": 1})
+    assert (other.transformer.remat, other.optimizer.peak_lr, settings.model.remat) == ("block", 1.0, "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--config.steps must be positive, got 0"),
+        ({"checkpoint.keep_best": -1}, "--config.checkpoint.keep_best must be 0 or more, got -1"),
+        ({"model.widht": 3}, "--config has no key model.widht; did you mean width?"),
+        ({"modl": {"width": 3}}, "--config has no key modl; did you mean model?"),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_named(change, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        changed(read_settings(base.get_config()), change)
+
+
+@pytest.mark.parametrize("value", ["many", 1.5, True, None])
+def test_a_value_of_another_type_is_named(value):
+    with pytest.raises(ConfigError, match=f"^--config.steps must be a value of type int, got {value!r}$"):
+        read_settings(base.get_config().to_dict() | {"steps": value})
+
+
+def test_a_saved_config_of_another_version_is_read():
+    config = base.get_config().to_dict()
+    del config["model"]["scan_layers"], config["faults"]
+    config["model"]["gone"] = config["no_longer"] = {"there": 1}
+    assert read_saved(config) == read_settings(base.get_config())
 
 
 def test_misspelt_field_is_an_error_that_names_the_nearest():

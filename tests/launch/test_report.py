@@ -18,9 +18,10 @@ from configs import demo
 from data import open_dataset, prepare
 from launch.report import __main__ as report
 from launch.report.page import Curve, SentenceMasks, legible
-from trainer.checkpoints.manager import load_model
+from trainer.export import load_model
 from trainer.loop import train
 from trainer.metrics import MetricsWriter
+from trainer.settings import read_settings
 
 TEXT = "the mask of a token grows with every later query that finds it stale so old words fade from view"
 HOSTILE = "<script>alert(1)</script> & <b>\"quoted\"</b> 'it' é"
@@ -65,7 +66,7 @@ def runs(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
                 "eval.batches": 1,
             }
         )
-        assert train(config, str(folder / variant)) == 0
+        assert train(read_settings(config), str(folder / variant)) == 0
     return {name: folder / variant for variant, name in NAMES.items()}
 
 
@@ -119,9 +120,11 @@ def test_both_runs_have_curves_and_only_the_selective_one_has_masks(written):
         assert one.train_curve.steps == [1, 2, 3, 4, 5, 6]
         assert one.eval_curve.steps == [3, 6]
         assert one.eval_curve.values[-1] == pytest.approx(one.loss, rel=1e-6)
-    assert page.count("polyline", "line") == 3  # a loss curve each, and their difference
-    assert page.count("circle", "mark") == 6
+    assert page.count("g", "line") == 3  # a loss curve each, and their difference
+    assert page.count("g", "mark") == 6
     assert page.count("svg", "heat") == 1  # one layer
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert labels[:2] == ["Loss over training steps", "Difference of the losses over training steps"]
     assert page.count("span", "chip") == len(reports[0].masks.pieces)
 
 

@@ -249,7 +249,7 @@ def test_real_gcloud_takes_every_call_up_to_the_login(tmp_path):
 
 
 def test_messages_of_the_readme_are_those_of_the_scripts():
-    table = (ROOT / "launch/README.md").read_text().partition("## When something goes wrong")[2].partition("##")[0]
+    table = (ROOT / "docs/tpu.md").read_text().partition("## When something goes wrong")[2].partition("##")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
     scripts = "".join(path.read_text() for kind in ("*.sh", "pod/*.py") for path in (ROOT / "launch").rglob(kind))
     assert len(messages) > 15

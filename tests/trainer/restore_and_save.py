@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from unittest import mock
 
 host, hosts, failing = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[5])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // hosts} --xla_backend_optimization_level=0"
@@ -19,19 +20,22 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", hosts, host)
 
 from configs import demo  # noqa: E402
 from trainer.checkpoints import manager as checkpoint  # noqa: E402
-from trainer.checkpoints.integrity import digest  # noqa: E402
+from trainer.checkpoints import saving  # noqa: E402
+from trainer.checkpoints.digest import digest  # noqa: E402
 from trainer.mesh import make_mesh  # noqa: E402
-from trainer.state import init_state, make_optimizer  # noqa: E402
+from trainer.settings import read_settings  # noqa: E402
+from trainer.state import abstract_state, init_state  # noqa: E402
 
 config = demo.get_config()
 config.update_from_flattened_dict({"context_length": 32, "model.width": 2, "model.vocab_size": 304})
 config.update_from_flattened_dict({"checkpoint.timeout_seconds": 60, "mesh.data": 2, "mesh.fsdp": 4})
-mesh = make_mesh(config.mesh)
+settings = read_settings(config)
+mesh = make_mesh(settings.mesh)
+abstract = abstract_state(settings, mesh)
 with jax.set_mesh(mesh):
-    abstract = checkpoint.abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
-checkpoints = checkpoint.Checkpoints(sys.argv[4], config, "fingerprint")
+    state = jax.jit(lambda: init_state(settings), out_shardings=shardings)()
+checkpoints = checkpoint.Checkpoints(sys.argv[4], settings, "fingerprint")
 found: list[checkpoint.Restored | None] = []
 thread = threading.Thread(target=lambda: found.append(checkpoints.restore(abstract)))
 thread.start()
@@ -40,8 +44,8 @@ thread.join()
 step = 0 if restored is None else restored.step
 state = state if restored is None else restored.state
 if failing == host:  # this host cannot read back what was written, the others know nothing of it
-    checkpoints._folder = checkpoints._folder / "gone"
-checkpoint.RETRY_SECONDS = 0.0
+    mock.patch.object(saving, "read_metadata", side_effect=OSError("the storage does not answer")).start()
+saving.RETRY_SECONDS = 0.0
 checkpoints.save(step + 1, state._replace(step=state.step * 0 + step + 1), {}, None)
 checkpoints.wait()
 result = {"restored": step, "poll": checkpoints.poll(), "saved": checkpoints.saved_step}

@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 
 from data import TrainBatches, open_dataset
-from trainer.batches import Skipping, batch_sharding
+from trainer.batches import RemainingBatches, batch_sharding
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
 from trainer.hosts.replicas import make_replica_check
-from trainer.mesh import AXES, make_mesh
-from trainer.state import init_state, make_optimizer
-from trainer.step import Request, make_train_step
+from trainer.hosts.requests import request_array
+from trainer.mesh import make_mesh
+from trainer.settings import read_settings
+from trainer.state import init_state
+from trainer.step import make_train_step
 
 
 class Steps:
@@ -25,12 +27,11 @@ class Steps:
     def __init__(self, config) -> None:
         self.mesh = make_mesh(config.mesh)
         self.config = config
+        settings = read_settings(config)
         with jax.set_mesh(self.mesh):
-            optimizer = make_optimizer(config)
-            self.state = jax.jit(lambda: init_state(config, optimizer))()
-            self._step = jax.jit(make_train_step(config, optimizer, pad_id=0))
-        rows = np.zeros((self.mesh.size, len(Request)), np.int32)
-        self._requests = jax.device_put(rows, jax.NamedSharding(self.mesh, jax.P(AXES)))
+            self.state = jax.jit(lambda: init_state(settings))()
+            self._step = jax.jit(make_train_step(settings, pad_id=0))
+        self._requests = request_array(self.mesh)
 
     def __call__(self, state, seed: int):
         rng = np.random.default_rng(seed)
@@ -89,8 +90,8 @@ def test_skipped_windows_leave_out_these_batches_and_no_others():
         def rows(self, step, rows):
             return {"inputs": np.full((1, 1), step)}
 
-    skipping = Skipping(Source(), [(7, 9), (3, 5)])
-    read = [int(skipping.rows(step, range(1))["inputs"][0, 0]) for step in range(8)]
+    remaining = RemainingBatches(Source(), [(7, 9), (3, 5)])
+    read = [int(remaining.rows(step, range(1))["inputs"][0, 0]) for step in range(8)]
     assert read == [0, 1, 2, 5, 6, 9, 10, 11]
 
 
@@ -109,9 +110,10 @@ def rare_token(tiny_config):
 
 def poisoned_run(config, workdir, tokens) -> None:
     """A checkpoint of step 0 in which these tokens' input embeddings are NaN."""
-    mesh = make_mesh(config.mesh)
+    settings = read_settings(config)
+    mesh = make_mesh(settings.mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
+        state = jax.jit(lambda: init_state(settings))()
         params = nnx.to_pure_dict(state.params)
         name = next(name for name in params if "embed" in name and "un" not in name)
         leaf = params[name]
@@ -122,7 +124,7 @@ def poisoned_run(config, workdir, tokens) -> None:
         poisoned = jax.device_put(host, leaf.sharding)
         state = state._replace(params=jax.tree.map(lambda x: poisoned if x is leaf else x, state.params))
         assert sum(bool(jnp.isnan(x).any()) for x in jax.tree.leaves(state.params)) == 1
-        checkpoints = Checkpoints(str(workdir), config, open_dataset(config.data.path).manifest.fingerprint)
+        checkpoints = Checkpoints(str(workdir), settings, open_dataset(config.data.path).manifest.fingerprint)
         checkpoints.save(0, state, {"last_eval_step": -1, "skipped_batches": []}, None)
         checkpoints.wait()
         checkpoints.close()
@@ -154,7 +156,7 @@ def test_a_replica_that_differs_is_found_and_named(tiny_config):
     tiny_config.update_from_flattened_dict({"mesh.data": 4, "mesh.fsdp": 2})
     mesh = make_mesh(tiny_config.mesh)
     with jax.set_mesh(mesh):
-        params = jax.jit(lambda: init_state(tiny_config, make_optimizer(tiny_config)).params)()
+        params = jax.jit(lambda: init_state(read_settings(tiny_config)).params)()
     check = make_replica_check(params, mesh)
     check(params, 7)
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -173,11 +175,12 @@ def test_a_replica_that_differs_is_found_and_named(tiny_config):
 
 def test_a_step_that_hangs_prints_all_stacks_and_ends_the_process():
     program = (
-        "import time; from trainer.watchdog import Watchdog\n"
+        "import time; from trainer.hosts.watchdog import Watchdog\n"
         "dog = Watchdog(least_seconds=0.5, factor=2, first_seconds=60)\n"
-        "for _ in range(3): dog.begin('a step'); time.sleep(0.01)\n"
+        "for _ in range(3):\n"
+        "    with dog.watch('a step'): time.sleep(0.01)\n"
         "def hangs(): time.sleep(120)\n"
-        "dog.begin('a step'); hangs()\n"
+        "with dog.watch('a step'): hangs()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_PEER_LOST

@@ -12,13 +12,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
-from trainer.checkpoints import manager as checkpoint
+from trainer.checkpoints import saving
+from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import check_workdir
-from trainer.checkpoints.integrity import digest
-from trainer.checkpoints.manager import Checkpoints, abstract_state, load_model
+from trainer.checkpoints.identity import Identity
+from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import ConfigError, ResumeError
+from trainer.export import load_model
 from trainer.mesh import make_mesh
-from trainer.state import TrainState, init_state, make_optimizer
+from trainer.settings import read_settings
+from trainer.state import TrainState, abstract_state
 
 
 @pytest.fixture
@@ -32,9 +35,8 @@ def config() -> ConfigDict:
 def layout(config: ConfigDict, **axes: int) -> TrainState:
     with config.unlocked():
         config.mesh.update({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | axes)
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        return abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+    settings = read_settings(config)
+    return abstract_state(settings, make_mesh(settings.mesh))
 
 
 def random_state(config: ConfigDict, abstract: TrainState) -> TrainState:
@@ -61,7 +63,7 @@ def test_state_is_bit_equal_on_three_meshes_one_after_the_other(config, tmp_path
     expected, digests = None, []
     for number, axes in enumerate(meshes):
         abstract = layout(config, **axes)
-        checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+        checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
         restored = checkpoints.restore(abstract)
         state = random_state(config, abstract) if restored is None else restored.state
         assert jax.tree.leaves(jax.tree.map(lambda x, a: x.sharding == a.sharding, state, abstract)).count(False) == 0
@@ -93,11 +95,11 @@ def test_last_two_multiples_of_four_and_the_best_are_kept(config, tmp_path, reop
     abstract = layout(config, data=8)
     state = random_state(config, abstract)
     losses = {1: 3.0, 2: 1.5, 3: math.nan, 4: None, 5: 2.0, 6: -math.inf, 7: None, 8: 9.0, 9: None}
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     for step, loss in losses.items():
         if reopen and step == 6:
             checkpoints.close()
-            checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+            checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
             checkpoints.restore(abstract)
         save(checkpoints, step, state, loss)
     checkpoints.close()
@@ -108,9 +110,9 @@ def test_last_two_multiples_of_four_and_the_best_are_kept(config, tmp_path, reop
 def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tmp_path, monkeypatch):
     config.update_from_flattened_dict({"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 0})
     state = random_state(config, layout(config, data=8))
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     save(checkpoints, 1, state)
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     blocked = tmp_path / "checkpoints" / "2.checksums.json"
     blocked.mkdir()  # the seal cannot be put there
     save(checkpoints, 2, state)
@@ -126,7 +128,7 @@ def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tm
 def test_rolled_back_steps_are_renamed_and_can_be_saved_again(config, tmp_path):
     abstract = layout(config, data=8)
     state = random_state(config, abstract)
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     for step in (1, 2, 3):
         save(checkpoints, step, state)
     checkpoints.set_aside_after(2)
@@ -139,7 +141,7 @@ def test_rolled_back_steps_are_renamed_and_can_be_saved_again(config, tmp_path):
 
 def test_changed_field_is_refused_by_name_unless_overridden(config, tmp_path):
     abstract = layout(config, data=8)
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     save(checkpoints, 1, random_state(config, abstract))
     checkpoints.close()
     config.optimizer.b2, config.seed, config.eval.batches = 0.5, 7, 3
@@ -147,33 +149,39 @@ def test_changed_field_is_refused_by_name_unless_overridden(config, tmp_path):
         ([], r"optimizer.b2: 0.999 -> 0.5; seed: 0 -> 7.*--override-resume=optimizer.b2 --override-resume=seed"),
         (["seed"], r"\(optimizer.b2: 0.999 -> 0.5\)"),
     ):
-        checkpoints = Checkpoints(str(tmp_path), config, "fingerprint", override)
+        checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint", override)
         with pytest.raises(ResumeError, match=message):
             checkpoints.restore(abstract)
         checkpoints.close()
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint", ["seed", "optimizer"])
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint", ["seed", "optimizer"])
     assert checkpoints.restore(abstract).step == 1
     checkpoints.close()
-    checkpoints = Checkpoints(str(tmp_path), config, "another", ["seed", "optimizer"])
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "another", ["seed", "optimizer"])
     with pytest.raises(ResumeError, match="trained on dataset fingerprint"):
         checkpoints.restore(abstract)
     checkpoints.close()
 
 
-def test_a_checkpoint_from_before_a_field_was_added_is_continued_and_loaded(config, tmp_path):
-    abstract = layout(config, data=8)
-    older = ConfigDict(config.to_dict())
-    del older.model.scan_layers
-    checkpoints = Checkpoints(str(tmp_path), older, "fingerprint")
-    save(checkpoints, 1, random_state(config, abstract))
+def test_a_checkpoint_from_before_a_field_was_added_is_continued_and_loaded(config, tmp_path, monkeypatch):
+    abstract, metadata = layout(config, data=8), Identity.metadata
+
+    def older(identity: Identity) -> dict:
+        saved = metadata(identity)
+        del saved["config"]["model"]["qk_norm"], saved["config"]["model"]["scan_layers"]
+        return saved
+
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
+    with monkeypatch.context() as patch:
+        patch.setattr(Identity, "metadata", older)
+        save(checkpoints, 1, random_state(config, abstract))
     checkpoints.close()
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     assert checkpoints.restore(abstract).step == 1
     checkpoints.close()
     assert load_model(str(tmp_path))[1].model.scan_layers
-    config.model.scan_layers = False
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
-    with pytest.raises(ResumeError, match=r"model.scan_layers: True -> False"):
+    config.model.qk_norm = False
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
+    with pytest.raises(ResumeError, match=r"model.qk_norm: True -> False"):
         checkpoints.restore(abstract)
     checkpoints.close()
 
@@ -184,15 +192,15 @@ def test_a_checkpoint_from_before_a_field_was_added_is_continued_and_loaded(conf
 )
 def test_override_that_means_nothing_is_refused(config, tmp_path, name, message):
     with pytest.raises(ConfigError, match=message):
-        Checkpoints(str(tmp_path), config, "fingerprint", [name])
+        Checkpoints(str(tmp_path), read_settings(config), "fingerprint", [name])
 
 
 def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     config.update_from_flattened_dict({"model.width": 1})
     abstract = layout(config, data=8)
     state = random_state(config, abstract)
-    checkpoints = Checkpoints(str(small_disk), config, "fingerprint")
+    checkpoints = Checkpoints(str(small_disk), read_settings(config), "fingerprint")
     save(checkpoints, 1, state)
     assert checkpoints.poll() == "idle", checkpoints.failure
     filler = small_disk / "filler"
@@ -254,7 +262,7 @@ def pipe(tmp_path: Path):
 def test_a_seal_that_hangs_is_given_up_and_saving_goes_on_afterwards(config, tmp_path, pipe):
     config.checkpoint.timeout_seconds = 10
     state = random_state(config, layout(config, data=8))
-    checkpoints = Checkpoints(str(tmp_path), config, "fingerprint")
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     save(checkpoints, 1, state)
     save_in_vain(checkpoints, 2, state, number=1)
     assert "saving step 2 failed: not done after 12 s" in checkpoints.failure

@@ -11,38 +11,37 @@ from pathlib import Path
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
 from configs import demo
-from trainer.checkpoints.manager import Checkpoints, abstract_state, load_model
+from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import ResumeError
+from trainer.export import load_model
 from trainer.mesh import make_mesh
-from trainer.state import init_state, make_optimizer
+from trainer.settings import Settings, read_settings
+from trainer.state import abstract_state, init_state
 
 STEPS = (10, 20, 30)
 
 
 @pytest.fixture(scope="module")
-def config() -> ConfigDict:
+def config() -> Settings:
     config = demo.get_config()
     config.update_from_flattened_dict({"context_length": 32, "model.width": 1, "model.vocab_size": 304})
-    return config
+    return read_settings(config)
 
 
 @pytest.fixture(scope="module")
-def abstract(config: ConfigDict):
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        return abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
+def abstract(config: Settings):
+    return abstract_state(config, make_mesh(config.mesh))
 
 
 @pytest.fixture(scope="module")
-def saved(config: ConfigDict, abstract, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(config: Settings, abstract, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir with checkpoints of STEPS."""
     workdir = tmp_path_factory.mktemp("saved")
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with jax.set_mesh(make_mesh(config.mesh)):
-        state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
     checkpoints = Checkpoints(str(workdir), config, "fingerprint")
     for step in STEPS:
         checkpoints.save(step, state._replace(step=state.step + step), {"step": step}, None)
@@ -58,7 +57,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def restored_step(folder: Path, config: ConfigDict, abstract) -> int:
+def restored_step(folder: Path, config: Settings, abstract) -> int:
     checkpoints = Checkpoints(str(folder.parent), config, "fingerprint")
     try:
         restored = checkpoints.restore(abstract)
@@ -227,7 +226,7 @@ def test_unreadable_file_is_named(saved):
     program = """
 import os, sys
 from etils import epath
-from trainer.checkpoints.integrity import DamagedError, check_files, read_seal
+from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 folder = epath.Path(sys.argv[1])
 check_files(folder, read_seal(folder))
 os.chmod(folder / sys.argv[2], 0)

@@ -7,14 +7,17 @@ import pytest
 from data import EvalBatches, open_dataset
 from trainer.batches import batch_sharding
 from trainer.evaluate import evaluate
-from trainer.mesh import AXES, make_mesh
-from trainer.state import init_state, make_optimizer
-from trainer.step import Request, make_eval_step
+from trainer.hosts.requests import Request, request_array
+from trainer.mesh import make_mesh
+from trainer.settings import read_settings
+from trainer.state import init_state
+from trainer.step import make_eval_step
 
 
 @pytest.mark.parametrize("stopped_at", [None, 2])
 def test_evaluation_polls_for_an_interruption_with_every_batch(tiny_config, stopped_at):
-    mesh = make_mesh(tiny_config.mesh)
+    settings = read_settings(tiny_config)
+    mesh = make_mesh(settings.mesh)
     source = EvalBatches(open_dataset(tiny_config.data.path), context_length=32, batch_size=16)
     asked: list[int] = []
 
@@ -22,11 +25,11 @@ def test_evaluation_polls_for_an_interruption_with_every_batch(tiny_config, stop
         rows = np.zeros((mesh.size, len(Request)), np.int32)
         rows[-1, Request.STOP] = len(asked) == stopped_at  # of one host only
         asked.append(len(asked))
-        return jax.device_put(rows, jax.NamedSharding(mesh, jax.P(AXES)))
+        return request_array(mesh, rows)
 
     with jax.set_mesh(mesh):
-        params = jax.jit(lambda: init_state(tiny_config, make_optimizer(tiny_config)).params)()
-        step = jax.jit(make_eval_step(tiny_config, pad_id=0))
+        params = jax.jit(lambda: init_state(settings).params)()
+        step = jax.jit(make_eval_step(settings.transformer, pad_id=0))
         result = evaluate(step, params, source, 6, batch_sharding(mesh), requests)
     if stopped_at is None:
         rows = [source.rows(number, range(16))["targets"] for number in range(6)]

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from configs import base
 from trainer.batches import batch_sharding
+from trainer.hosts.requests import Request, request_array
 from trainer.mesh import AXES, make_mesh
-from trainer.state import init_state, make_optimizer
-from trainer.step import Request, make_train_step
+from trainer.settings import read_settings
+from trainer.state import init_state
+from trainer.step import make_train_step
 
 MESHES = {
     "data=8": (8, 1, 1, 1),
@@ -60,10 +61,6 @@ def batches(config: ConfigDict, mesh, steps: int):
         yield {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
 
 
-def request_array(mesh, rows=0):
-    return jax.device_put(np.full((mesh.size, len(Request)), rows, np.int32), NamedSharding(mesh, jax.P(AXES)))
-
-
 class Run(NamedTuple):
     losses: list[float]
     gradient: dict[str, np.ndarray]  # of the first step
@@ -75,9 +72,9 @@ def run(shape: tuple[int, ...], steps: int = STEPS, accumulation: int = 1) -> Ru
     config = small_config(**{"optimizer.clip_norm": 0.0, "accumulation": accumulation})
     mesh = on_mesh(config, shape)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config)
-        state = jax.jit(lambda: init_state(config, optimizer))()
-        step = jax.jit(make_train_step(config, optimizer, pad_id=0))
+        settings = read_settings(config)
+        state = jax.jit(lambda: init_state(settings))()
+        step = jax.jit(make_train_step(settings, pad_id=0))
         share = {
             jax.tree_util.keystr(path): max(s.data.nbytes for s in x.addressable_shards) / x.nbytes
             for path, x in jax.tree_util.tree_leaves_with_path(state.params)
@@ -126,9 +123,9 @@ def test_what_one_host_asks_for_reaches_all():
     config = small_config()
     mesh = on_mesh(config, (8, 1, 1, 1))
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config)
-        state = jax.jit(lambda: init_state(config, optimizer))()
-        step = jax.jit(make_train_step(config, optimizer, pad_id=0))
+        settings = read_settings(config)
+        state = jax.jit(lambda: init_state(settings))()
+        step = jax.jit(make_train_step(settings, pad_id=0))
         (batch,) = batches(config, mesh, 1)
         rows = np.zeros((8, len(Request)), np.int32)
         assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [0, 0, 0]

@@ -1,6 +1,7 @@
 """Each mistake is one clear error before any training step, and nothing is overwritten."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from data import DataError, prepare
-from trainer.config import check_config
-from trainer.errors import ConfigError, ResumeError
+from trainer.errors import EXIT_PREEMPTED, ConfigError, ResumeError
+from trainer.hosts.interrupt import Interrupt
 from trainer.loop import train
+from trainer.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +39,7 @@ def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value
     else:
         tiny_config.update_from_flattened_dict({field: value})
     with pytest.raises((ConfigError, DataError), match=f"(?s){message}"):
-        train(tiny_config, str(tmp_path / "run"))
+        train(read_settings(tiny_config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -54,7 +56,7 @@ def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value
 def test_impossible_value_is_refused(tiny_config, field, value, message):
     tiny_config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=message):
-        check_config(tiny_config)
+        read_settings(tiny_config)
 
 
 def _damaged(dataset_path: Path, folder: Path, damage: str) -> Path:
@@ -83,14 +85,14 @@ def _damaged(dataset_path: Path, folder: Path, damage: str) -> Path:
 def test_damaged_dataset_is_refused(tiny_config, dataset_path, tmp_path, damage):
     tiny_config.data.path = str(_damaged(dataset_path, tmp_path, damage))
     with pytest.raises(DataError):
-        train(tiny_config, str(tmp_path / "run"))
+        train(read_settings(tiny_config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_workdir_that_cannot_be_made_is_refused(tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResumeError, match="cannot be written to"):
-        train(tiny_config, str(tmp_path / "file" / "run"))
+        train(read_settings(tiny_config), str(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize(
@@ -112,17 +114,31 @@ def test_mistake_in_the_command_is_one_line_and_exit_code_2(flags, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_a_run_goes_on_with_what_the_advice_after_running_out_of_memory_names(tiny_config, tmp_path, caplog):
+    class InterruptedAtOnce(Interrupt):
+        def can_save(self, within_seconds):
+            self.requested = True
+
+    tiny_config.steps = 4
+    assert train(read_settings(tiny_config), str(tmp_path), InterruptedAtOnce()) == EXIT_PREEMPTED
+    tiny_config.update_from_flattened_dict({"model.remat": "block", "accumulation": 2, "mesh.data": 2, "mesh.fsdp": 4})
+    tiny_config.update_from_flattened_dict({"model.scan_layers": False, "model.attention": "reference"})
+    caplog.set_level("INFO", "trainer")
+    assert train(read_settings(tiny_config), str(tmp_path)) == 0
+    assert re.search("starting at step [123] of 4", caplog.text)
+
+
 def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config, dataset_path, tmp_path, monkeypatch):
     tiny_config.steps = 2
     monkeypatch.chdir(tmp_path)
     workdir = "run"
-    assert train(tiny_config, workdir) == 0
+    assert train(read_settings(tiny_config), workdir) == 0
     tiny_config.optimizer.peak_lr = 0.1
     with pytest.raises(ResumeError, match=r"optimizer\.peak_lr: 0\.005 -> 0\.1"):
-        train(tiny_config, workdir)
+        train(read_settings(tiny_config), workdir)
     tiny_config.optimizer.peak_lr = 0.005
     tiny_config.log_every_steps = 7  # free to change
-    assert train(tiny_config, workdir) == 0
+    assert train(read_settings(tiny_config), workdir) == 0
     other = tmp_path / "other"
     for name in ("train", "validation"):
         (tmp_path / f"{name}.txt").write_text("to be, or not to be, that is the question. " * 200)
@@ -130,4 +146,4 @@ def test_resuming_with_another_config_or_dataset_is_refused_by_name(tiny_config,
     prepare.main([*arguments, f"--tokenizer={dataset_path}/tokenizer.model", "--workers=1"])
     tiny_config.data.path = str(other)
     with pytest.raises(ResumeError, match=r"was trained on dataset .* give the same dataset"):
-        train(tiny_config, workdir)
+        train(read_settings(tiny_config), workdir)

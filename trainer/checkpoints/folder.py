@@ -5,21 +5,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from configs import base
-from trainer.checkpoints.disk import root_cause
-from trainer.checkpoints.integrity import (
+from trainer.checkpoints.checksums import (
     DamagedError,
     Seal,
     checksums,
-    digest,
     list_files,
     read_seal,
     seal_path,
     write_seal,
 )
+from trainer.checkpoints.digest import digest
+from trainer.checkpoints.disk import root_cause
 from trainer.errors import ResumeError
 from trainer.state import TrainState
 
@@ -39,8 +38,6 @@ def list_steps(folder: epath.Path) -> list[int]:
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """What `Checkpoints.save` put beside the arrays: config, dataset_fingerprint, notes, loss, digest.
 
-    Fields that the config did not have when it was saved are at their defaults, which keep what was done then.
-
     Raises:
       DamagedError: it is not there, or cannot be read.
     """
@@ -50,12 +47,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
         raise DamagedError(f"its metadata cannot be read: {root_cause(error)}") from error
     if not isinstance(metadata, dict) or "digest" not in metadata:
         raise DamagedError(f"{folder} holds none of this trainer's metadata")
-    return metadata | {"config": _completed(metadata["config"], base.get_config().to_dict())}
-
-
-def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    groups = {key: _completed(value, defaults.get(key, {})) for key, value in config.items() if isinstance(value, dict)}
-    return defaults | config | groups
+    return metadata
 
 
 def load_state(folder: epath.Path, metadata: dict[str, Any], abstract: TrainState, *, sealed: bool) -> TrainState:
@@ -102,7 +94,7 @@ def set_aside(folder: epath.Path, reason: str) -> str:
     return free.name
 
 
-def expendable(losses: Mapping[int, float | None], config: ConfigDict) -> list[int]:
+def expendable(losses: Mapping[int, float | None], config: base.Checkpoint) -> list[int]:
     """Which of these steps, by validation loss, need not be kept: neither among the last `keep_last`, nor a multiple of
     `keep_every_steps`, nor among the `keep_best` of lowest loss.
     """

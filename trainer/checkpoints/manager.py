@@ -5,45 +5,34 @@ once it is complete and was read back. Nothing older is deleted before that. A d
 `40.damaged`, one that a rollback left behind to `40.rolled-back`; neither is ever deleted.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import functools
-import json
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from etils import epath
-from flax import nnx
-from ml_collections import ConfigDict
-from orbax.checkpoint import v1 as ocp
 
-from selective_attention import Transformer
-from trainer.checkpoints.disk import explain, retried
+from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal
+from trainer.checkpoints.disk import explain
 from trainer.checkpoints.folder import (
     checkpoint_folder,
-    expendable,
     list_steps,
     load_state,
-    loss_of,
     read_metadata,
     seal_checkpoint,
     set_aside,
 )
-from trainer.checkpoints.identity import check_identity, check_override
-from trainer.checkpoints.integrity import DamagedError, Seal, check_files, digest, read_seal, seal_path
+from trainer.checkpoints.identity import Identity, check_override
+from trainer.checkpoints.saving import BackgroundSaver, Status
 from trainer.errors import ResumeError
-from trainer.hosts.gather import gather
-from trainer.state import TrainState, init_state, make_optimizer, model_config, model_graph
+from trainer.hosts.gather import Gatherer
+from trainer.settings import Settings
+from trainer.state import TrainState
 
 logger = logging.getLogger("trainer")
 
-RETRY_SECONDS = 5.0  # between a failed save and its being reported, for what passes by itself
-_REMOVAL_SECONDS = 10.0  # for removing what is left of it
 DAMAGED, ROLLED_BACK = "damaged", "rolled-back"
 
 
@@ -59,49 +48,45 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    All hosts call every method alike, from one thread at a time, except `poll` and the attributes, which are local.
+    All hosts call every method alike, from one thread at a time, except `poll` and the properties, which are local.
     Never may another program with collectives run meanwhile; compiling may.
-
-    Attributes:
-      saved_step: The newest complete and verified checkpoint's step, None if there is none.
-      failure: What went wrong with the last save, in a line; None if it did not fail.
-      failures_in_a_row: Saves that failed since the last good one.
     """
 
     def __init__(
-        self, workdir: str, config: ConfigDict, dataset_fingerprint: str, override: Iterable[str] = ()
+        self, workdir: str, settings: Settings, dataset_fingerprint: str, override: Iterable[str] = ()
     ) -> None:
         """Removes what interrupted saves left; reads nothing yet.
 
         Args:
           workdir: A path, or a URL such as gs://bucket/run.
-          config: The run's config.
+          settings: The run's.
           dataset_fingerprint: Of the run's dataset.
-          override: Config fields in which a checkpoint may differ from `config`, though they change the run's course.
+          override: Config fields in which a checkpoint may differ from `settings`, though they change the run's course.
 
         Raises:
           ConfigError: `override` names a field that is unknown, or never compared.
         """
-        check_override(override, config)
-        self.saved_step: int | None = None
-        self.failure: str | None = None
-        self.failures_in_a_row = 0
-        self._override, self._config = tuple(override), config.checkpoint
-        self._identity = {"config": json.loads(config.to_json()), "dataset_fingerprint": dataset_fingerprint}
+        check_override(override)
+        self._override = tuple(override)
+        self._identity = Identity(settings, dataset_fingerprint)
         self._folder = checkpoint_folder(workdir)
-        self._status: Literal["idle", "saving", "failed"] = "idle"
-        self._thread: threading.Thread | None = None  # finishes the last save
-        self._unfinished: concurrent.futures.Future[Any] | None = None  # part of a save that exceeded its time
-        self._hurry = threading.Event()  # somebody waits: no pause after a failure
-        self._gathers = 0
-        context = ocp.Context()
-        # Orbax waits twice for the other hosts.
-        context.async_options.timeout_secs = max(1, math.ceil(self._config.timeout_seconds / 2))
-        # Weights hardly shrink, and compressing takes the time and memory that training could use.
-        context.array.saving.use_compression = False
-        self._orbax = ocp.training.Checkpointer(
-            self._folder, context=context, cleanup_tmp_directories=True, lightweight_initialize=True
-        )
+        self._hosts = Gatherer("checkpoints", settings.checkpoint.timeout_seconds)
+        self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts)
+
+    @property
+    def saved_step(self) -> int | None:
+        """The newest complete and verified checkpoint's step, None if there is none."""
+        return self._saver.saved_step
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong with the last save, in a line; None if it did not fail."""
+        return self._saver.failure
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """Saves that failed since the last good one."""
+        return self._saver.failures_in_a_row
 
     def latest_step(self) -> int | None:
         """The newest complete and verified checkpoint's step; before `restore`, the newest one's, verified or not."""
@@ -116,12 +101,12 @@ class Checkpoints:
             that computes something else.
         """
         tried: dict[int, str] = {}
-        for step in self._gather(sorted(list_steps(self._folder), reverse=True))[0]:
+        for step in self._hosts.from_first_host(sorted(list_steps(self._folder), reverse=True)):
             folder = self._folder / str(step)
             try:
                 seal = self._check_files(folder)
                 metadata = read_metadata(folder)
-                check_identity(step, metadata, self._identity, self._override)
+                self._identity.check(step, metadata, self._override)
                 state = load_state(folder, metadata, abstract_state, sealed=seal is not None)
             except DamagedError as error:
                 tried[step] = str(error)
@@ -133,9 +118,9 @@ class Checkpoints:
                         "checkpoint %d had no checksums, as a save that was interrupted late leaves it", step
                     )
                 self._on_first_host(lambda folder=folder, metadata=metadata: seal_checkpoint(folder, metadata["loss"]))  # type: ignore[misc]
-            self.saved_step = step
+            self._saver.saved_step = step
             return Restored(state, step, metadata["notes"])
-        aside = self._gather(sorted(path.name for path in self._folder.glob(f"*.{DAMAGED}*")))[0]
+        aside = self._hosts.from_first_host(sorted(path.name for path in self._folder.glob(f"*.{DAMAGED}*")))
         if tried or aside:
             reasons = [f"{step}: {reason}" for step, reason in tried.items()] + aside
             raise ResumeError(
@@ -154,45 +139,20 @@ class Checkpoints:
           loss: This step's validation loss, by which the best checkpoints are kept; None if it has none. One that is
             not finite counts as none.
         """
-        self._join()
-        if step == self.saved_step:
-            return
         loss = loss if loss is not None and math.isfinite(loss) else None
-        self._status = "saving"
-        there, unfinished = zip(
-            *self._gather([(self._folder / str(step)).exists(), self._is_unfinished()]), strict=True
-        )
-        if any(unfinished):
-            self._count_failure(step, f"the save before has not ended on host {unfinished.index(True)}")
-            self._status = "failed"
-            return
-        response = None
-        if not there[0]:  # else the step is complete, and only its seal could not be written
-            metadata = self._identity | {"notes": dict(notes), "loss": loss, "digest": digest(state)}
-            try:
-                with contextlib.suppress(Exception):
-                    self._orbax.wait()  # Orbax raises the last save's error once more, and would then save nothing
-                response = self._orbax.save_async(step, state, force=True, custom_metadata=metadata)
-            except Exception as error:
-                response = _Failed(error)
-        self._thread = threading.Thread(target=self._finish, args=(step, response, loss), name="checkpoint")
-        self._thread.start()
+        self._saver.start(step, state, self._identity.metadata() | {"notes": dict(notes), "loss": loss})
 
-    def poll(self) -> Literal["idle", "saving", "failed"]:
+    def poll(self) -> Status:
         """How the last save stands on this host; returns at once. "failed" until the next `save`."""
-        return self._status
+        return self._saver.status
 
     def wait(self) -> None:
         """Returns when the last save is complete, verified and what it replaces deleted, or has failed."""
-        self._join()
+        self._saver.join()
 
     def close(self) -> None:
         """Waits for the last save and releases Orbax's threads."""
-        self._join()
-        if not self._is_unfinished():
-            with contextlib.suppress(Exception):  # once more what `failure` says
-                self._orbax.wait()
-            self._orbax.close()
+        self._saver.close()
 
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints newer than `step`, so that the run can save these steps anew.
@@ -200,88 +160,11 @@ class Checkpoints:
         Raises:
           ResumeError: one cannot be renamed.
         """
-        self._join()
-        steps = self._gather(sorted(list_steps(self._folder)))[0]
+        self._saver.join()
+        steps = self._hosts.from_first_host(sorted(list_steps(self._folder)))
         reason = f"the run goes back to step {step}"
         self._set_aside({number: reason for number in steps if number > step}, ROLLED_BACK)
-        self.saved_step = max((number for number in steps if number <= step), default=None)
-
-    def _finish(self, step: int, response: Any, loss: float | None) -> None:
-        """In a thread of its own: waits for Orbax, seals, deletes what need not be kept."""
-        folder, hanging, problem = self._folder / str(step), False, None
-        complete = functools.partial(self._complete, folder, loss) if jax.process_index() == 0 else None
-        try:
-            for part in (response and response.result, complete):
-                outcomes = self._gather(self._outcome(part), self._part_seconds())
-                hanging = any(hangs for _, hangs in outcomes)
-                problem = next((problem for problem, _ in outcomes if problem is not None), None)
-                if problem is not None:
-                    break
-        except TimeoutError as error:
-            problem = str(error)
-        if problem is not None:
-            self._count_failure(step, problem)
-            if not hanging:
-                self._remove_temporary(step)
-            self._hurry.wait(self._config.timeout_seconds if hanging else RETRY_SECONDS)
-            self._status = "failed"
-            return
-        self.saved_step, self.failure, self.failures_in_a_row = step, None, 0
-        self._status = "idle"
-
-    def _outcome(self, part: Callable[[], Any] | None) -> tuple[str | None, bool]:
-        """What went wrong with a part of a save, None if nothing; and whether it still goes on, left to itself."""
-        problem = None
-        if part is not None:
-            future = _start(part)
-            if concurrent.futures.wait([future], self._part_seconds()).not_done:
-                problem, self._unfinished = f"not done after {self._part_seconds():.0f} s", future
-            elif (error := future.exception()) is not None:
-                problem = explain(error, self._folder)
-        if problem is not None and jax.process_count() > 1:
-            problem = f"host {jax.process_index()}: {problem}"
-        return problem, self._is_unfinished()
-
-    def _complete(self, folder: epath.Path, loss: float | None) -> None:
-        read_metadata(folder)
-        seal_checkpoint(folder, loss)
-        for step in expendable(
-            {step: loss_of(self._folder / str(step)) for step in list_steps(self._folder)}, self._config
-        ):
-            old = self._folder / str(step)
-            if old.is_dir():
-                retried(old.rmtree)
-                seal_path(old).unlink(missing_ok=True)
-
-    def _part_seconds(self) -> float:
-        """How long one part of a save may take: a little more than what Orbax is given, whose message says more."""
-        return 1.1 * self._config.timeout_seconds + 1
-
-    def _count_failure(self, step: int, reason: str) -> None:
-        self.failure = f"saving step {step} failed: {reason}"
-        self.failures_in_a_row += 1
-        if jax.process_index() == 0:
-            logger.warning("%s (%d in a row)", self.failure, self.failures_in_a_row)
-
-    def _remove_temporary(self, step: int) -> None:
-        """What is left of a save that failed would keep a full disk full."""
-
-        def remove() -> None:
-            for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                path.rmtree()
-
-        if jax.process_index() == 0:
-            concurrent.futures.wait([_start(remove)], _REMOVAL_SECONDS)
-
-    def _join(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._hurry.set()
-            thread.join()
-            self._hurry.clear()
-
-    def _is_unfinished(self) -> bool:
-        return self._unfinished is not None and not self._unfinished.done()
+        self._saver.saved_step = max((number for number in steps if number <= step), default=None)
 
     def _check_files(self, folder: epath.Path) -> Seal | None:
         """Each host reads its share of the files; all raise DamagedError if one of them would."""
@@ -298,7 +181,7 @@ class Checkpoints:
             problem = str(error)
         except OSError as error:
             problem = f"{folder} cannot be read: {error}"
-        for text in self._gather(problem):
+        for text in self._hosts.gather(problem):
             if text is not None:
                 raise DamagedError(text)
         return seal
@@ -312,7 +195,7 @@ class Checkpoints:
         problems = self._on_first_host(rename)
         if problems:
             raise ResumeError(f"a checkpoint in {self._folder} cannot be renamed: {problems[0]}")
-        self._orbax.reload()
+        self._saver.reload()
 
     def _on_first_host(self, action: Callable[[], Any]) -> list[str]:
         """Has host 0 do something while the others wait; what went wrong, empty if nothing."""
@@ -322,69 +205,4 @@ class Checkpoints:
                 action()
             except Exception as error:
                 problem = explain(error, self._folder)
-        return [text for text in self._gather(problem) if text is not None]
-
-    def _gather(self, value: Any, margin: float = 0) -> list[Any]:
-        self._gathers += 1
-        return gather(f"checkpoints/{self._gathers}", value, self._config.timeout_seconds + margin)
-
-
-class _Failed:
-    """Stands for a save that could not even be started, so that it fails where all others do."""
-
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    def result(self) -> None:
-        raise self._error
-
-
-def _start(action: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-    """In a thread of its own, since storage that hangs would take the caller with it."""
-    pool = concurrent.futures.ThreadPoolExecutor(1, "storage")
-    future = pool.submit(action)
-    pool.shutdown(wait=False)
-    return future
-
-
-def load_model(workdir: str) -> tuple[Transformer, ConfigDict, int]:
-    """The model of a workdir's newest whole checkpoint, on this process's first device: (model, the run's config,
-    step). Changes nothing in the workdir.
-
-    Raises:
-      ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
-    """
-    reasons = []
-    for step in sorted(list_steps(checkpoint_folder(workdir)), reverse=True):
-        folder = checkpoint_folder(workdir) / str(step)
-        try:
-            seal = read_seal(folder)
-            if seal is not None:
-                check_files(folder, seal)
-            metadata = read_metadata(folder)
-            config = ConfigDict(metadata["config"])
-            params = load_state(folder, metadata, _on_one_device(config), sealed=seal is not None).params
-        except DamagedError as error:
-            logger.warning("checkpoint %d is damaged and was passed over: %s", step, error)
-            reasons.append(f"{step}: {error}")
-            continue
-        return nnx.merge(model_graph(model_config(config)), params), config, step
-    if reasons:
-        raise ResumeError(f"no checkpoint in {workdir}/checkpoints is whole ({'; '.join(reasons)})")
-    raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
-
-
-def abstract_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """ShapeDtypeStructs with concrete shardings, from a state traced by `jax.eval_shape` under the mesh."""
-
-    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = jax.P() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    return jax.tree.map(concrete, state)
-
-
-def _on_one_device(config: ConfigDict) -> TrainState:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    state = jax.eval_shape(lambda: init_state(config, make_optimizer(config)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+        return [text for text in self._hosts.gather(problem) if text is not None]

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 from jax._src import compiler, distributed
-from ml_collections import ConfigDict
 
+from configs import base
 from trainer.errors import ConfigError
-from trainer.hosts.key_value import shared_store
+from trainer.hosts.key_value import key_value_store
 from trainer.hosts.peers import Peers
 
 # Set for every process alike, but PROCESS_ID. `launch/emulate.py` sets them.
@@ -19,7 +19,7 @@ VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 logger = logging.getLogger("trainer")
 
 
-def initialize(faults: ConfigDict) -> Peers | None:
+def initialize(faults: base.Faults) -> Peers | None:
     """Joins this process to the others, and starts watching them; None if it is alone.
 
     With COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES and PROCESS_ID in the environment it is one of
@@ -49,7 +49,7 @@ def initialize(faults: ConfigDict) -> Peers | None:
         arguments["cluster_detection_method"] = "deactivate"
     elif not _has_tpus():
         return None
-    # Signals are `trainer.interrupt`'s; JAX's service would take SIGTERM over.
+    # Signals are `trainer.hosts.interrupt`'s; JAX's service would take SIGTERM over.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         **arguments,
@@ -59,7 +59,7 @@ def initialize(faults: ConfigDict) -> Peers | None:
         shutdown_timeout_seconds=faults.peer_timeout_seconds,
     )
     state = distributed.global_state
-    store = shared_store()
+    store = key_value_store()
     if store is None:
         return None
     if jax.default_backend() == "cpu":

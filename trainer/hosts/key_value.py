@@ -9,7 +9,7 @@ import jax
 from jax._src import distributed
 
 
-class Store:
+class KeyValueStore:
     """Strings under keys such as "peers/beat/3". Every call may raise JaxRuntimeError where the coordinator is gone."""
 
     def __init__(self, client: Any) -> None:
@@ -37,7 +37,7 @@ class Store:
         return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(prefix)}
 
 
-def shared_store() -> Store | None:
-    """The store of this process's run; None if the process is alone."""
+def key_value_store() -> KeyValueStore | None:
+    """The store that this process shares with the other hosts; None if the process is alone."""
     state = distributed.global_state
-    return Store(state.client) if state.client is not None and (state.num_processes or 1) > 1 else None
+    return KeyValueStore(state.client) if state.client is not None and (state.num_processes or 1) > 1 else None

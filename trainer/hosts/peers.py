@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from trainer.errors import EXIT_PEER_LOST, ExitCode
-from trainer.hosts.key_value import Store
+from trainer.hosts.key_value import KeyValueStore
 
 _BEAT, _NAME, _LEFT = "peers/beat/", "peers/name/", "peers/left/"
 _SHARED_CODES = {code for code in ExitCode if code.shared}
@@ -26,7 +26,7 @@ _PARTING_SECONDS = 2.0
 class Peers:
     """The processes of a run, as this one sees them."""
 
-    def __init__(self, store: Store, process_id: int, num_processes: int, coordinator: str, name: str) -> None:
+    def __init__(self, store: KeyValueStore, process_id: int, num_processes: int, coordinator: str, name: str) -> None:
         """`coordinator` is the host:port of process 0."""
         self._store, self._id, self._number = store, process_id, num_processes
         self._coordinator = coordinator
@@ -54,11 +54,11 @@ class Peers:
         if self._id == 0:
             time.sleep(_PARTING_SECONDS)  # its end takes the store with it
 
-    def judge(self) -> None:
-        """After a failed collective: ends this process as soon as it shows that another host is gone."""
+    def wait_for_verdict(self) -> None:
+        """After a failed collective: sleeps long enough for the threads to end this process if another host is gone."""
         time.sleep(self._timeout + 2 * self._interval)
 
-    def part(self) -> None:
+    def stop_watching(self) -> None:
         """Call when all hosts end together, before `jax.distributed.shutdown`: silence means nothing any more."""
         self._leaving.set()
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from trainer.checkpoints.integrity import shard_digest
+from trainer.checkpoints.digest import shard_digest
 from trainer.errors import ReplicaError
 from trainer.mesh import AXES
 
@@ -33,7 +33,7 @@ def make_replica_check(params: nnx.State, mesh: Mesh) -> Callable[[nnx.State, in
     digest = jax.jit(jax.shard_map(digests, mesh=mesh, in_specs=tuple(specs), out_specs=jax.P(), check_vma=False))
 
     def check(params: nnx.State, step: int) -> None:
-        values = np.asarray(digest(*jax.tree.leaves(params)))  # [devices, parameters]
+        values = jax.device_get(digest(*jax.tree.leaves(params)))  # [devices, parameters]
         devices = mesh.devices.flatten()
         for number, (name, spec) in enumerate(zip(names, specs, strict=True)):
             used = {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}

@@ -1,17 +1,25 @@
 """A thread that ends this process when a step takes far too long, since nothing else notices a host that hangs."""
 
 import collections
+import contextlib
 import faulthandler
 import os
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from trainer.errors import EXIT_PEER_LOST
 
 _HISTORY = 100
+
+
+class _Work(NamedTuple):
+    kind: str
+    start: float  # seconds of the monotonic clock
+    limit: float  # seconds that it may take
 
 
 class Watchdog:
@@ -30,33 +38,48 @@ class Watchdog:
         """
         self._least, self._factor, self._first, self._on_exit = least_seconds, factor, first_seconds, on_exit
         self._seconds: dict[str, collections.deque[float]] = {}
-        self._work: tuple[str, float, float] | None = None  # kind, start, limit
+        self._work: _Work | None = None  # what is watched now
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def begin(self, kind: str) -> None:
-        """A piece of work of this kind begins, and the one before has ended."""
-        self.end()
+    @contextlib.contextmanager
+    def watch(self, kind: str) -> Iterator[Callable[[], None]]:
+        """The block is a piece of work of this kind; one around it is watched anew when the block has ended.
+
+        Yields a function that ends the piece of work and begins the next of its kind. A piece that an exception ends is
+        no example of its kind.
+        """
+        outer = self._work
+        self._work = self._begin(kind)
+        try:
+            yield self._renew
+            self._record()
+        finally:
+            self._work = outer and self._begin(outer.kind)
+
+    def _begin(self, kind: str) -> _Work:
         seconds = self._seconds.setdefault(kind, collections.deque(maxlen=_HISTORY))
         limit = max(self._least, self._factor * statistics.median(seconds)) if seconds else self._first
-        self._work = kind, time.monotonic(), limit
+        return _Work(kind, time.monotonic(), limit)
 
-    def end(self) -> None:
-        """The work has ended, and none begins."""
-        if self._work is not None:
-            kind, start, _ = self._work
-            self._seconds[kind].append(time.monotonic() - start)
-            self._work = None
+    def _record(self) -> None:
+        assert self._work is not None
+        self._seconds[self._work.kind].append(time.monotonic() - self._work.start)
+
+    def _renew(self) -> None:
+        assert self._work is not None
+        self._record()
+        self._work = self._begin(self._work.kind)
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(1.0, self._least / 4))
             work = self._work
-            if work is None or time.monotonic() - work[1] <= work[2]:
+            if work is None or time.monotonic() - work.start <= work.limit:
                 continue
-            kind, start, limit = work
             print(
-                f"\n{kind} has taken {time.monotonic() - start:.0f} s, more than the limit of {limit:.0f} s: this host "
-                f"or another one hangs; leaving with exit code {EXIT_PEER_LOST}. What every thread was doing:",
+                f"\n{work.kind} has taken {time.monotonic() - work.start:.0f} s, more than the limit of "
+                f"{work.limit:.0f} s: this host or another one hangs; leaving with exit code {EXIT_PEER_LOST}. What "
+                "every thread was doing:",
                 file=sys.stderr,
                 flush=True,
             )

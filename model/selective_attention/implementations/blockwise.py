@@ -10,6 +10,7 @@ Shape letters: B batch, N queries, M keys, K key/value heads, G query heads of e
 C columns (keys) of a tile, I query blocks of R, J key blocks of C. What a single sequence passes through has no B.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -20,20 +21,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..remat import keep
-from ..selection import Keys, Queries, Selection, select, selecting_head, visible
+from ..selection import (
+    HIDDEN,
+    NOTHING_SEEN,
+    Keys,
+    Projections,
+    Queries,
+    Rule,
+    Seen,
+    Selection,
+    select,
+    visible,
+)
 
 BLOCK = 128  # rows and columns of a tile, at most
 GROUP = 16  # rows that are summed by one small matmul; blocks are multiples of it
-HIDDEN = 1e30  # instead of F where a query does not look; finite, so that rows that see nothing stay free of NaN
-NOTHING_SEEN = -1e29  # a running maximum that real logits exceed, and against which exp(-HIDDEN - .) is exactly 0
-
-
-class _Rule(NamedTuple):
-    """What is fixed when the program is traced."""
-
-    scale: float
-    selection: Selection
-    tau: float | None
 
 
 class _Blocks(NamedTuple):
@@ -56,29 +58,14 @@ class _Blocks(NamedTuple):
         return Keys(j * columns + jnp.arange(columns, dtype=jnp.int32), self.first[j], segment, evict_at)
 
 
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array | None,
-    k_sel: Array | None,
-    f_start: Array,
-    *,
-    offset: Array | int,
-    evict_at: Array | None,
-    q_segment_ids: Array | None,
-    kv_segment_ids: Array | None,
-    scale: float,
-    selection: Selection,
-    tau: float | None,
-    logit_bound: Array | float | None = None,
-) -> tuple[Array, Array | None]:
+def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> tuple[Array, Array | None]:
     """Selective attention of a block of queries; arguments and results as `reference.attend`."""
-    q_sel, k_sel = selecting_head(q, k, q_sel, k_sel)
+    q, k, v = projections[:3]
+    q_sel, k_sel = projections.selecting()
     batch, length, num_heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    first = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])
-    q_segment, kv_segment, evict_at = jax.tree.map(_split, (q_segment_ids, kv_segment_ids, evict_at))
+    first = jnp.broadcast_to(seen.keys(k.shape[1]).first, k.shape[:2])
+    q_segment, kv_segment, evict_at = jax.tree.map(_split, (seen.q_segment_ids, seen.kv_segment_ids, seen.evict_at))
     blocks = _Blocks(
         q=jnp.einsum("birkgd->bikgrd", _split(q.reshape(batch, length, k.shape[2], -1, head_dim))),
         k=jnp.einsum("bjckd->bjkcd", _split(k)),
@@ -91,46 +78,38 @@ def attend(
         first=_split(first),
         evict_at=evict_at,
     )
-    offset, blocks = _vary_alike((jnp.asarray(offset, jnp.int32), blocks))
-    out_BIKGRD, forgotten_BIR = _attend(_Rule(scale, selection, tau), offset, blocks)
+    offset, blocks = _vary_alike((jnp.asarray(seen.offset, jnp.int32), blocks))
+    # The rule is fixed when the program is traced; a bound of the logits, which may not be, is of no use here.
+    out_BIKGRD, forgotten_BIR = _attend(dataclasses.replace(rule, logit_bound=None), offset, blocks)
     out = _join(jnp.einsum("bikgrd->birkgd", out_BIKGRD), length).reshape(batch, length, num_heads, v.shape[-1])
-    return out, None if tau is None else _join(forgotten_BIR, length)
+    return out, None if rule.tau is None else _join(forgotten_BIR, length)
 
 
-def column_sums(
-    q_sel: Array,
-    k_sel: Array,
-    *,
-    offset: Array | int,
-    q_segment_ids: Array | None,
-    kv_segment_ids: Array | None,
-    scale: float,
-    selection: Selection,
-) -> Array:
+def column_sums(q_sel: Array, k_sel: Array, seen: Seen, rule: Rule) -> Array:
     """What a block of queries adds to F for all later queries; arguments and results as `reference.column_sums`."""
-    dtype = jnp.promote_types(q_sel.dtype, jnp.float32)
-    keys = Keys.of(k_sel.shape[1], kv_segment_ids)
-    q_sel, q_segment_ids, k_sel, keys = _vary_alike((q_sel.astype(dtype), q_segment_ids, k_sel.astype(dtype), keys))
+    dtype, segment_ids = jnp.promote_types(q_sel.dtype, jnp.float32), seen.q_segment_ids
+    keys = dataclasses.replace(seen, evict_at=None).keys(k_sel.shape[1])
+    q_sel, segment_ids, k_sel, keys = _vary_alike((q_sel.astype(dtype), segment_ids, k_sel.astype(dtype), keys))
 
     @jax.checkpoint  # S is made again in the backward pass
     def add_block(sums_BM, block):
         position_R, q_sel_BRD, segment_BR = block
-        queries = Queries(offset + position_R, segment_BR)
-        return sums_BM + select(q_sel_BRD, k_sel, queries, keys, scale, selection).sum(axis=1), None
+        queries = Queries(seen.offset + position_R, segment_BR)
+        return sums_BM + select(q_sel_BRD, k_sel, queries, keys, rule).sum(axis=1), None
 
-    by_block = jax.tree.map(lambda x: jnp.moveaxis(_split(x), 1, 0), (q_sel, q_segment_ids))
+    by_block = jax.tree.map(lambda x: jnp.moveaxis(_split(x), 1, 0), (q_sel, segment_ids))
     positions_IR = _positions(by_block[0].shape[0], by_block[0].shape[2])
     return jax.lax.scan(add_block, _zeros(k_sel.shape[:2], like=k_sel), (positions_IR, *by_block))[0]
 
 
 def _mask_tile(
-    q_sel_RD: Array, k_sel_CD: Array, f_C: Array, queries: Queries, keys: Keys, rule: _Rule
+    q_sel_RD: Array, k_sel_CD: Array, f_C: Array, queries: Queries, keys: Keys, rule: Rule
 ) -> tuple[Array, Array]:
     """A tile of F [R, C] from the carry f, F at its first row; and the carry for the row after its last."""
     rows, columns = q_sel_RD.shape[0], k_sel_CD.shape[0]
     if rule.selection is Selection.OFF:
         return jnp.zeros((rows, columns), f_C.dtype), f_C
-    s_RC = select(q_sel_RD, k_sel_CD, queries, keys, rule.scale, rule.selection)
+    s_RC = select(q_sel_RD, k_sel_CD, queries, keys, rule)
     # The exclusive sum over rows: within groups of rows, and over the groups before. Small triangular matmuls, in full
     # precision, are the fastest form of it.
     s_grouped = s_RC.reshape(-1, GROUP, columns)
@@ -142,7 +121,7 @@ def _mask_tile(
     return f_RC, f_C + total.sum(axis=0)
 
 
-def _logits(rule: _Rule, q_KGRD: Array, k_KCD: Array, f_RC: Array, seen_RC: Array) -> Array:
+def _logits(rule: Rule, q_KGRD: Array, k_KCD: Array, f_RC: Array, seen_RC: Array) -> Array:
     """Logits minus F [K, G, R, C]: one subtrahend for all heads holds F and everything that hides keys."""
     logits_KGRC = jnp.einsum("kgrd,kcd->kgrc", q_KGRD, k_KCD, preferred_element_type=f_RC.dtype)
     return rule.scale * logits_KGRC - jnp.where(seen_RC, f_RC, HIDDEN)
@@ -154,7 +133,7 @@ def _blocks_until(queries: Queries, blocks: _Blocks) -> Array:
     return jnp.minimum(num_blocks, queries.position[-1] // columns + 1)
 
 
-def _attend_sequence(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array, Array, Array]:
+def _attend_sequence(rule: Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array, Array, Array]:
     """Forward pass of one sequence: out [I, K, G, R, D], forgotten [I, R], log-sum-exp [I, K, G, R], f [I, J, C]."""
     dtype = blocks.f_start.dtype
     num_blocks, heads, rows = blocks.q.shape[0], blocks.q.shape[1:4], blocks.q.shape[3]
@@ -202,7 +181,7 @@ def _attend_sequence(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array
 
 
 def _transpose_sequence(
-    rule: _Rule,
+    rule: Rule,
     offset: Array,
     blocks: _Blocks,
     out_IKGRD: Array,
@@ -259,18 +238,18 @@ def _transpose_sequence(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule: _Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array]:
+def _attend(rule: Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array]:
     """(out [B, I, K, G, R, D], forgotten [B, I, R])."""
     return _attend_forward(rule, offset, blocks)[0]
 
 
-def _attend_forward(rule: _Rule, offset: Array, blocks: _Blocks):
+def _attend_forward(rule: Rule, offset: Array, blocks: _Blocks):
     made = _each_sequence(functools.partial(_attend_sequence, rule, offset), blocks)
     out, forgotten, lse, carries = map(keep, made)
     return (out, forgotten), (offset, blocks, out, lse, carries)
 
 
-def _attend_backward(rule: _Rule, residuals, cotangents):
+def _attend_backward(rule: Rule, residuals, cotangents):
     offset, *residuals = residuals
     gradients = _each_sequence(functools.partial(_transpose_sequence, rule, offset), *residuals, *cotangents)
     return None, _Blocks._make((*gradients, None, None, None, None))  # integers have no gradient

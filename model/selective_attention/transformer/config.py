@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
-from ..attention import Selection, implementation_module
-from ..implementations.tpu import attend as pallas_tpu
+from ..attention import implementation_name
+from ..selection import Selection
+
+MACHINE = {"machine": True}  # marks a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +30,20 @@ class TransformerConfig:
     qk_norm: bool = True  # RMS-normalise queries and keys before the logits
     tied_embeddings: bool = True  # one matrix embeds tokens and gives logits [open]
     dtype: str = "bfloat16"  # of activations and matmuls: "bfloat16" or "float32"; parameters are float32
-    remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers)
-    scan_layers: bool = True  # False compiles every layer apart: slower to compile, saves copies into a scan's stacks
-    attention: str | None = None  # implementation of attention, None for the platform's best
+    # How a machine computes, not what: see `machine_fields`.
+    # What the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers).
+    remat: str = dataclasses.field(default="none", metadata=MACHINE)
+    # False compiles every layer apart: slower to compile, saves copies into a scan's stacks.
+    scan_layers: bool = dataclasses.field(default=True, metadata=MACHINE)
+    # Implementation of attention, None for the platform's best.
+    attention: str | None = dataclasses.field(default=None, metadata=MACHINE)
 
     def __post_init__(self) -> None:
         if self.selection not in list(Selection):
             raise ValueError(f"{self.selection!r} is not a valid Selection; choose one of {', '.join(Selection)}")
         object.__setattr__(self, "selection", Selection(self.selection))
         if self.attention is not None:
-            implementation_module(self.attention)  # raises, with the names there are
+            implementation_name(self.attention)  # raises, with the names there are
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         for field in ("vocab_size", "num_layers", "num_heads", "d_model", "mlp_dim", "max_length", "head_dim"):
             if getattr(self, field) < 1:
@@ -69,11 +75,16 @@ class TransformerConfig:
         sizes: dict[str, Any] = {"num_layers": d, "num_heads": d, "d_model": d_model, "mlp_dim": mlp_dim}
         return cls(vocab_size=vocab_size, max_length=max_length, **{**sizes, **overrides})
 
+    @classmethod
+    def machine_fields(cls) -> set[str]:
+        """The fields that say how a machine computes, not what: exports and fingerprints leave them out."""
+        return {field.name for field in dataclasses.fields(cls) if field.metadata == MACHINE}
+
     @property
     def fuses_norm_rotary(self) -> bool:
         """Whether QK normalisation and rotary positions are one TPU kernel, as attention is."""
         applies = self.qk_norm and self.positions == "rotary" and self.head_dim % 32 == 0
-        return applies and implementation_module(self.attention) is pallas_tpu
+        return applies and implementation_name(self.attention) == "pallas"
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: embedding, attention, mlp, norms, output (0 if tied), and their total."""

@@ -11,18 +11,18 @@ width, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ..attention import Selection, implementation_module, selective_attention
-from ..implementations.reference import BIG_NEGATIVE
-from ..selection import allowed, rectified
+from ..attention import attend_whole, implementation_module
+from ..selection import HIDDEN, Projections, Rule, Seen, Selection, allowed, rectified
 from .config import TransformerConfig
-from .transformer import Attend, Block, Transformer, rms_norm
+from .projection import rms_norm
+from .transformer import Attend, Block, Transformer
 
 
 class LayerCache(Protocol):
@@ -65,17 +65,9 @@ class FullLayerCache:
         """As `LayerCache.attend`."""
         k, v = write(self.k, k[:, 0], position_B), write(self.v, v[:, 0], position_B)
         k_sel = None if self.k_sel is None or k_sel is None else write(self.k_sel, k_sel, position_B)
-        out, f, _ = attend_slots(
-            q,
-            k,
-            v,
-            self.f,
-            q_sel=q_sel,
-            k_sel=None if k_sel is None else k_sel[:, 0],
-            position_B=position_B,
-            slot_position_BM=jnp.broadcast_to(jnp.arange(k.shape[2]), (k.shape[0], k.shape[2])),
-            selection=self.selection,
-        )
+        position_BM = jnp.broadcast_to(jnp.arange(k.shape[2]), (k.shape[0], k.shape[2]))
+        slots = Slots(k, v, None if k_sel is None else k_sel[:, 0], position_BM, self.f)
+        out, f, _ = attend_slots(q, q_sel, position_B, slots, self.selection)
         return out, FullLayerCache(k, v, k_sel, f, self.selection)
 
 
@@ -135,127 +127,38 @@ def prefill(
     lengths_B = jnp.full(batch, num_tokens, jnp.int32) if lengths_B is None else lengths_B.astype(jnp.int32)
     segments_BN = jnp.where(position_N < lengths_B[:, None], 0, -1)  # negative: padding, which selects nothing
 
-    def attend(layer, q, k, v, q_sel, k_sel):
-        out = selective_attention(
-            q,
-            k,
-            v,
-            q_sel=q_sel,
-            k_sel=k_sel,
-            segment_ids=segments_BN,
-            selection=c.selection,
-            implementation=c.attention,
-        )
-        f = layer.f
-        if f is not None:
-            f_BN = implementation_module(c.attention).column_sums(
-                q[:, :, 0] if q_sel is None else q_sel,
-                k[:, :, 0] if k_sel is None else k_sel,
-                offset=0,
-                q_segment_ids=segments_BN,
-                kv_segment_ids=segments_BN,
-                scale=c.head_dim**-0.5,
-                selection=c.selection,
-            )
-            f = f.at[:, :num_tokens].set(f_BN)
-        filled = FullLayerCache(
-            k=layer.k.at[:, :, :num_tokens].set(jnp.swapaxes(k, 1, 2)),
-            v=layer.v.at[:, :, :num_tokens].set(jnp.swapaxes(v, 1, 2)),
-            k_sel=None if layer.k_sel is None else layer.k_sel.at[:, :, :num_tokens].set(k_sel[:, None]),
-            f=f,
-            selection=c.selection,
-        )
-        return out, filled
-
-    attends = [functools.partial(attend, layer) for layer in empty.layers]
-    x_BNE, layers = run_layers(model, model.embed(tokens_BN, position_N), position_N, attends)
+    layers = cast(tuple[FullLayerCache, ...], empty.layers)
+    attends = [functools.partial(_attend_and_fill, c, segments_BN, layer) for layer in layers]
+    x_BNE, filled = run_layers(model, model.embed(tokens_BN, position_N), position_N, attends)
     last_B1E = jnp.take_along_axis(x_BNE, (lengths_B - 1)[:, None, None], axis=1)
-    return _logits(model, last_B1E)[:, 0], Cache(lengths_B, layers)
+    return _logits(model, last_B1E)[:, 0], Cache(lengths_B, filled)
 
 
-def sample(
-    model: Transformer,
-    prompt_BN: Array,
-    num_tokens: int,
-    *,
-    key: Array,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    lengths_B: Array | None = None,
-) -> Array:
-    """Continues prompts: int32 [B, num_tokens], drawn from the model token by token.
-
-    Args:
-      model: the transformer. No mesh.
-      prompt_BN, lengths_B: prompts as `prefill` takes them.
-      num_tokens: tokens to draw; together with the prompt at most `max_length`.
-      key: of `jax.random`.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: if given, draw only from so many likeliest tokens.
-
-    Raises:
-      ValueError: a length, temperature or top_k out of range.
-    """
-    check_sampling(model.config, prompt_BN.shape[1], num_tokens, temperature, top_k)
-    graph, parameters = nnx.split(model)
-    return _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, num_tokens=num_tokens, top_k=top_k)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
-def _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, *, num_tokens: int, top_k: int | None) -> Array:
-    model = unstacked(nnx.merge(graph, parameters))
-
-    def step(carry, key):
-        logits_BV, cache = carry
-        tokens_B = draw(logits_BV, key, temperature, top_k)
-        return decode_step(model, cache, tokens_B), tokens_B
-
-    keys = jax.random.split(key, num_tokens)
-    start = prefill(model, prompt_BN, lengths_B, length=prompt_BN.shape[1] + num_tokens)
-    (logits_BV, _), tokens_NB = jax.lax.scan(step, start, keys[:-1])  # the last token need not be taken in
-    return jnp.concatenate([tokens_NB, draw(logits_BV, keys[-1], temperature, top_k)[None]]).T
-
-
-def check_sampling(
+def _attend_and_fill(
     config: TransformerConfig,
-    prompt_length: int,
-    num_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None = None,
-) -> None:
-    """Raises ValueError for what cannot be drawn."""
-    left = config.max_length - prompt_length
-    if not 1 <= num_tokens <= left:
-        raise ValueError(
-            f"num_tokens must be from 1 to {left}, what max_length={config.max_length} leaves after a prompt of "
-            f"{prompt_length}; got {num_tokens}"
-        )
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k must be from 1 to vocab_size={config.vocab_size}, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-
-
-def draw(
-    logits_BV: Array, key: Array, temperature: Array | float, top_k: int | None = None, top_p: Array | None = None
-) -> Array:
-    """One token a row, int32 [B]: from the `top_k` likeliest, and of these from the fewest that have a probability of
-    `top_p` together. A temperature of 0 takes the likeliest.
-    """
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
-    if top_k is not None:
-        logits_BV = jnp.where(logits_BV < jax.lax.top_k(logits_BV, top_k)[0][:, -1:], -jnp.inf, logits_BV)
-    if top_p is not None:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        p_BV = jax.nn.softmax(sorted_BV)
-        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jnp.where(temperature > 0, jax.random.categorical(key, logits_BV), greedy_B).astype(jnp.int32)
+    segments_BN: Array,
+    empty: FullLayerCache,
+    q: Array,
+    k: Array,
+    v: Array,
+    *selecting: Array | None,
+) -> tuple[Array, FullLayerCache]:
+    """Attention of whole prompts to themselves, and a layer's cache after it."""
+    projections, seen = Projections(q, k, v, *selecting), Seen.whole(segments_BN)
+    rule, num_tokens, f = Rule(config.head_dim**-0.5, config.selection), q.shape[1], empty.f
+    out, _ = attend_whole(projections, seen, rule, config.attention)
+    if f is not None:
+        sums_BN = implementation_module(config.attention).column_sums(*projections.selecting(), seen, rule)
+        f = f.at[:, :num_tokens].set(sums_BN)
+    k_sel = projections.k_sel
+    filled = FullLayerCache(
+        k=empty.k.at[:, :, :num_tokens].set(jnp.swapaxes(k, 1, 2)),
+        v=empty.v.at[:, :, :num_tokens].set(jnp.swapaxes(v, 1, 2)),
+        k_sel=None if empty.k_sel is None or k_sel is None else empty.k_sel.at[:, :, :num_tokens].set(k_sel[:, None]),
+        f=f,
+        selection=config.selection,
+    )
+    return out, filled
 
 
 def run_layers(
@@ -291,35 +194,38 @@ def _blocks(model: Transformer) -> Sequence[Block]:
     return [nnx.merge(graph, jax.tree.map(lambda p, n=n: p[n], parameters)) for n in number_of_layers]
 
 
+class Slots(NamedTuple):
+    """What a layer holds when one query a row attends, its own token among it."""
+
+    k: Array  # [B, K, M, D]
+    v: Array  # [B, K, M, D]
+    k_sel: Array | None  # [B, M, D] of the selecting head; None where head 0 selects
+    position: Array  # int32 [B, M], of each slot's token, in any order; negative for an empty slot
+    f: Array | None  # float32 [B, M], F of this query; None if nothing selects
+
+
 def attend_slots(
     q: Array,
-    k_BKMD: Array,
-    v_BKMD: Array,
-    f_BM: Array | None,
-    *,
     q_sel: Array | None,
-    k_sel: Array | None,
     position_B: Array,
-    slot_position_BM: Array,
+    slots: Slots,
     selection: Selection,
     share_selection: Callable[[Array], Array] = lambda s_BM: s_BM,
 ) -> tuple[Array, Array | None, Array]:
-    """One query a row over the slots of a cache, its own token among them.
+    """One query a row over the slots of a cache.
 
     Args:
       q: [B, 1, H, D].
-      k_BKMD, v_BKMD: keys and values of the slots.
-      f_BM: float32, F of this query; None if nothing selects.
-      q_sel, k_sel: [B, 1, D] and [B, M, D] of the selecting head; None where head 0 selects.
-      position_B: int32, the query's position.
-      slot_position_BM: int32, the position of each slot's token, in any order; negative for an empty slot. Slots of
-        positions after the query's are not seen.
+      q_sel: [B, 1, D] of the selecting head; None where head 0 selects.
+      position_B: int32, the query's position. Slots of later positions are not seen.
+      slots: what the layer holds.
       selection: the rule of F.
       share_selection: under a `shard_map` over heads, gives every shard what the one with head 0 has selected.
 
     Returns:
       out [B, 1, H, D]; f of the next query; and the attention weights [B, M], averaged over the heads.
     """
+    k_BKMD, v_BKMD, k_sel, slot_position_BM, f_BM = slots
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k_BKMD.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -328,7 +234,7 @@ def attend_slots(
     q_BKGD = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     raw_BKGM = scale * jnp.einsum("bkgd,bkmd->bkgm", q_BKGD, k_BKMD, preferred_element_type=dtype)
     logits_BKGM = raw_BKGM if f_BM is None else raw_BKGM - f_BM[:, None, None]
-    logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM, BIG_NEGATIVE)
+    logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM, -HIDDEN)
     weights_BKGM = jax.nn.softmax(logits_BKGM, axis=-1)
     out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", weights_BKGM.astype(v_BKMD.dtype), v_BKMD, preferred_element_type=dtype)
     out = out_BKGD.reshape(batch, 1, num_heads, head_dim).astype(q.dtype)

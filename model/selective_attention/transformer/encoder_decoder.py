@@ -15,22 +15,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ..implementations.reference import BIG_NEGATIVE
-from ..parallel import sharded_selective_attention
+from ..attention import AttentionOptions
 from ..remat import rematerialised
-from ..selection import Selection
+from ..selection import HIDDEN, Selection
 from ..sharding import reshard
 from .config import TransformerConfig
-from .transformer import (
-    Block,
-    Transformer,
-    contract,
-    make_parameter,
-    make_scale,
-    permute,
-    rms_norm,
-    sequence_order,
-)
+from .projection import contract, rms_norm
+from .transformer import Block, Transformer, attending, make_parameter, make_scale, permute, sequence_order
 
 
 def full_attention(q: Array, k: Array, v: Array, visible_BM: Array) -> Array:
@@ -41,7 +32,7 @@ def full_attention(q: Array, k: Array, v: Array, visible_BM: Array) -> Array:
     q_BNKGD = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], head_dim)
     logits_BKGNM = jnp.einsum("bnkgd,bmkd->bkgnm", q_BNKGD, k, preferred_element_type=dtype) * head_dim**-0.5
     visible = reshard(visible_BM, "batch", None)[:, None, None, None, :]
-    weights_BKGNM = jax.nn.softmax(jnp.where(visible, logits_BKGNM, BIG_NEGATIVE), axis=-1) * visible
+    weights_BKGNM = jax.nn.softmax(jnp.where(visible, logits_BKGNM, -HIDDEN), axis=-1) * visible
     out_BNKGD = jnp.einsum("bkgnm,bmkd->bnkgd", weights_BKGNM.astype(v.dtype), v, preferred_element_type=dtype)
     return out_BNKGD.reshape(q.shape).astype(q.dtype)
 
@@ -128,18 +119,7 @@ class EncoderDecoder(nnx.Module):
         position_N = sequence_order(outputs_BN.shape[1])
         graph, layers = nnx.split((self.decoder.blocks, self.cross_attention))
 
-        def attend(q, k, v, q_sel, k_sel):
-            result = sharded_selective_attention(
-                q,
-                k,
-                v,
-                q_sel=q_sel,
-                k_sel=k_sel,
-                selection=c.selection,
-                memory_tau=memory_tau,
-                implementation=c.attention,
-            )
-            return result if memory_tau is not None else (result, None)
+        attend = attending(c, AttentionOptions(memory_tau=memory_tau))
 
         def layer(x_BNE, parameters):
             block, cross_attention = nnx.merge(graph, parameters)
@@ -148,6 +128,4 @@ class EncoderDecoder(nnx.Module):
 
         x_BNE = self.decoder.embed(permute(outputs_BN, position_N), position_N)
         x_BNE, forgotten_LBN = jax.lax.scan(rematerialised(layer, c.remat), x_BNE, layers)
-        back_N = np.argsort(position_N)
-        hidden_BNE = permute(rms_norm(x_BNE, self.decoder.final_norm[...]), back_N, axis=1)
-        return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)
+        return self.decoder.finish(x_BNE, forgotten_LBN, position_N)

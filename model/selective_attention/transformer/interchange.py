@@ -37,8 +37,6 @@ from .transformer import Transformer
 
 FORMAT = "selective_attention.Transformer/1"
 CONFIG_FILE, MODEL_FILE = "config.json", "model.safetensors"
-# Fields that say how a machine computes, not what.
-_MACHINE_FIELDS = ("attention", "remat")
 _MLP = ("mlp_norm", "w_gate", "w_up", "w_down")
 
 
@@ -57,7 +55,8 @@ def export_safetensors(model: Transformer, directory: str | Path) -> None:
             inner = _inner_axes(path)
             matrix = layer.reshape(math.prod(layer.shape[:inner]), -1).T if inner else layer
             tensors[name] = jnp.asarray(matrix)
-    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in _MACHINE_FIELDS}
+    machine = TransformerConfig.machine_fields()
+    fields = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in machine}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, directory / MODEL_FILE)

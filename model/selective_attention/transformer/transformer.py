@@ -7,7 +7,6 @@ Shape letters: B batch, N positions, E d_model, H query heads, K key/value heads
 V vocabulary, L layers.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,16 +17,30 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from ..attention import Selection, selection_mask
+from ..attention import AttentionOptions
 from ..implementations.tpu.rotary import norm_rotary
-from ..parallel import SEQUENCE_AXIS, sharded_selective_attention, zigzag_positions
+from ..parallel import sharded_selective_attention, zigzag_positions
 from ..remat import keep, rematerialised
-from ..sharding import Axes, partition_spec, reshard
+from ..selection import Selection, selection_mask
+from ..sharding import CONTEXT, Axes, partition_spec, reshard
 from .config import TransformerConfig
 from .projection import contract, normalised_projections, rms_norm
 
 # (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
 Attend = Callable[[Array, Array, Array, Array | None, Array | None], tuple[Array, Any]]
+
+
+def attending(config: TransformerConfig, options: AttentionOptions) -> Attend:
+    """Selective attention as the config says, on the mesh that is set; adds the memory statistic where it is wanted."""
+
+    def attend(q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None) -> tuple[Array, Any]:
+        mine = AttentionOptions(
+            q_sel=q_sel, k_sel=k_sel, selection=config.selection, implementation=config.attention, **options
+        )
+        result = sharded_selective_attention(q, k, v, **mine)
+        return result if isinstance(result, tuple) else (result, None)
+
+    return attend
 
 
 def make_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
@@ -194,28 +207,15 @@ class Transformer(nnx.Module):
         tokens_BN = permute(tokens_BN, position_N)
         segment_ids, evict_at = (None if x is None else permute(x, position_N) for x in (segment_ids, evict_at))
 
-        def attend(layer_evict_at, logit_bound, q, k, v, q_sel, k_sel):
-            result = sharded_selective_attention(
-                q,
-                k,
-                v,
-                q_sel=q_sel,
-                k_sel=k_sel,
-                evict_at=layer_evict_at,
-                segment_ids=segment_ids,
-                selection=c.selection,
-                memory_tau=memory_tau,
-                logit_bound=logit_bound,
-                implementation=c.attention,
-            )
-            return result if memory_tau is not None else (result, None)
-
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BNE, layer_and_evict_at):
             layer_parameters, layer_evict_at = layer_and_evict_at
             block = nnx.merge(graph, layer_parameters)
-            return block(x_BNE, position_N, functools.partial(attend, layer_evict_at, block.logit_bound))
+            told = AttentionOptions(
+                evict_at=layer_evict_at, segment_ids=segment_ids, memory_tau=memory_tau, logit_bound=block.logit_bound
+            )
+            return block(x_BNE, position_N, attending(c, told))
 
         x_BNE, forgotten_LBN = jax.lax.scan(
             rematerialised(layer, c.remat),
@@ -223,6 +223,10 @@ class Transformer(nnx.Module):
             (layers, evict_at),
             unroll=1 if c.scan_layers else c.num_layers,
         )
+        return self.finish(x_BNE, forgotten_LBN, position_N)
+
+    def finish(self, x_BNE: Array, forgotten_LBN: Array | None, position_N: np.ndarray) -> tuple[Array, Array | None]:
+        """The last layer's output, normalised, and the memory statistic, both in the order of the text again."""
         back_N = np.argsort(position_N)
         hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)
         return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)
@@ -256,9 +260,7 @@ class Transformer(nnx.Module):
             return reshard(permute(reshard(x_BND, "batch", "sequence", None), back_N, axis=1), "batch", None, None)
 
         def attend(q, k, v, q_sel, k_sel):
-            out_BNHD = sharded_selective_attention(
-                q, k, v, q_sel=q_sel, k_sel=k_sel, selection=c.selection, implementation=c.attention
-            )
+            out_BNHD, _ = attending(c, AttentionOptions())(q, k, v, q_sel, k_sel)
             q_sel = reshard(q, "batch", "sequence", None, None)[:, :, 0] if q_sel is None else q_sel
             k_sel = reshard(k, "batch", "sequence", None, None)[:, :, 0] if k_sel is None else k_sel
             f_BNM = selection_mask(whole(q_sel), whole(k_sel), scale=c.head_dim**-0.5, selection=c.selection)
@@ -273,7 +275,7 @@ class Transformer(nnx.Module):
 def sequence_order(length: int) -> np.ndarray:
     """int32 [N]: the position that each place of a sequence holds on the mesh that is set (`zigzag_positions`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return zigzag_positions(length, 1 if mesh.empty else mesh.shape.get(SEQUENCE_AXIS, 1))
+    return zigzag_positions(length, 1 if mesh.empty else mesh.shape.get(CONTEXT, 1))
 
 
 def permute(x: Array, order_N: np.ndarray, axis: int = -1) -> Array:

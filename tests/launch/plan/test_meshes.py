@@ -1,5 +1,6 @@
 """Which meshes and topologies there are, and how they are compared; the planner here is a formula."""
 
+import dataclasses
 import math
 import re
 import time
@@ -10,26 +11,43 @@ from PIL import Image
 
 from configs import c4
 from launch.plan import chart, several
-from launch.plan.compiler import out_of_memory
+from launch.plan.compiler import shortage
 from launch.plan.meshes import check_mesh, sensible_meshes
+from launch.plan.planner import make_run
 from launch.plan.remedies import candidates, try_remedies
+from launch.plan.result import DoesNotFit, OversizedStep, Place, Plan, Shortage, Step
 from launch.plan.scaling import scale
 from launch.plan.several import announcement
 from launch.plan.sweep import sweep
 from launch.plan.tables import plan_table, scaling_table, sweep_table
 from launch.slices import find
 from trainer.errors import ConfigError
+from trainer.settings import read_settings
 
 V4_32 = {"data": 16, "fsdp": 1, "context": 1, "tensor": 1}
+
+
+def find_all(*names):
+    return [find(name) for name in names]
 
 
 def ideal(config, topology, slices):
     """A plan of a machine that takes a millisecond for each sequence of a chip, and more for each part of fsdp."""
     chips = topology.num_chips * slices
     step_ms = config.batch_size / chips + config.mesh.fsdp
-    facts = {"step_ms": step_ms, "mfu": 0.5, "headroom": 0.5, "step_ms_by_part": {"matmuls": step_ms}}
-    facts |= {"mesh": config.mesh.to_dict(), "tokens_per_second": 1e3 * config.batch_size / step_ms}
-    return {"fits": config.batch_size / chips <= 128, "topology": topology.name, "slices": slices, **facts}
+    step = Step(
+        dataclasses.asdict(config.mesh), {"parameters": 1}, 1, 1, {"matmuls": step_ms}, [], [], 1.0, 1.0, 1.0, ""
+    )
+    run = make_run(config, step_ms / 1e3, chips, step.state_bytes)
+    place = Place(topology.name, slices, chips, config.batch_size, config.context_length)
+    speed = 1e3 * config.batch_size / step_ms
+    return Plan(place, 2 * config.batch_size // chips, 256, 0.5, step_ms, 0.5, speed, run, step)
+
+
+def failed(mesh, slices, shortage):
+    """A plan of d12 on slices of v4-32 that it does not fit."""
+    step = OversizedStep(mesh, {"parameters": 1}, 1, shortage)
+    return DoesNotFit(Place("v4-32", slices, 16 * slices, 256, 512), 2**30, step)
 
 
 @pytest.mark.parametrize(
@@ -45,21 +63,24 @@ def test_an_unknown_name_lists_the_valid_ones():
 
 
 def test_sensible_meshes_use_all_chips_and_divide_what_they_shard():
-    meshes = sensible_meshes(c4.get_config("d12"), find("v4-32"), 1, {})
+    meshes = sensible_meshes(read_settings(c4.get_config("d12")), find("v4-32"), 1, {})
     assert all(math.prod(mesh.values()) == 16 and 12 % mesh["tensor"] == 0 for mesh in meshes)
     assert {mesh["context"] for mesh in meshes} == {1}  # 512 tokens are too few to split
     assert len(meshes) == 5 + 4 + 3  # fsdp 1 to 16, 1 to 8, 1 to 4 at tensor 1, 2, 4
-    assert {m["context"] for m in sensible_meshes(c4.get_config("d12,n2048"), find("v4-32"), 1, {})} == {1, 2}
+    assert {m["context"] for m in sensible_meshes(read_settings(c4.get_config("d12,n2048")), find("v4-32"), 1, {})} == {
+        1,
+        2,
+    }
 
 
 def test_a_sweep_keeps_fixed_axes_and_slices():
-    meshes = sensible_meshes(c4.get_config("d12"), find("v4-32"), 2, {"tensor": 1})
+    meshes = sensible_meshes(read_settings(c4.get_config("d12")), find("v4-32"), 2, {"tensor": 1})
     assert [(mesh["data"], mesh["fsdp"]) for mesh in meshes] == [(32, 1), (16, 2), (8, 4), (4, 8), (2, 16)]
 
 
 def test_a_sweep_without_a_mesh_says_so():
     with pytest.raises(ConfigError, match="no mesh of 1024 chips divides batch_size=256"):
-        sensible_meshes(c4.get_config("d12"), find("v4-2048"), 1, {"tensor": 1})
+        sensible_meshes(read_settings(c4.get_config("d12")), find("v4-2048"), 1, {"tensor": 1})
 
 
 NOT_OF_THE_SLICE = {  # config, topology, slices, mesh; the mesh that the message names
@@ -77,14 +98,14 @@ def test_a_mesh_that_the_slice_cannot_have_names_one_that_it_can(name, topology,
     config = c4.get_config(name)
     config.mesh.update(mesh)
     with pytest.raises(ConfigError, match=f"so that the product is .*, for example {example}$"):
-        check_mesh(config, find(topology), slices)
+        check_mesh(read_settings(config), find(topology), slices)
     config.mesh.update({axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", example)})
-    check_mesh(config, find(topology), slices)
+    check_mesh(read_settings(config), find(topology), slices)
 
 
 def test_a_sweep_ranks_by_time():
-    plans = sweep(c4.get_config("d12"), find("v4-32"), 1, {"tensor": 1}, ideal)
-    assert [plan["mesh"]["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
+    plans = sweep(read_settings(c4.get_config("d12")), find("v4-32"), 1, {"tensor": 1}, ideal)
+    assert [plan.mesh["fsdp"] for plan in plans] == [1, 2, 4, 8, 16]
     table = sweep_table(plans)
     assert max(map(len, table.splitlines())) <= 80 and table.count("50%") >= 5
 
@@ -92,8 +113,8 @@ def test_a_sweep_ranks_by_time():
 def test_what_takes_long_says_so_beforehand(capsys):
     assert "9 meshes, 2 at once: roughly 8 minutes" in announcement(9, "meshes", 2)  # five rounds of 1.5
     assert max(map(len, announcement(999, "remedies", 8).splitlines())) <= 80
-    sweep(c4.get_config("d12"), find("v4-32"), 1, {"tensor": 1}, ideal)
-    scale(c4.get_config("d12"), [find(name) for name in ("v4-8", "v4-32")], 1, ideal)
+    sweep(read_settings(c4.get_config("d12")), find("v4-32"), 1, {"tensor": 1}, ideal)
+    scale(read_settings(c4.get_config("d12")), find_all("v4-8", "v4-32"), 1, ideal)
     said = capsys.readouterr().err
     assert "Compiling 5 meshes" in said and "Compiling 3 programs" in said
 
@@ -116,7 +137,7 @@ def test_what_is_stopped_starts_nothing_more(monkeypatch):
 def test_scaling_is_relative_to_the_first_topology_that_fits():
     config = c4.get_config("d12")
     config.batch_size = 1024
-    rows = scale(config, [find(name) for name in ("v4-8", "v4-32", "v4-64", "v4-2048")], 1, ideal)
+    rows = scale(read_settings(config), find_all("v4-8", "v4-32", "v4-64", "v4-2048"), 1, ideal)
     weak, strong = ([row for row in rows if row["scaling"] == kind] for kind in ("weak", "strong"))
     assert [row["batch_size"] for row in weak] == [1024, 4096, 8192, 262_144] and all("error" in row for row in weak)
     assert "error" in strong[0] and strong[1]["efficiency"] == 1
@@ -128,7 +149,7 @@ def test_scaling_is_relative_to_the_first_topology_that_fits():
 
 
 def test_the_picture_has_both_kinds_of_scaling(tmp_path):
-    rows = scale(c4.get_config("d12"), [find(name) for name in ("v4-8", "v4-16", "v4-128")], 1, ideal)
+    rows = scale(read_settings(c4.get_config("d12")), find_all("v4-8", "v4-16", "v4-128"), 1, ideal)
     chart.draw(rows, str(tmp_path / "x.png"))
     with Image.open(tmp_path / "x.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
@@ -136,7 +157,7 @@ def test_the_picture_has_both_kinds_of_scaling(tmp_path):
 
 
 def test_the_picture_names_slices_and_shows_ideal_scaling_under_a_series_that_follows_it(tmp_path):
-    rows = scale(c4.get_config("d12"), [find(name) for name in ("v4-8", "v4-16", "v4-128", "v5p-16")], 1, ideal)
+    rows = scale(read_settings(c4.get_config("d12")), find_all("v4-8", "v4-16", "v4-128", "v5p-16"), 1, ideal)
     assert chart.slice_names(rows) == {4: "v4-8", 8: "v4-16, v5p-16", 64: "v4-128"}
     weak = [row for row in rows if row["scaling"] == "weak"]
     assert {row["efficiency"] for row in weak} == {1.0}
@@ -158,35 +179,33 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("message", "gib"), MESSAGES)
 def test_every_message_about_memory_becomes_one_line(message, gib):
-    found = out_of_memory(message)
-    assert found["needed_bytes"] == pytest.approx(gib * 2**30)
-    assert found["error"] == f"needs at least {gib:.2f} GiB of HBM on each chip, which has 30.75"
+    found = shortage(message)
+    assert found.needed_bytes == pytest.approx(gib * 2**30)
+    assert found.error == f"needs at least {gib:.2f} GiB of HBM on each chip, which has 30.75"
 
 
 def test_remedies_shard_within_a_slice_and_split_what_can_be_split():
     config = c4.get_config("d12")
-    single, combined = candidates(config, {"mesh": V4_32, "slices": 2})
+    single, combined = candidates(read_settings(config), failed(V4_32, 2, Shortage("needs more")))
     assert single == [{"model.remat": "block"}, {"mesh.data": 2, "mesh.fsdp": 8}, {"accumulation": 2}]
     assert combined[-1] == {"model.remat": "block", "mesh.data": 2, "mesh.fsdp": 8, "accumulation": 16}
 
 
 def test_only_fewer_heads_help_where_vmem_is_too_small():
-    found = out_of_memory(
+    found = shortage(
         "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem. "
         "Used 16.14M of 16.00M vmem."
     )
-    assert found["error"] == "a kernel needs more VMEM than a core has"
-    single, combined = candidates(c4.get_config("d12"), {"mesh": V4_32, "slices": 1} | found)
+    assert found.error == "a kernel needs more VMEM than a core has"
+    single, combined = candidates(read_settings(c4.get_config("d12")), failed(V4_32, 1, found))
     assert (single, combined) == ([{"mesh.data": 8, "mesh.tensor": 2}], [])
 
 
 def test_remedies_go_together_only_where_none_alone_is_enough():
-    failed = {"mesh": V4_32, "topology": "v4-32", "slices": 1, "chips": 16, "batch_size": 256, "hbm_limit_bytes": 2**30}
-    failed |= {"context_length": 512}
-    failed |= {"hbm_bytes": {"parameters": 1}, "error": "needs more", "fits": False}
-    rows = try_remedies(c4.get_config("d12"), failed, ideal)
+    too_large = failed(V4_32, 1, Shortage("needs more"))
+    rows = try_remedies(read_settings(c4.get_config("d12")), too_large, ideal)
     assert rows[0]["change"] == "--config.model.remat=block" and len(rows) == 3
-    rows = try_remedies(c4.get_config("d12"), failed, lambda *_: {"fits": False, "error": "needs more"})
+    rows = try_remedies(read_settings(c4.get_config("d12")), too_large, lambda *_: too_large)
     assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
-    table = plan_table(failed | {"remedies": rows})
+    table = plan_table(too_large, remedies=rows)
     assert "choose a larger slice" in table and max(map(len, table.splitlines())) <= 80

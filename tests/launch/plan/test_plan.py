@@ -1,5 +1,6 @@
 """Plans of the trainer's own step, by the real TPU compiler."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,13 +10,12 @@ import sys
 from itertools import zip_longest
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs import c4
-from launch.plan.estimate import changed, matmul_flops, model_flops
+from launch.plan.planner import matmul_flops, model_flops
 from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
-from trainer.state import model_config
+from trainer.settings import Settings, changed, read_settings
 
 from .conftest import PLANS, ROOT, TINY, run_plan
 
@@ -29,8 +29,8 @@ shipped = pytest.mark.parametrize("name", SHIPPED)
 shipped_and_tiny = pytest.mark.parametrize("name", [*SHIPPED, "tiny"])
 
 
-def config_of(name: str) -> ConfigDict:
-    config = c4.get_config(PLANS[name][0].partition(":")[2] if name in PLANS else name)
+def config_of(name: str) -> Settings:
+    config = read_settings(c4.get_config(PLANS[name][0].partition(":")[2] if name in PLANS else name))
     return changed(config, TINY) if name == "tiny" else config
 
 
@@ -45,7 +45,7 @@ def test_a_shipped_config_fits_the_slice_that_it_names_with_a_tenth_to_spare(pla
 
 @shipped
 def test_a_chip_holds_its_share_of_each_matrix_and_every_norm(planned, name):
-    plan, counts = planned(name).plan, model_config(config_of(name)).parameter_counts()
+    plan, counts = planned(name).plan, config_of(name).transformer.parameter_counts()
     assert plan["mesh"]["fsdp"] > 1 and plan["mesh"]["tensor"] == 1
     values = (counts["total"] - counts["norms"]) / plan["mesh"]["fsdp"] + counts["norms"]
     assert plan["hbm_bytes"]["parameters"] == 4 * values  # float32
@@ -144,27 +144,23 @@ def test_the_program_has_the_configs_hyperparameters(planned):
 
 COMPILE = """
 import json, sys
-import jax
-from ml_collections import ConfigDict
 from launch.slices import find
-from trainer.checkpoints.manager import abstract_state
-from trainer.loop import compile_train_step
 from trainer.mesh import make_mesh
-from trainer.state import init_state, make_optimizer
-config = ConfigDict(json.loads(sys.argv[1]))
-mesh = make_mesh(config.mesh, list(find("v4-8").describe(2).devices))
-with jax.set_mesh(mesh):
-    state = abstract_state(jax.eval_shape(lambda: init_state(config, make_optimizer(config))), mesh)
-m = compile_train_step(config, 0, state, mesh).memory_analysis()
+from trainer.settings import read_settings
+from trainer.state import abstract_state
+from trainer.step import compile_train_step
+settings = read_settings(json.loads(sys.argv[1]))
+mesh = make_mesh(settings.mesh, list(find("v4-8").describe(2).devices))
+m = compile_train_step(settings, 0, abstract_state(settings, mesh), mesh).memory_analysis()
 print(m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes,
       m.generated_code_size_in_bytes)
 """
 
 
 def test_memory_is_the_compilers_own_account(planned):
-    config = changed(c4.get_config("d8"), TINY | {"model.attention": "pallas"})
+    config = changed(read_settings(c4.get_config("d8")), TINY | {"model.attention": "pallas"})
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, config.to_json()],
+        [sys.executable, "-c", COMPILE, json.dumps(dataclasses.asdict(config))],
         cwd=ROOT,
         env=os.environ | environment(),
         capture_output=True,

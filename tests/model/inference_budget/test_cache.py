@@ -11,8 +11,8 @@ from flax import nnx
 from small_model import LENGTH, STANDARD, make_model, make_tokens, oracle_layer
 
 from inference_budget import POLICIES, Budgets, cache_bytes, eviction_times, init_pruned_cache, memory_factor, prefill
-from inference_budget.cache import attend_evicting
-from selective_attention import Selection, Transformer, TransformerConfig
+from inference_budget.eviction import Arriving, Projections, attend_evicting
+from selective_attention import Transformer, TransformerConfig
 from selective_attention.transformer.decoding import decode_step
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
@@ -55,10 +55,8 @@ def test_a_layer_evicts_and_attends_as_plain_python_does(name, budget):
     q = rng.normal(size=(2, length, 4, 4)).astype(np.float32) * 2
     k, v = rng.normal(size=(2, 2, length, kv_heads, 4)).astype(np.float32)
     zeros = jnp.zeros(2, jnp.int32)
-    out, _, hidden_at = attend_evicting(
-        POLICIES[name], config, None, q, k, v, None, None, start_B=zeros, count_B=zeros + length,
-        budget_B=zeros + budget, layer=0,
-    )  # fmt: skip
+    arriving = Arriving(zeros, zeros + length, zeros + budget, layer=0)
+    out, _, hidden_at = attend_evicting(POLICIES[name], config, None, Projections(q, k, v, None, None), arriving)
     for row in range(2):
         expected, gone = oracle_layer(POLICIES[name], budget, q[row], k[row], v[row], selective=True)
         assert gone == {j: int(i) for j, i in enumerate(hidden_at[row]) if i < length}
@@ -223,7 +221,3 @@ class TestBudgets:
 
     def test_uniform_gives_the_lowest_layers_what_does_not_divide(self):
         assert Budgets.uniform(4, 512, 42).tokens == (11, 11, 10, 10)
-
-
-def test_selection_off_is_standard():
-    assert make_model(**STANDARD).config.selection is Selection.OFF

@@ -7,7 +7,7 @@ from flax import nnx
 from small_model import LENGTH, STANDARD, VOCAB, make_model, make_tokens
 
 from inference_budget import POLICIES, Budgets, cache_bytes, eviction_times, generate, init_pruned_cache
-from inference_budget.generation import decode
+from inference_budget.generation import Sampling, decode
 from selective_attention import Transformer
 from selective_attention.transformer.decoding import unstacked
 
@@ -56,7 +56,7 @@ def test_the_compiled_scan_updates_the_cache_in_place_and_copies_neither_it_nor_
     cache = init_pruned_cache(model.config, batch, budgets, POLICIES["selective"])
     graph, parameters = nnx.split(unstacked(model))
     logits_BV, keys = np.zeros((batch, VOCAB), np.float32), jax.random.split(jax.random.key(0), 4)
-    program = decode.lower(graph, parameters, logits_BV, cache, keys, 0.0, 1.0, top_k=None, nucleus=False)
+    program = decode.lower(graph, parameters, logits_BV, cache, keys, Sampling(temperature=0.0))
     memory = program.compile().memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes(cache) + logits_BV.nbytes + cache.position.nbytes
     one_layers_slots = cache.layers[0].k.nbytes + cache.layers[0].v.nbytes

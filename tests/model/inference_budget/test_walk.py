@@ -6,10 +6,14 @@ import re
 
 import numpy as np
 import pytest
+import sentencepiece
+from array_record.python.array_record_module import ArrayRecordWriter
 from small_model import make_model
 
+from data import Manifest, Tokenizer
+from data.manifest import Shard, Split, file_crc32
 from launch.budgets.__main__ import main
-from launch.budgets.result import read_json
+from launch.budgets.result import read_search
 from selective_attention import export_safetensors
 
 PIECES, RECORD = 36, 64
@@ -18,31 +22,30 @@ WORDS = ["the", "mask", "of", "a", "token", "grows", "with", "every", "later", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`model` and `other` (exported), `data` (a dataset as data.prepare documents it), and a search's budgets.json."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter
+    """`model` and `other` (exported), `data` (a dataset), and a search's budgets.json."""
     folder = tmp_path_factory.mktemp("walk")
     for seed, name in enumerate(("model", "other")):
         export_safetensors(make_model(seed, max_length=16, tied_embeddings=False), folder / name)
     data, rng = folder / "data", np.random.default_rng(0)
     data.mkdir()
     text = [" ".join(rng.choice(WORDS, 12)) for _ in range(300)]
+    special = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(data / "tokenizer"), vocab_size=PIECES, minloglevel=2
+        sentence_iterator=iter(text), model_prefix=str(data / "tokenizer"), vocab_size=PIECES, minloglevel=2, **special
     )
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
-    tokens = np.concatenate([[*tokenizer.encode(line), tokenizer.eos_id()] for line in text]).astype(np.uint16)
+    tokenizer = Tokenizer.from_file(data / "tokenizer.model")
+    tokens = np.concatenate([[*tokenizer.encode(line), tokenizer.eos_id] for line in text]).astype(np.uint16)
     splits = {}
     for split, records in (("train", 4), ("validation", 2)):
-        out = writer(str(data / f"{split}.arrayrecord"), "group_size:1")
+        path = data / f"{split}.arrayrecord"
+        out = ArrayRecordWriter(str(path), "group_size:1")
         for record in tokens[: records * RECORD].reshape(records, RECORD):
             out.write(record.tobytes())
         out.close()
-        shard = {"file": f"{split}.arrayrecord", "records": records}
-        splits[split] = {"tokens": records * RECORD, "shards": [shard]}
-    manifest = {"fingerprint": "f" * 64, "record_length": RECORD, "record_dtype": "<u2", "splits": splits}
-    ids = {"bos_id": tokenizer.bos_id(), "eos_id": tokenizer.eos_id()}
-    (data / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": ids}))
+        shard = Shard(path.name, records, path.stat().st_size, file_crc32(path))
+        splits[split] = Split(documents=0, tokens=records * RECORD, text_bytes=0, shards=(shard,))
+    manifest = Manifest({}, tokenizer.identity, PIECES, RECORD, splits)
+    (data / "manifest.json").write_text(manifest.to_json())
     main(search(folder, "--target-perplexity=1e9", "--output", str(folder / "budgets.json")))
     return folder
 
@@ -67,12 +70,12 @@ def mistake_of(capsys, *arguments):
 
 def changed(folder, **changes):
     path = folder / "changed.json"
-    path.write_text(json.dumps(read_json(folder / "budgets.json") | changes))
+    path.write_text(json.dumps(read_search(folder / "budgets.json") | changes))
     return str(path)
 
 
 def test_evaluate_gives_the_perplexities_of_the_search_on_the_same_windows(folder, capsys):
-    content = read_json(folder / "budgets.json")
+    content = read_search(folder / "budgets.json")
     for split, expected in (("train", content["found"]), ("validation", content["validation"]["pruned"])):
         shown = output_of(capsys, "evaluate", f"--budgets={folder}/budgets.json", f"--split={split}")
         pruned = float(re.search(r"selective at 8.00x: perplexity ([0-9.]+)", shown)[1])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import RULES, make_inputs, streaming
+from bundled import attend, column_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,14 +143,16 @@ def test_a_block_of_queries_equals_the_same_rows_of_the_whole(offset, length, se
     def through(implementation):
         def rows_from_carry(arrays, offset):
             options = {"scale": 0.4, "selection": selection, "kv_segment_ids": extra["segment_ids"]}
-            f_start = (rows.start > 0 and selection is not Selection.OFF) * implementation.column_sums(
+            f_start = (rows.start > 0 and selection is not Selection.OFF) * column_sums(
+                implementation,
                 arrays["q_sel"][:, before],
                 arrays["k_sel"],
                 offset=0 * offset,
                 q_segment_ids=extra["segment_ids"][:, before],
                 **options,
             )
-            return implementation.attend(
+            return attend(
+                implementation,
                 arrays["q"][:, rows],
                 arrays["k"],
                 arrays["v"],
@@ -186,7 +189,7 @@ def test_accumulation_does_not_lose_precision_with_length():
     rng = np.random.default_rng(0)
     q_sel, k_sel = (rng.normal(size=(1, 8192, 16)).astype(np.float32) for _ in range(2))
     options = {"q_segment_ids": None, "kv_segment_ids": None, "scale": 0.25, "selection": Selection.PAPER}
-    sums = jax.jit(lambda q, k: blockwise.column_sums(q, k, offset=0, **options))(q_sel, k_sel)
+    sums = jax.jit(lambda q, k: column_sums(blockwise, q, k, offset=0, **options))(q_sel, k_sel)
     exact = np.zeros(8192)
     for start in range(0, 8192, 512):
         rows = np.arange(start, start + 512)

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from selective_attention import Selection, Transformer, TransformerConfig
-from selective_attention.transformer.decoding import Cache, FullLayerCache, decode_step, init_cache, prefill, sample
+from selective_attention.transformer.decoding import Cache, FullLayerCache, decode_step, init_cache, prefill
+from selective_attention.transformer.sampling import sample
 
 VOCAB, LENGTH, BATCH = 50, 16, 3
 LENGTHS = np.array([3, 9, 1], np.int32)  # of ragged prompts

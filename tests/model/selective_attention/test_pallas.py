@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bundled import attend, column_sums
 from jax.experimental.pallas import tpu as pltpu
 
 from selective_attention.implementations import reference
@@ -76,7 +77,7 @@ def value_and_gradients(module, arrays, options, dtype, runs=1):
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling takes all the time
     def run(*arrays):
-        results, transpose = jax.vjp(lambda *a: module.attend(*a, **options), *arrays)
+        results, transpose = jax.vjp(lambda *a: attend(module, *a, **options), *arrays)
         rng = np.random.default_rng(0)
         return results, transpose(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), results))
 
@@ -121,7 +122,7 @@ def test_head_0_selects_where_no_projections_are_given():
     def run(apart, q, k, v):
         def loss(q, k, v):
             selecting = (q[:, :, 0], k[:, :, 0]) if apart else (None, None)
-            return jnp.sum(jnp.sin(pallas_tpu.attend(q, k, v, *selecting, f_start, **options)[0]))
+            return jnp.sum(jnp.sin(attend(pallas_tpu, q, k, v, *selecting, f_start, **options)[0]))
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
 
@@ -132,9 +133,9 @@ def test_head_0_selects_where_no_projections_are_given():
 def test_a_logit_bound_that_is_given_decides_whether_there_is_a_running_maximum():
     arrays, options = make(130, factor=80.0)
     q, k, v, *_, f_start = (jnp.asarray(x, jnp.float32) for x in arrays)
-    attend = jax.jit(lambda bound: pallas_tpu.attend(q, k, v, None, None, f_start, logit_bound=bound, **options)[0])
-    assert np.isfinite(attend(1e9)).all()
-    assert not np.isfinite(attend(1.0)).all()  # a false promise: exp2 overflows
+    bounded = jax.jit(lambda bound: attend(pallas_tpu, q, k, v, None, None, f_start, logit_bound=bound, **options)[0])
+    assert np.isfinite(bounded(1e9)).all()
+    assert not np.isfinite(bounded(1.0)).all()  # a false promise: exp2 overflows
 
 
 def test_chunks_of_queries_with_their_carries_equal_the_whole():
@@ -144,7 +145,7 @@ def test_chunks_of_queries_with_their_carries_equal_the_whole():
     weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
 
     def whole(q, k, v, q_sel, k_sel):
-        out, forgotten = pallas_tpu.attend(q, k, v, q_sel, k_sel, zeros, **options)
+        out, forgotten = attend(pallas_tpu, q, k, v, q_sel, k_sel, zeros, **options)
         return jnp.sum(weight * out) + jnp.sum(jnp.sin(forgotten)), out
 
     @jax.jit
@@ -154,10 +155,10 @@ def test_chunks_of_queries_with_their_carries_equal_the_whole():
             for rows, offset in ((slice(0, 256), 0), (slice(256, 384), boundary)):
                 chunk = {name: options[name] for name in ("q_segment_ids", "kv_segment_ids", "scale", "selection")}
                 chunk["offset"] = offset
-                out, forgotten = pallas_tpu.attend(
-                    q[:, rows], k, v, q_sel[:, rows], k_sel, f_start, evict_at=None, tau=1.0, **chunk
+                out, forgotten = attend(
+                    pallas_tpu, q[:, rows], k, v, q_sel[:, rows], k_sel, f_start, evict_at=None, tau=1.0, **chunk
                 )
-                f_start = f_start + pallas_tpu.column_sums(q_sel[:, rows], k_sel, **chunk)
+                f_start = f_start + column_sums(pallas_tpu, q_sel[:, rows], k_sel, **chunk)
                 outs.append(out)
                 forgottens.append(forgotten)
             out = jnp.concatenate(outs, 1)
@@ -209,8 +210,10 @@ def test_rounding_errors_of_f_do_not_grow_with_the_length():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, length, 1, 64)), jnp.bfloat16) for _ in range(2))
     _, options = make(1, batch=1, tau=tau)
-    attend = jax.jit(lambda q, k: pallas_tpu.attend(q, k, k, q[:, :, 0], k[:, :, 0], jnp.zeros((1, length)), **options))
-    forgotten = tau * np.asarray(attend(q, k)[1], np.float64)[0]
+    selecting = jax.jit(
+        lambda q, k: attend(pallas_tpu, q, k, k, q[:, :, 0], k[:, :, 0], jnp.zeros((1, length)), **options)
+    )
+    forgotten = tau * np.asarray(selecting(q, k)[1], np.float64)[0]
     logits = np.asarray(q[0, :, 0], np.float64) @ np.asarray(k[0, :, 0], np.float64).T / 8
     s = np.maximum(logits, 0) * np.tri(length, k=-1)
     s[:, 0] = 0
@@ -234,4 +237,4 @@ def test_gradients_have_no_races_on_two_cores(capfd):
 def test_a_head_that_is_too_wide_is_refused():
     arrays, options = make(16, width=160)
     with pytest.raises(ValueError, match="up to 128"):
-        pallas_tpu.attend(*(jnp.asarray(x, jnp.float32) for x in arrays), **options)
+        attend(pallas_tpu, *(jnp.asarray(x, jnp.float32) for x in arrays), **options)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...remat import keep
-from ...selection import Keys, Selection
+from ...selection import Projections, Rule, Seen, Selection
 from ..blockwise import column_sums
 from .backward import backward
 from .forward import forward
@@ -34,64 +34,49 @@ QUERY_AXES = {"q": 2, "d_out": 2, "log_sum": 3, "delta": 3, "q_sel": 2, "f_block
 QUERY_AXES |= {"d_forgotten": 2, "q_segment": 2, "dq": 2, "dq_sel": 3}
 
 
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array | None,
-    k_sel: Array | None,
-    f_start: Array,
-    *,
-    offset: Array | int,
-    evict_at: Array | None,
-    q_segment_ids: Array | None,
-    kv_segment_ids: Array | None,
-    scale: float,
-    selection: Selection,
-    tau: float | None,
-    logit_bound: Array | float | None = None,
-) -> tuple[Array, Array | None]:
+def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> tuple[Array, Array | None]:
     """Selective attention of a block of queries; arguments and results as in `reference.attend`.
 
     Raises:
       ValueError: heads wider than 128.
     """
+    q, k, v, q_sel, k_sel = projections
     for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q if q_sel is None else q_sel)):
         if array.shape[-1] > LANES:
             raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
     plan = make_plan(
         *(q, k, v, q if q_sel is None else q_sel),
-        segments=q_segment_ids is not None,
-        evict=evict_at is not None,
-        scale=scale,
-        selection=selection,
-        tau=tau,
+        segments=seen.q_segment_ids is not None,
+        evict=seen.evict_at is not None,
+        scale=rule.scale,
+        selection=rule.selection,
+        tau=rule.tau,
     )
-    integers = {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}
-    if q_segment_ids is not None and kv_segment_ids is not None:
-        integers |= _segment_rows(plan, q_segment_ids, kv_segment_ids)
-    if evict_at is not None:
-        integers["evict_at"] = pad(evict_at, plan.block_k, 1)[:, None]
+    integers = {"offset": jnp.asarray(seen.offset, jnp.int32).reshape(1)}
+    if seen.q_segment_ids is not None and seen.kv_segment_ids is not None:
+        integers |= _segment_rows(plan, seen.q_segment_ids, seen.kv_segment_ids)
+    if seen.evict_at is not None:
+        integers["evict_at"] = pad(seen.evict_at, plan.block_k, 1)[:, None]
     protected = None
-    if selection is not Selection.UNPROTECTED_BOS:
-        first_BM = jnp.broadcast_to(Keys.of(k.shape[1], kv_segment_ids).first, k.shape[:2])
+    if rule.selection is not Selection.UNPROTECTED_BOS:
+        first_BM = jnp.broadcast_to(seen.keys(k.shape[1]).first, k.shape[:2])
         protected = pad(first_BM, plan.block_k, 1)[:, None]
     columns = {
         "q": to_columns(q, plan.num_heads, plan.head_dim, plan.block_q),
         "k": to_columns(k, plan.num_kv_heads, plan.head_dim, plan.block_k),
         "v": to_columns(v, plan.num_kv_heads, plan.value_dim, plan.block_k),
     }
-    if q_sel is not None and k_sel is not None and selection is not Selection.OFF:
+    if q_sel is not None and k_sel is not None and rule.selection is not Selection.OFF:
         columns["q_sel"] = to_columns(q_sel[:, :, None], 1, plan.select_dim, plan.block_q)
         columns["k_sel"] = to_columns(k_sel[:, :, None], 1, plan.select_dim, plan.block_k)
     f_start = pad(f_start.astype(jnp.float32), plan.block_k, 1)[:, None]
-    if logit_bound is None:
+    if rule.logit_bound is None:
         bounded = _bounded(plan, columns["q"], columns["k"])
     else:
-        bounded = jnp.broadcast_to(_bounds(plan, jnp.asarray(logit_bound, jnp.float32)), k.shape[:1])
+        bounded = jnp.broadcast_to(_bounds(plan, jnp.asarray(rule.logit_bound, jnp.float32)), k.shape[:1])
     out, forgotten = _attend(plan, integers | {"bounded": bounded}, protected, columns, f_start)
     out = from_columns(out, plan.value_dim, (*q.shape[:3], v.shape[3]))
-    return out, None if tau is None else forgotten[:, : q.shape[1]]
+    return out, None if rule.tau is None else forgotten[:, : q.shape[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

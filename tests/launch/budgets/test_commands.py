@@ -1,44 +1,9 @@
 """What the commands write, resume from and refuse."""
 
-import json
-
 import pytest
-from small_model import make_model
 
 from launch.budgets.__main__ import main
-from launch.budgets.inputs import model_fingerprint
-from launch.budgets.result import Journal, budgets_of, read_json, write_json
-
-CONTENT = {
-    "checkpoint": {"path": "/runs/one", "fingerprint": "a" * 64},
-    "context_length": 64,
-    "budgets": [8, 4],
-    "policy": "tova",
-}
-
-
-def test_budgets_survive_the_file(tmp_path):
-    write_json(tmp_path / "budgets.json", CONTENT)
-    budgets, policy = budgets_of(read_json(tmp_path / "budgets.json"), "a" * 64)
-    assert (budgets.tokens, budgets.context_length, policy.name) == ((8, 4), 64, "tova")
-
-
-def test_budgets_of_another_model_are_refused():
-    with pytest.raises(ValueError, match=r"found for another model, /runs/one \(aaaaaaaaaaaa, not bbbbbbbbbbbb\)"):
-        budgets_of(CONTENT, "b" * 64)
-
-
-def test_a_fingerprint_is_of_what_a_model_computes_and_not_of_how():
-    fingerprint = model_fingerprint(make_model())
-    assert model_fingerprint(make_model(remat="block", attention="xla")) == fingerprint
-    for changed in (make_model(seed=1), make_model(rotary_base=5e3), make_model(selection="off")):
-        assert model_fingerprint(changed) != fingerprint
-
-
-def test_a_file_of_another_format_is_refused(tmp_path):
-    (tmp_path / "budgets.json").write_text(json.dumps(CONTENT))
-    with pytest.raises(ValueError, match=r"does not say that its format is 'inference_budget\.Budgets/1'"):
-        read_json(tmp_path / "budgets.json")
+from launch.budgets.result import Journal
 
 
 def test_a_journal_keeps_what_was_measured_but_not_a_torn_last_line(tmp_path):
@@ -77,3 +42,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
         main(arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_workdir_without_a_checkpoint_is_named(capsys, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["search", f"--checkpoint={tmp_path}/run", "--data=x", "--target-perplexity=9", f"--output={tmp_path}/x"])
+    assert exit_info.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"error: {tmp_path}/run could not be exported: there is no checkpoint in {tmp_path}/run/checkpoints"

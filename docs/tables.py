@@ -1,0 +1,86 @@
+"""Writes the tables of these pages that the TPU compiler makes again, each with the commit that it was made at.
+
+    make results [ONLY=WORD]    # WORD: part of the command above a table, such as sweep
+
+A table follows a line that names its command and commit. Takes half an hour on two cores; no TPU is needed.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PLAN = "python -m launch.plan --config=configs/c4.py:d12"
+KERNELS = "python benchmarks/tpu_kernels.py --generations v4,v5e,v5p,v6e"
+PARTS = {"forward": "forward", "backward": "backward", "fwd": "forward", "dkv": "backward", "dq": "backward"}
+PROGRAMS = {"selective": "ours, selective", "standard": "ours, selection off", "splash": "splash, no selection"}
+
+
+def main() -> None:
+    if _output("git status --porcelain --untracked-files=no"):
+        sys.exit("error: a table names the commit that it was made at; commit what you have changed first")
+    commit = _output("git rev-parse --short HEAD").strip()
+    for command, made in TABLES.items():
+        if all(word in command for word in sys.argv[1:]):
+            print(f"== {command}", flush=True)
+            _replace(command, commit, made(command))
+
+
+def printed(command: str) -> str:
+    """What the command prints, as it is."""
+    return f"```text\n{_output(command)}```"
+
+
+def kernels(command: str) -> str:
+    """Bundles of each pass, from the rows of benchmarks/tpu_kernels.py."""
+    bundles: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in json.loads(_output(f"{command} --json")):
+        passes = bundles.setdefault((row["generation"], row["program"]), {"forward": [], "backward": []})
+        passes[PARTS[row["kernel"].split("_")[-1]]].append(row["bundles"])
+    lines = ["| | | forward | backward | together |", "|---|---|---|---|---|"]
+    for (generation, program), passes in bundles.items():
+        shown = (" + ".join(f"{value:.2f}" for value in values) for values in passes.values())
+        lines.append(
+            f"| {generation} | {PROGRAMS[program]} | {' | '.join(shown)} | {sum(map(sum, passes.values())):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    KERNELS: kernels,
+    f"{PLAN} --mesh=fsdp=1": printed,
+    f"{PLAN} --topology=v4-16 --sweep": printed,
+    f"{PLAN} --topology=v4-8,v4-32,v4-128,v4-512,v4-2048": printed,
+}
+
+
+def find(command: str, page: str) -> re.Match[str] | None:
+    """The line of a command, and the block of text or the table under it."""
+    line = rf"`{re.escape(command)}`, commit `\w+`:\n\n"
+    return re.search(rf"{line}(?:```text\n.*?```|(?:\|[^\n]*\n)*\|[^\n]*)", page, re.DOTALL)
+
+
+def _replace(command: str, commit: str, table: str) -> None:
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        page = path.read_text()
+        if found := find(command, page):
+            new = f"`{command}`, commit `{commit}`:\n\n{table.rstrip()}"
+            path.write_text(page[: found.start()] + new + page[found.end() :])
+            return
+    sys.exit(f"error: no page has a table of {command}")
+
+
+def _output(command: str) -> str:
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: {command} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

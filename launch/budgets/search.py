@@ -1,0 +1,170 @@
+"""The command that finds budgets: a greedy search on training windows, measured on held-out ones."""
+
+import argparse
+import math
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import open_dataset
+from inference_budget import (
+    POLICIES,
+    Budgets,
+    Evaluator,
+    EvictionPolicy,
+    Found,
+    Losses,
+    Point,
+    Windows,
+    baselines,
+    model_fingerprint,
+    search,
+)
+from inference_budget.interchange import write_budgets_file
+from selective_attention import Transformer
+
+from .inputs import InputError, load_model, read_windows
+from .result import Difference, HeldOut, Identity, Journal, Perplexities, SearchFile, point_json, points_json
+
+
+def run_search(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output}: there is no folder {output.parent}")
+    model, dataset, policy = load_model(options.checkpoint), open_dataset(options.data), POLICIES[options.policy]
+    length = options.context or model.config.max_length
+    training = read_windows(dataset, "train", length, options.windows)
+    validation = read_windows(dataset, "validation", length, options.validation_windows)
+    identity: Identity = {
+        "checkpoint": {"path": str(Path(options.checkpoint).resolve()), "fingerprint": model_fingerprint(model)},
+        "data": {"path": str(dataset.path.resolve()), "fingerprint": dataset.manifest.fingerprint},
+        "context_length": length,
+        "policy": policy.name,
+        "windows": {"train": len(training), "validation": len(validation)},
+    }
+    evaluator = Evaluator(model, training, policy)
+    target = None if options.target_checkpoint is None else load_model(options.target_checkpoint)
+    target_nll = math.log(options.target_perplexity) if target is None else _plain(target, training).mean
+    journal = Journal(output.with_name(f"{output.name}.journal"), identity)
+    step = options.step or max(length // 32, 1)
+    found = _search(evaluator, target_nll, step, journal, options)
+    best = _best(found, target_nll)
+    others = baselines(evaluator, _spread_totals(found), journal)
+    held_out = _held_out(model, validation, policy, best, found, None if target is None else _plain(target, validation))
+    content: SearchFile = {
+        **identity,
+        "budgets": list(best.budgets.tokens),
+        "memory_factor": best.budgets.memory_factor,
+        "search": {
+            "step": step, "first_step": options.first_step or step, "lazy": options.lazy,
+            "full_sweeps": found.full_sweeps, "lazy_missed": found.missed, "target_perplexity": math.exp(target_nll),
+            "target_checkpoint": options.target_checkpoint,
+        },
+        "found": point_json(best),
+        "validation": held_out,
+        "curve": points_json(found.curve),
+        "baselines": {name: points_json(points) for name, points in others.items()},
+    }  # fmt: skip
+    write_budgets_file(output, content)
+    _print(content)
+
+
+def _search(evaluator: Evaluator, target_nll: float, step: int, journal: Journal, options: argparse.Namespace) -> Found:
+    with tqdm(desc="search", unit="cut", disable=None) as bar:
+
+        def progress(point: Point) -> None:
+            bar.update()
+            bar.set_postfix_str(f"{point.budgets.memory_factor:.2f}x, perplexity {point.perplexity:.3f}")
+
+        return search(
+            evaluator,
+            target_nll=target_nll,
+            step=step,
+            first_step=options.first_step,
+            lazy=options.lazy,
+            known=journal,
+            progress=progress,
+        )
+
+
+def _best(found: Found, target_nll: float) -> Point:
+    best = found.best(target_nll)
+    if best is None:
+        least = min(found.curve, key=lambda point: point.nll)
+        raise InputError(
+            f"the target perplexity of {math.exp(target_nll):.3f} is out of reach: the best is {least.perplexity:.3f}, "
+            f"at a memory factor of {least.budgets.memory_factor:.2f}"
+        )
+    return best
+
+
+def _plain(model: Transformer, windows: Windows) -> Losses:
+    """The losses without evictions."""
+    return Evaluator(model, windows, None).losses([Budgets.full(model.config.num_layers, windows.length)])[0]
+
+
+def _spread_totals(found: Found, count: int = 12) -> list[int]:
+    totals = sorted({point.budgets.total for point in found.curve})
+    return totals[:: max(len(totals) // count, 1)]
+
+
+def _held_out(
+    model: Transformer, windows: Windows, policy: EvictionPolicy, best: Point, found: Found, target: Losses | None
+) -> HeldOut:
+    """What was found, on windows that the search has not seen; and the largest factor whose loss is at most the
+    target's there, among the points of the curve.
+    """
+    evaluator = Evaluator(model, windows, policy)
+    full = Budgets.full(model.config.num_layers, windows.length)
+    unpruned, pruned = evaluator.losses([full, best.budgets])
+    result: HeldOut = {
+        "full": _perplexities(unpruned),
+        "pruned": _perplexities(pruned),
+        "pruned_minus_full": _difference(pruned, unpruned),
+    }
+    if target is None:
+        return result
+    result["target"] = _perplexities(target)
+    result["pruned_minus_target"] = _difference(pruned, target)
+    result["largest_at_target"] = None
+    for point in sorted(found.curve, key=lambda point: -point.budgets.memory_factor):
+        if (losses := evaluator.losses([point.budgets])[0]).mean <= target.mean:
+            result["largest_at_target"] = {
+                "memory_factor": point.budgets.memory_factor,
+                "budgets": list(point.budgets.tokens),
+                **_perplexities(losses),
+            }
+            break
+    return result
+
+
+def _perplexities(losses: Losses) -> Perplexities:
+    return {"perplexity": losses.perplexity, "last_quarter_perplexity": losses.last_quarter_perplexity}
+
+
+def _difference(one: Losses, other: Losses) -> Difference:
+    nats, error = one.minus(other)
+    return {"nats": nats, "standard_error": error}
+
+
+def _print(content: SearchFile) -> None:
+    options, held_out = content["search"], content["validation"]
+    print(f"{content['policy']}: {content['memory_factor']:.2f}x less memory, budgets {content['budgets']}")
+    perplexity, target = content["found"]["perplexity"], options["target_perplexity"]
+    print(f"training windows: perplexity {perplexity:.3f}, target {target:.3f}")
+    print("validation windows:")
+    measured = {"full": held_out["full"], "pruned": held_out["pruned"], "target": held_out.get("target")}
+    for name, values in measured.items():
+        if values is not None:
+            last = values["last_quarter_perplexity"]
+            print(f"  {name:<7} perplexity {values['perplexity']:.3f}, last quarter of positions {last:.3f}")
+    differences = {"full": held_out["pruned_minus_full"], "target": held_out.get("pruned_minus_target")}
+    for name, difference in differences.items():
+        if difference is not None:
+            nats, error = difference["nats"], difference["standard_error"]
+            print(f"  pruned minus {name}: {nats:+.4f} nats, standard error {error:.4f}")
+    if "largest_at_target" in held_out:
+        point = held_out["largest_at_target"]
+        print(f"  largest factor that meets the target here: {'none' if point is None else point['memory_factor']}")
+    if sweeps := options["full_sweeps"]:
+        print(f"lazy evaluation would have chosen otherwise in {options['lazy_missed']} of {sweeps} full sweeps")

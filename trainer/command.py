@@ -1,0 +1,88 @@
+"""One process of `python -m trainer`, from its flags to its exit code."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+from absl import app
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from data import DataError
+from trainer.errors import (
+    EXIT_DIVERGED,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_MISTAKE,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    ConfigError,
+    DivergedError,
+    ReplicaError,
+    ResumeError,
+    StorageError,
+)
+from trainer.flags import CONFIG, OVERRIDE_RESUME, WORKDIR
+from trainer.hosts import join
+from trainer.hosts.interrupt import Interrupt
+from trainer.loop import train
+from trainer.settings import read_settings
+
+
+def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoReturn:
+    """Trains what the flags ask for, and ends the process.
+
+    Args:
+      interrupt: Installed.
+      started_at: When the process began, seconds since the epoch.
+      argv: What is left of the command when the flags are taken out.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; values are given as --config.key=value")
+    logger = logging.getLogger("trainer")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logger.setLevel(logging.INFO)  # of this program alone: Orbax and JAX say a great deal
+    peers = None
+    try:
+        settings = read_settings(CONFIG.value)
+        # A restart compiles nothing anew. JAX_COMPILATION_CACHE_DIR shares the cache between runs.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", f"{WORKDIR.value}/compilation_cache")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        peers = join.initialize(settings.faults)
+        if peers is not None:
+            interrupt.on_exit = peers.leave
+        with logging_redirect_tqdm():
+            code = train(settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at)
+    except (ConfigError, ResumeError, DataError) as error:
+        code = _say(f"error: {error}", EXIT_MISTAKE)
+    except DivergedError as error:
+        code = _say(f"error: {error}", EXIT_DIVERGED)
+    except (StorageError, ReplicaError) as error:
+        code = _say(f"error: {error}", EXIT_FAILED)
+    except Exception as error:
+        traceback.print_exc()
+        code = EXIT_FAILED
+        if peers is not None and isinstance(error, jax.errors.JaxRuntimeError):
+            peers.wait_for_verdict()
+        if "RESOURCE_EXHAUSTED" in str(error) and "No space left" not in str(error):
+            advice = "--config.model.remat=block, a larger --config.mesh.fsdp or --config.accumulation need less"
+            code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if peers is not None:
+        if code in (EXIT_FINISHED, EXIT_PREEMPTED):
+            peers.stop_watching()
+            jax.distributed.shutdown()
+        else:
+            peers.leave(code)
+    # Not sys.exit: a host that leaves alone would wait for the others in JAX's shutdown barrier for minutes.
+    os._exit(code)
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,86 @@
+"""What a run is given, checked before anything is compiled, and keeps to its end."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from data import Dataset, open_dataset
+from trainer.checkpoints.disk import check_workdir
+from trainer.checkpoints.manager import Checkpoints, Restored
+from trainer.checks import check_batch, check_dataset
+from trainer.goodput import Goodput, Phases
+from trainer.hosts.interrupt import Interrupt
+from trainer.hosts.watchdog import Watchdog
+from trainer.mesh import make_mesh
+from trainer.settings import Settings
+from trainer.state import TrainState, abstract_state, init_state
+
+logger = logging.getLogger("trainer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process's view of it; all hosts have the same."""
+
+    settings: Settings
+    workdir: str
+    mesh: Mesh
+    dataset: Dataset
+    state_shape: TrainState  # ShapeDtypeStructs with shardings
+    checkpoints: Checkpoints
+    phases: Phases
+    interrupt: Interrupt
+    started_at: float  # when this process began, seconds since the epoch
+    is_main: bool  # whether this host speaks for all
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that does not count."""
+        return self.dataset.manifest.tokenizer.pad_id
+
+    def restore(self) -> Restored:
+        """The newest whole checkpoint, or the beginning.
+
+        Raises:
+          ResumeError: as `Checkpoints.restore`.
+        """
+        return self.checkpoints.restore(self.state_shape) or _beginning(self.settings)
+
+
+def open_job(
+    settings: Settings, workdir: str, interrupt: Interrupt, override_resume: Sequence[str], started_at: float
+) -> Job:
+    """Checks dataset, mesh and workdir against the settings, and each other; see `train` for the arguments.
+
+    Raises:
+      ConfigError, ResumeError, data.DataError: nothing was overwritten.
+    """
+    is_main = jax.process_index() == 0
+    dataset = open_dataset(settings.data.path)
+    check_dataset(settings, dataset.manifest)
+    mesh = make_mesh(settings.mesh)
+    check_batch(settings, mesh.shape)
+    state_shape = abstract_state(settings, mesh)
+    check_workdir(workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shape)))
+    goodput = Goodput(workdir, started_at, is_main)
+    goodput.add("start_up", time.time() - started_at)
+    checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume)
+    if is_main:
+        counts = settings.transformer.parameter_counts()
+        logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
+        logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+    faults = settings.faults
+    watchdog = Watchdog(
+        faults.step_timeout_seconds, faults.step_timeout_factor, faults.first_step_timeout_seconds, interrupt.on_exit
+    )
+    phases = Phases(watchdog, goodput)
+    return Job(settings, workdir, mesh, dataset, state_shape, checkpoints, phases, interrupt, started_at, is_main)
+
+
+def _beginning(settings: Settings) -> Restored:
+    state = jax.jit(lambda: init_state(settings))()
+    return Restored(state, 0, {"last_eval_step": -1, "skipped_batches": []})

@@ -1,0 +1,73 @@
+"""When a run saves, and what each host asks of the others for it."""
+
+import functools
+import time
+
+import jax
+from jax import Array
+
+from trainer.errors import StorageError
+from trainer.hosts.requests import Request, request_array
+from trainer.job import Job
+from trainer.metrics import MetricsWriter
+from trainer.outcomes import Outcomes
+from trainer.position import Position
+
+
+class Saves:
+    """The saves of one run: what asks for them, by the clock or after a failure, and what they take and leave."""
+
+    def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter) -> None:
+        self._checkpoints, self._phases, self._interrupt = job.checkpoints, job.phases, job.interrupt
+        self._every_minutes, self._is_main = job.settings.checkpoint.every_minutes, job.is_main
+        self._outcomes, self._writer = outcomes, writer
+        self._request_array = functools.cache(functools.partial(request_array, job.mesh))
+        self._failed = 0  # saves
+        self._last_time = time.monotonic()
+
+    def requests(self) -> Array:
+        """What this host asks of all, for the next step.
+
+        Raises:
+          StorageError: two checkpoints in a row could not be saved.
+        """
+        saving = self._checkpoints.poll()
+        if self._checkpoints.failures_in_a_row >= 2:
+            raise StorageError(f"two checkpoints in a row could not be saved: {self._checkpoints.failure}")
+        overdue = 0 < 60 * self._every_minutes < time.monotonic() - self._last_time
+        asked = {
+            Request.STOP: self._interrupt.requested,
+            Request.SAVE: self._is_main and overdue and saving == "idle",
+            Request.SAVE_AGAIN: saving == "failed",
+        }
+        return self._request_array(tuple(asked.values()))
+
+    def save(self, at: Position) -> None:
+        """Starts a checkpoint, which answers all requests for one."""
+        self._outcomes.drain()
+        self._failed += Request.SAVE_AGAIN in self._outcomes.requests
+        self._outcomes.requests -= {Request.SAVE, Request.SAVE_AGAIN}
+        self._writer.flush()
+        loss = at.last_eval_loss if at.last_eval_step == at.step else None
+        start = time.monotonic()
+        # What Orbax copies to the host, and how, is its own.
+        with self._phases("saving a checkpoint", "saving"), jax.transfer_guard("allow"):
+            self._checkpoints.save(at.step, at.state, at.notes(), loss)
+        self._last_time = time.monotonic()
+        scalars = {"checkpoint/stall_seconds": self._last_time - start, "checkpoint/failures": self._failed}
+        self._writer.write(at.step, scalars | self._phases.goodput.scalars())
+
+    def save_for_good(self, at: Position) -> None:
+        """Returns when there is a sound checkpoint of this step; tries twice.
+
+        Raises:
+          StorageError: there is none.
+        """
+        for _ in range(2):
+            if self._checkpoints.saved_step != at.step:
+                self.save(at)
+            with self._phases("waiting for a checkpoint", "saving"):
+                self._checkpoints.wait()
+            if self._checkpoints.saved_step == at.step:
+                return
+        raise StorageError(f"step {at.step} could not be saved: {self._checkpoints.failure}")

@@ -1,0 +1,60 @@
+"""Validation on the way and at the end, and what the selection masks meanwhile; both into TensorBoard."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax import Array
+
+from data import EvalBatches
+from trainer.batches import batch_sharding, global_batch
+from trainer.evaluate import Evaluation, evaluate
+from trainer.job import Job
+from trainer.metrics import MetricsWriter, progress_bar
+from trainer.step import make_eval_step, make_selection_step
+
+
+class Validation:
+    """Evaluates the parameters of one run."""
+
+    def __init__(self, job: Job, writer: MetricsWriter, requests: Callable[[], Array]) -> None:
+        """`requests` as in `evaluate`."""
+        settings = job.settings
+        self._batches = EvalBatches(job.dataset, context_length=settings.context_length, batch_size=settings.batch_size)
+        self._sharding, self._phases, self._is_main = batch_sharding(job.mesh), job.phases, job.is_main
+        self._writer, self._requests = writer, requests
+        self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id))
+        self._selection_step = (
+            jax.jit(make_selection_step(settings.transformer, settings.memory_loss.tau, job.pad_id))
+            if settings.model.selective
+            else None
+        )
+
+    def __call__(self, name: str, step: int, params: nnx.State, num_batches: int | None = None) -> Evaluation | None:
+        """Writes loss and perplexity of so many batches, by default all, under `name`, and the selection's statistics;
+        None if a host was told to stop meanwhile.
+        """
+        num_batches = min(num_batches or self._batches.num_batches, self._batches.num_batches)
+        with (
+            self._phases("an evaluation batch", "evaluation") as next_batch,
+            progress_bar(num_batches, name, self._is_main) as bar,
+        ):
+
+            def on_batch() -> None:
+                next_batch()
+                bar.update()
+
+            result = evaluate(
+                self._eval_step, params, self._batches, num_batches, self._sharding, self._requests, on_batch
+            )
+        if result is not None:
+            self._writer.write(step, {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity})
+            if self._selection_step is not None:
+                with self._phases("the selection's statistics", "evaluation"):
+                    with jax.transfer_guard("allow"):  # in this thread, unlike all other batches
+                        batch = global_batch(self._batches, 0, self._sharding)
+                    statistics = jax.device_get(self._selection_step(params, batch))
+                for statistic, value_L in statistics.items():
+                    layers = {f"{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
+                    self._writer.write(step, layers)
+        return result
