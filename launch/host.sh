@@ -4,6 +4,8 @@
 #   host.sh start NAME                              starts the worker, or restarts it if code or flags are new
 #   host.sh stop NAME                               lets the trainer save, and stops
 set -euo pipefail
+# Others may have accounts on the machine.
+umask 077
 
 verb=$1 name=$2
 home=$HOME/runs/$name unit=trainer-$name
@@ -11,9 +13,19 @@ home=$HOME/runs/$name unit=trainer-$name
 setup() {
   local run_url=$1 tree=$2 attempt=$3 host=$4 code
   code=$home/code-$tree
+  # A watcher that was killed may have left a set-up at work.
+  exec 9>"$home/lock"
+  flock 9
   gcloud storage cp --quiet "$run_url/run" "$run_url/trainer.args" "$home/"
+  # Without this, logs and checkpoints would get nowhere, and a host that says nothing is noticed late.
+  printf 'written by launch/host.sh to see whether it may\n' >"$home/probe"
+  gcloud storage cp --quiet "$home/probe" "$run_url/attempts/$attempt/host-$host.probe" || {
+    echo "ERROR: host $host cannot write to $run_url: its service account needs the role Storage Object Admin" >&2
+    return 1
+  }
   install_packages "$code"
-  install_gcsfuse
+  # What apt reads is read by all.
+  (umask 022 && install_gcsfuse)
   # Another attempt on the same machine starts anew; the same one goes on counting.
   if [ "$(cat "$home/attempt" 2>/dev/null)" != "$attempt" ]; then
     rm -f "$home/status" "$home/log"
@@ -74,6 +86,7 @@ TimeoutStopSec=180
 Restart=on-failure
 RestartSec=15
 LimitNOFILE=1048576
+LimitMEMLOCK=infinity
 
 [Install]
 WantedBy=multi-user.target
@@ -81,11 +94,17 @@ END
 }
 
 start() {
-  local revision
+  local revision state=''
   revision=$(readlink "$home/current" | cat - "$home/trainer.args" "$home/attempt" | cksum)
-  if sudo systemctl is-active --quiet "$unit" && [ "$(cat "$home/revision" 2>/dev/null)" = "$revision" ]; then
-    return
-  fi
+  [ ! -f "$home/status" ] || read -r _ state _ <"$home/status" || true
+  case $state in
+    mistake | out_of_memory | diverged | crashed | lost) ;; # it is at its end, and is asked for again
+    *)
+      if sudo systemctl is-active --quiet "$unit" && [ "$(cat "$home/revision" 2>/dev/null)" = "$revision" ]; then
+        return
+      fi
+      ;;
+  esac
   # Asked for by a person, so that what an earlier start ended with does not count.
   rm -f "$home/status"
   printf '%s\n' "$revision" >"$home/revision"

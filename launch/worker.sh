@@ -33,14 +33,14 @@ write_status() {
 ship() {
   local size line
   size=$(wc -c <"$log" | tr -d ' ')
-  cp "$log" "$log.sent" && gcloud storage cp --quiet "$log.sent" "$url/attempts/$attempt/host-$host.log" >/dev/null 2>&1
+  cp "$log" "$log.sent" && timeout 300 gcloud storage cp --quiet "$log.sent" "$url/attempts/$attempt/host-$host.log" >/dev/null 2>&1
   read -r line <"$status"
   printf '%s %s %s %s\n' "$line" "$size" "$(date +%s)" "$detail" >"$status.sent"
-  gcloud storage cp --quiet "$status.sent" "$url/attempts/$attempt/host-$host.status" >/dev/null 2>&1
+  timeout 120 gcloud storage cp --quiet "$status.sent" "$url/attempts/$attempt/host-$host.status" >/dev/null 2>&1
   # A workdir on the hosts is not seen from outside; these two files are what status and the watcher need of it.
   if [ "$host" = 0 ] && [[ $workdir != gs://* ]]; then
     for file in goodput.json result.json; do
-      [ ! -f "$workdir/$file" ] || gcloud storage cp --quiet "$workdir/$file" "$url/$file" >/dev/null 2>&1
+      [ ! -f "$workdir/$file" ] || timeout 120 gcloud storage cp --quiet "$workdir/$file" "$url/$file" >/dev/null 2>&1
     done
   fi
   return 0
@@ -59,6 +59,8 @@ report() {
       (
         trap - TERM INT USR1
         while :; do
+          # The slice's watchdog (launch/pod/watchdog.sh) deletes a slice on which this stands still.
+          touch "$home/beat"
           ship
           sleep "$beat_seconds"
         done

@@ -42,7 +42,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("repository")
     for name in ("configs", "data", "launch", "model", "trainer"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("constraints.txt", "pyproject.toml", "README.md"):
+    for name in ("constraints.txt", "pyproject.toml", "README.md", ".gitignore"):
         shutil.copy(ROOT / name, copy / name)
     git(copy, "init", "-q")
     git(copy, "add", "-A")
@@ -70,6 +70,8 @@ class Cloud:
         dataset = folder / "buckets/bucket/data/demo"
         dataset.mkdir(parents=True)
         (folder / "home").mkdir()
+        (folder / "home/.ssh").mkdir()
+        (folder / "home/.ssh/google_compute_engine").touch()
         (folder / "hosts").mkdir()
         (dataset / "manifest.json").write_text("{}")
         (folder / "preflight").write_text("mesh data=8\nbatch 16\n")
@@ -102,6 +104,16 @@ class Cloud:
         """The next calls that hold `match` fail, before or after they did what they are for."""
         self.script["errors"].append({"match": match, "text": text, "times": times, "after": after})
         self.write("script.json", self.script)
+
+    def hang(self, match: str, times: int = 1, after: bool = False) -> None:
+        """The next calls that hold `match` never end, having done what they are for or not."""
+        self.script["errors"].append({"match": match, "text": "", "times": times, "after": after, "hang": True})
+        self.write("script.json", self.script)
+
+    def somebody_elses(self, name: str = "run", state: str = "ACTIVE", **labels: str) -> None:
+        """A colleague makes a slice under the name, with this tool or by hand."""
+        request = {"states": [state], "hosts": 2, "port": 1, "nodes": {name: "READY"}, "labels": labels}
+        self.change(lambda cloud: cloud["requests"].update({name: request}))
 
     def trainer(self, *starts: str, host: int | None = None) -> None:
         """What the stand-in for the trainer does at each start: see fake_gcloud/trainer."""

@@ -22,7 +22,7 @@ REAL_GCLOUD = shutil.which("gcloud")
 SDK_TABLE = Path("/usr/lib/google-cloud-sdk/data/cli/gcloud_completions.py")
 
 
-KINDS = {f"v4-{cores}": cores // 2 for cores in (8, 16, 32, 64, 128, 256, 512)}  # and their chips
+KINDS = {"v4-8": 4}  # and their chips
 FLAGS = ["--config=configs/c4.py:d12"]
 
 
@@ -218,6 +218,8 @@ def dry_run_calls() -> list[list[str]]:
          *["--runtime-version=tpu-ubuntu2204-base", "--node-id=run", "--reserved", "--valid-until-duration=6h"],
          *["--network=n", "--subnetwork=s", "--service-account=a@b.iam.gserviceaccount.com", "--internal-ips"]],
         ["compute", "tpus", "tpu-vm", "ssh", "run", *place, "--worker=1", "--internal-ip"],
+        ["compute", "tpus", "tpu-vm", "ssh", "run", *place, "--worker=1", "--", "-L", "9012:localhost:9012"],
+        ["alpha", "compute", "tpus", "tpu-vm", "ssh", "run", *place, "--worker=1", "--tunnel-through-iap"],
         ["storage", "cat", "--range=4-7", "gs://bucket/log"],
         ["storage", "objects", "describe", "gs://bucket/watch", "--format=value(generation)"],
         ["storage", "rsync", "--recursive", "--quiet", "gs://bucket/tensorboard", "/tmp"],
@@ -234,8 +236,11 @@ def test_real_gcloud_takes_every_call_up_to_the_login(tmp_path):
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)}
     environment |= {"CLOUDSDK_CORE_CHECK_GCE_METADATA": "false", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
 
+    (tmp_path / "watchdog.sh").touch()
+
     def said(call: list[str]) -> str:
-        done = subprocess.run([REAL_GCLOUD, *call], env=environment, capture_output=True, text=True, timeout=120)
+        command = [REAL_GCLOUD, *call]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         return done.stderr
 
     assert "unrecognized arguments: --sport" in said([*dry_run_calls()[0], "--sport"])
@@ -246,7 +251,7 @@ def test_real_gcloud_takes_every_call_up_to_the_login(tmp_path):
 def test_messages_of_the_readme_are_those_of_the_scripts():
     table = (ROOT / "docs/tpu.md").read_text().partition("## When something goes wrong")[2].partition("##")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
-    scripts = "".join(path.read_text() for path in (ROOT / "launch").rglob("*.sh"))
+    scripts = "".join(path.read_text() for kind in ("*.sh", "pod/*.py") for path in (ROOT / "launch").rglob(kind))
     assert len(messages) > 15
     for message in messages:
         # What stands for a value, and the quotation of a service's own words
@@ -265,3 +270,25 @@ def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cl
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert "--config.data.note='x': y" in pod["containers"][0]["args"]
+    assert "serviceAccountName" not in pod and "namespace" not in yaml.safe_load(output)["metadata"]
+
+
+def test_jobset_goes_to_the_namespace_queue_and_account_that_are_given(cloud):
+    options = [*SUBMIT, "--image", "registry/trainer:1", "--namespace", "research", "--queue", "tpus"]
+    code, output = cloud.run(
+        "render-jobset", *options, "--kubernetes-account", "trainer", *TRAINER, "--config.note=a&b"
+    )
+    assert code == 0, output
+    job = yaml.safe_load(output)
+    assert job["metadata"]["namespace"] == "research"
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "trainer" and "--config.note=a&b" in pod["containers"][0]["args"]
+
+
+def test_number_is_no_secret_and_tokens_of_more_services_are(cloud):
+    code, output = cloud.run("submit", *SUBMIT, "--dry-run", *TRAINER, "--config.data.tokens=5")
+    assert code == 0, output
+    for token in ("gho_" + 36 * "x", "github" + "_pat_" + 40 * "x", "AI" + "za" + 35 * "x", "sk-" + 40 * "x"):
+        code, output = cloud.run("submit", *SUBMIT, "--dry-run", *TRAINER, f"--config.note={token}")
+        assert code == 2 and "the value of --config.note looks like a secret" in output

@@ -1,6 +1,7 @@
 """A run's life on the fake cloud: whatever happens, one slice at a time, and none is left."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -26,9 +27,12 @@ def test_submitted_run_is_set_up_trained_and_its_slice_deleted(cloud):
     assert code == 0, output + cloud.host_logs()
     assert cloud.state() == {"requests": {}, "created": 1}
     assert "step 1 loss 2.5" in output
+    watchdog = cloud.folder / "local/tpu_pod/runs/run/watchdog.sh"
+    label = re.search("RUN_ID=([0-9a-f]{16})\n", cloud.object("run"))[1]
     assert cloud.calls("queued-resources create")[0][4:] == [
         "run", "--project=my-project", "--zone=us-central2-b", "--accelerator-type=v4-16",
-        "--runtime-version=tpu-ubuntu2204-base", "--labels=run=run", "--node-id=run", "--spot", "--quiet",
+        "--runtime-version=tpu-ubuntu2204-base", f"--labels=run=run,run-id={label}", "--node-id=run", "--spot",
+        "--valid-until-duration=24h", f"--metadata-from-file=startup-script={watchdog}", "--quiet",
     ]  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def test_stop_saves_and_keeps_the_slice_for_the_next_submit(training):
     old = (training.folder / "pythonpath-0").read_text()
     changed = training.folder / "changed"
     shutil.copytree(training.repository, changed)
-    (changed / "model/selective_attention/config.py").write_text("# changed\n")
+    (changed / "model/selective_attention/selection.py").write_text("# changed\n")
     training.repository = changed
     code, output = training.submit()
     assert code == 0, output

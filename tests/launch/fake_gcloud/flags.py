@@ -55,6 +55,11 @@ COMMANDS: dict[str, dict[str, object]] = {
             "--strict-host-key-checking", "--worker", "--zone",
         },
     },
+    "alpha compute tpus tpu-vm ssh": {
+        "source": "surface/compute/tpus/tpu_vm/ssh.py",
+        "positionals": 1,
+        "flags": {"--command", "--internal-ip", "--ssh-flag", "--tunnel-through-iap", "--worker", "--zone"},
+    },
     "storage cat": {
         "source": "surface/storage/cat.py",
         "positionals": 99,
@@ -80,7 +85,7 @@ COMMANDS: dict[str, dict[str, object]] = {
 GLOBAL = {"--account", "--configuration", "--filter", "--flags-file", "--flatten", "--format", "--help",
           "--impersonate-service-account", "--log-http", "--project", "--quiet", "--verbosity", "--version"}  # fmt: skip
 SWITCHES = {"--async", "--force", "--guaranteed", "--internal-ip", "--internal-ips", "--plain", "--quiet", "--raw",
-            "--recursive", "--reserved", "--shielded-secure-boot", "--spot", "--no-clobber", "--dry-run"}  # fmt: skip
+            "--recursive", "--reserved", "--shielded-secure-boot", "--spot", "--no-clobber", "--dry-run", "--tunnel-through-iap"}  # fmt: skip
 
 
 def mistake(arguments: list[str]) -> str:
@@ -90,7 +95,7 @@ def mistake(arguments: list[str]) -> str:
         return f"no such command: {' '.join(arguments[:5])}"
     spec = COMMANDS[command]
     flags, positionals = [], []
-    for argument in rest:
+    for argument in rest[: rest.index("--")] if "--" in rest else rest:
         if argument.startswith("-"):
             name, equals, _ = argument.partition("=")
             if name not in spec["flags"] | GLOBAL:  # type: ignore[operator]
@@ -124,7 +129,7 @@ def _create_mistake(flags: list[str], rest: list[str]) -> str:
 
 def split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The command of COMMANDS that the arguments begin with, and the rest."""
-    for length in range(5, 1, -1):
+    for length in range(6, 1, -1):
         if (command := " ".join(arguments[:length])) in COMMANDS:
             return command, arguments[length:]
     return None, arguments

@@ -38,13 +38,16 @@ def main(arguments):
         if trouble:
             trouble["times"] -= 1
             write("script.json", script)
-            if not trouble.get("after"):
+            if not trouble.get("after") and not trouble.get("hang"):
                 fail(trouble["text"])
-        action = ACTIONS[command]
-        then = action(state, script, positionals, options)
-        write("state.json", state)
-        if trouble:
+        if not trouble or trouble.get("after"):
+            action = ACTIONS[command]
+            then = action(state, script, positionals, options)
+            write("state.json", state)
+        if trouble and not trouble.get("hang"):
             fail(trouble["text"])
+    if trouble:  # the network takes everything and gives nothing back
+        time.sleep(3600)
     if then:
         sys.exit(then())
 
@@ -100,6 +103,9 @@ def missing(name, what="queuedResources"):
 
 def create(state, script, positionals, options):
     name = positionals[0]
+    if state["requests"].get(name, options).get("zone", options["--zone"]) != options["--zone"]:
+        with open(f"{CLOUD}/refused", "a") as refused:
+            refused.write(f"a second slice for {name}\n")
     if name in state["requests"]:
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
     number = state["created"]
@@ -115,23 +121,46 @@ def create(state, script, positionals, options):
     hosts = HOSTS[options["--accelerator-type"]]
     state["created"] += 1
     state["requests"][name] = {"states": attempts[min(number, len(attempts) - 1)], "hosts": hosts, "port": port}
+    state["requests"][name]["zone"] = options["--zone"]
     state["requests"][name]["nodes"] = dict.fromkeys(nodes, "READY")
+    labels = options.get("--labels", "")
+    state["requests"][name]["labels"] = dict(label.split("=") for label in labels.split(",") if label)
+    key, _, startup = options.get("--metadata-from-file", "").partition("=")
+    if key == "startup-script":
+        with open(startup) as file:
+            state["requests"][name]["startup"] = file.read()
+    # The service may not find at once what it has just taken.
+    state["requests"][name]["hidden"] = script.get("hidden", 0)
     print(f"Create request issued for: [{name}]")
 
 
 def describe(state, script, positionals, options):
     request = state["requests"].get(positionals[0]) or missing(positionals[0])
-    current = request["states"][0]
-    if "failedData" in options["--format"]:
-        code, _, message = current.partition(" ")[2].partition(" ")
-        print(f"{code}\t{message}")
+    if request.get("zone", options["--zone"]) != options["--zone"]:
+        missing(positionals[0])
+    if request.get("hidden"):
+        request["hidden"] -= 1
+        write("state.json", state)
+        missing(positionals[0])
+    if "labels.run-id" in options["--format"]:
+        print(request.get("labels", {}).get("run-id", ""))
         return
-    print(current.partition(" ")[0])
+    current, _, failure = request["states"][0].partition(" ")
+    described = {"state": {"state": current}}
+    if failure:
+        code, _, message = failure.partition(" ")
+        described["state"]["failedData"] = {"error": {"code": int(code), "message": message}}
+    described["tpu"] = {
+        "nodeSpec": [{"nodeId": n, "node": {"labels": request.get("labels", {})}} for n in request["nodes"]]
+    }
+    print(json.dumps(described))
     if len(request["states"]) > 1:
         request["states"] = request["states"][1:]
 
 
 def delete(state, script, positionals, options):
+    if state["requests"].get(positionals[0], {}).get("zone", options["--zone"]) != options["--zone"]:
+        missing(positionals[0])
     request = state["requests"].pop(positionals[0], None) or missing(positionals[0])
     import glob
 
@@ -202,10 +231,27 @@ def ssh(state, script, positionals, options):
     def run():
         import subprocess
 
+        if not make_key():
+            fail("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh-keygen] exited with return code [1].")
         command = ["bash", "-c", options["--command"]] if "--command" in options else ["bash"]
         return subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL).returncode
 
     return run
+
+
+def make_key():
+    """The first call ever makes the key of this laptop; another one at the same time fails."""
+    key = f"{os.environ['HOME']}/.ssh/google_compute_engine"
+    if os.path.exists(key):
+        return True
+    os.makedirs(os.path.dirname(key), exist_ok=True)
+    try:
+        os.close(os.open(f"{key}.new", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    time.sleep(0.5)
+    os.rename(f"{key}.new", key)
+    return True
 
 
 # --- the bucket: generations are counted beside each object
@@ -234,6 +280,8 @@ def cp(state, script, positionals, options):
     if source.startswith("gs://"):
         raise SystemExit(download(positionals[:-1], target))
     path = local(target)
+    if os.environ.get("FAKE_READ_ONLY"):  # of a host
+        fail("ERROR: (gcloud.storage.cp) HTTPError 403: a@b does not have storage.objects.create access to the bucket.")
     wanted = options.get("--if-generation-match")
     if wanted is not None and int(wanted) != (generation(path) if os.path.exists(path) else 0):
         fail("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.")
@@ -308,6 +356,7 @@ ACTIONS = {
     "compute tpus queued-resources delete": delete,
     "compute tpus tpu-vm describe": node_describe,
     "compute tpus tpu-vm ssh": ssh,
+    "alpha compute tpus tpu-vm ssh": ssh,
     "storage cat": cat,
     "storage cp": cp_many,
     "storage objects describe": object_describe,

@@ -1,0 +1,169 @@
+"""What is wrong again and again, or only seems so: no slices are burnt for it, and no good one is given up."""
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from .conftest import SUBMIT, TRAINER, git
+from .test_tpu_pod_life import QUOTA, created
+
+DENIED = "ERROR: (gcloud.compute.tpus.queued-resources.create) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied"
+INVALID = "ERROR: (gcloud.compute.tpus.queued-resources.create) INVALID_ARGUMENT: the operation failed: code 3"
+STOCK_OUT = 'FAILED 8 There is no more capacity in the zone "us-central2-b"'
+
+
+def killed(cloud, moment: str) -> None:
+    """Submits, and kills the watcher when the history has come to `moment`."""
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: moment in cloud.object("events"))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_hosts_that_cannot_write_to_the_bucket_end_the_run_after_two_slices(cloud):
+    cloud.host(FAKE_READ_ONLY=1)
+    cloud.environment["TPU_POD_POLL_SECONDS"] = "0.05"
+    code, output = cloud.submit()
+    assert code == 1 and "two slices in a row failed at setting up the hosts" in output, output
+    assert "cannot write to gs://bucket/runs/run: its service account needs the role Storage Object Admin" in output
+    assert cloud.state() == {"requests": {}, "created": 2}
+
+
+def test_stock_outs_are_no_attempts(cloud):
+    cloud.attempts([STOCK_OUT], [STOCK_OUT], [STOCK_OUT], ["ACTIVE"])
+    cloud.trainer("0")
+    code, output = cloud.submit("--max-attempts", "1")
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 4}
+
+
+def test_quota_that_somebody_took_after_a_preemption_is_waited_for(cloud):
+    cloud.trainer("-", "0")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: "started" in cloud.object("events"))
+    cloud.error("queued-resources create", QUOTA.format(32), times=2)
+    cloud.preempt()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "cannot tell or not now, will look again" in output, output
+    assert cloud.state() == {"requests": {}, "created": 2}
+
+
+@pytest.mark.parametrize("text", [DENIED, INVALID, "ERROR: (gcloud) NOT_FOUND: Resource 'operations/1' was not found"])
+def test_request_that_persists_although_the_operation_failed_is_used(cloud, text):
+    cloud.error("queued-resources create", text, after=True)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+
+
+def test_request_that_was_refused_is_said_when_it_is_surely_not_there(cloud):
+    cloud.error("queued-resources create", DENIED)
+    code, output = cloud.submit()
+    assert code == 1 and "you need the role TPU Admin" in output
+    assert cloud.state() == {"requests": {}, "created": 0}
+
+
+def test_request_that_is_not_found_at_once_is_no_second_attempt(cloud):
+    cloud.script["hidden"] = 2
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0, output
+    assert created(cloud) == 1 and cloud.object("events").count("attempt") == 3  # made, started, finished
+
+
+def test_lock_that_somebody_removed_does_not_end_the_watch(cloud):
+    cloud.trainer("-", "0")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: "started" in cloud.object("events"))
+    (cloud.folder / "buckets/bucket/runs/run/watch").unlink()
+    cloud.wait_for(lambda: cloud.object("watch"))
+    for host in (0, 1):
+        cloud.host_signal(host, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+
+
+def test_slice_can_be_deleted_when_the_bucket_is_gone(cloud):
+    cloud.attempts(["WAITING_FOR_RESOURCES"])
+    killed(cloud, "attempt")
+    cloud.wait_for(lambda: created(cloud) == 1)
+    shutil.rmtree(cloud.folder / "buckets/bucket")
+    code, output = cloud.run("delete", "--yes")
+    assert code == 0 and "Deleting all the same" in output and "nothing bills" in output, output
+    assert cloud.state()["requests"] == {}
+
+
+def test_slice_whose_trainer_had_ended_is_used_for_what_was_mended(cloud):
+    cloud.trainer("2 error: batch_size=3 must be a multiple of 8", "0")
+    killed(cloud, "started")
+    cloud.wait_for(lambda: "mistake" in cloud.object("attempts/1/host-0.status"))
+    cloud.wait_for(lambda: "mistake" in cloud.object("attempts/1/host-1.status"))
+    code, output = cloud.run("submit", "--watch", *SUBMIT, *TRAINER, "--config.batch_size=8")
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+
+
+def test_trainer_at_work_is_restarted_on_other_code_only_when_that_was_meant(cloud, tmp_path):
+    cloud.repository = shutil.copytree(cloud.repository, tmp_path / "checkout")
+    cloud.trainer("-", "0")
+    killed(cloud, "started")
+    cloud.wait_for(lambda: "running" in cloud.object("attempts/1/host-1.status"))
+    with (cloud.repository / "trainer/loop.py").open("a") as file:
+        file.write("# changed\n")
+    code, output = cloud.submit()
+    assert code == 2 and "run run is training with other code" in output
+    assert len((cloud.folder / "starts-0").read_text().splitlines()) == 1
+    code, output = cloud.submit("--yes")
+    assert code == 0, output
+    assert cloud.state() == {"requests": {}, "created": 1}
+
+
+def test_config_that_git_does_not_track_is_refused_before_anything_is_rented(cloud, tmp_path):
+    cloud.repository = shutil.copytree(cloud.repository, tmp_path / "checkout")
+    (cloud.repository / "configs/mine.py").write_text("")
+    code, output = cloud.run("submit", *SUBMIT, "--", "--config=configs/mine.py")
+    assert code == 2 and "configs/mine.py is not tracked by git, so it would not be part of the run" in output
+    assert created(cloud) == 0
+
+
+@pytest.mark.slow
+def test_code_that_is_too_large_for_every_host_to_load_is_refused(cloud, tmp_path):
+    cloud.repository = shutil.copytree(cloud.repository, tmp_path / "checkout")
+    (cloud.repository / "configs/weights.bin").write_bytes(os.urandom(101 << 20))
+    git(cloud.repository, "add", "-A")
+    code, output = cloud.submit()
+    assert code == 2 and "the largest file is configs/weights.bin with 101 MB, take it out of git" in output
+
+
+def test_code_that_was_changed_in_the_bucket_is_not_run(cloud):
+    cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
+    cloud.trainer("0")
+    cloud.environment["TPU_POD_POLL_SECONDS"] = "0.5"
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: created(cloud) == 1)
+    (archive,) = (cloud.folder / "buckets/bucket/runs/run/code").glob("*.tar.gz")
+    archive.write_bytes(b"something else")
+    cloud.change(lambda state: state["requests"]["run"].update(states=["ACTIVE"]))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "WARNING: 1 computed checksum did NOT match" in output, output
+    assert not (cloud.folder / "starts-0").exists()
+
+
+def test_gcloud_that_is_too_old_is_said_before_anything_is_created(cloud):
+    cloud.error("queued-resources", "ERROR: (gcloud.compute.tpus) Invalid choice: 'queued-resources'.", times=9)
+    code, output = cloud.submit()
+    assert code == 2 and "this gcloud is too old: 467.0.0 or newer is needed" in output
+    assert not cloud.calls("queued-resources create")
+
+
+def test_name_that_cannot_be_resolved_is_no_expired_login(cloud):
+    trouble = "ERROR: (gcloud) There was a problem refreshing your current auth tokens: Max retries exceeded"
+    cloud.error("accelerator-types describe", trouble)
+    cloud.error("queued-resources describe", trouble, times=2)
+    cloud.trainer("0")
+    code, output = cloud.submit()
+    assert code == 0 and "login has expired" not in output, output

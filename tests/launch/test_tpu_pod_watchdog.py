@@ -1,0 +1,94 @@
+"""The slice's own watchdog, which every host starts at boot: nothing bills for long when nobody watches."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from .conftest import FAKE, SUBMIT, TRAINER
+from .test_tpu_pod_life import created
+
+
+@pytest.fixture
+def granted(cloud):
+    """A run whose slice was granted after its watcher died: no host was ever set up."""
+    cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: created(cloud) == 1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    cloud.change(lambda state: state["requests"]["run"].update(states=["ACTIVE"]))
+    return cloud
+
+
+def boot(cloud, **environment) -> None:
+    """Host 0 runs its startup script, as at every boot."""
+    home = cloud.folder / "hosts/run-0"
+    home.mkdir(exist_ok=True)
+    script = home / "startup-script"
+    script.write_text(cloud.state()["requests"]["run"]["startup"])
+    variables = cloud.environment | {
+        "HOME": str(home),
+        "FAKE_HOST": str(home),
+        "PATH": f"{FAKE}/host_bin:{FAKE}:{os.environ['PATH']}",
+        "WATCHDOG_STATE": str(home / "state"),
+        "WATCHDOG_HOMES": str(home / "homes"),
+        "WATCHDOG_BOOTED": str(int(time.time())),
+        "WATCHDOG_LOOK_SECONDS": "0.2",
+        "WATCHDOG_IDLE_SECONDS": "3",
+    }
+    variables |= {name: str(value) for name, value in environment.items()}
+    subprocess.run(["bash", script], env=variables, check=False)
+
+
+def log(cloud) -> str:
+    path = cloud.folder / "hosts/run-0/tpu-pod-watchdog.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_slice_that_was_granted_when_nobody_looked_deletes_itself(granted):
+    boot(granted)
+    granted.wait_for(lambda: granted.state()["requests"] == {}, 20)
+    delete = granted.calls("queued-resources delete")[0]
+    assert delete[4:] == ["run", "--project=my-project", "--zone=us-central2-b", "--force", "--quiet", "--async"]
+
+
+def test_slice_on_which_a_trainer_is_at_work_stays_until_its_hours_are_used_up(granted):
+    run = granted.folder / "hosts/run-0/homes/me/runs/run"
+    run.mkdir(parents=True)
+    (run / "run").write_text("MAX_HOURS=720\n")
+    boot(granted, WATCHDOG_IDLE_SECONDS=2)
+    for _ in range(20):
+        (run / "beat").touch()
+        time.sleep(0.2)
+    assert "run" in granted.state()["requests"]
+    (run / "run").write_text("MAX_HOURS=0\n")  # no submit writes this
+    for _ in range(4):
+        (run / "beat").touch()
+        time.sleep(0.2)
+    assert "run" in granted.state()["requests"]
+    born = granted.folder / "hosts/run-0/state/born"
+    born.write_text(str(int(time.time()) - 720 * 3600))
+    granted.wait_for(lambda: granted.state()["requests"] == {}, 20)
+
+
+def test_slice_of_the_same_name_that_is_not_the_runs_is_left_alone(granted):
+    granted.change(lambda state: state["requests"]["run"].update(labels={"run": "run", "run-id": "0123456789abcdef"}))
+    boot(granted, WATCHDOG_IDLE_SECONDS=0)
+    granted.wait_for(lambda: "the request run is not this run's; leaving it alone" in log(granted), 20)
+    assert "run" in granted.state()["requests"]
+
+
+def test_delete_that_fails_is_tried_again(granted):
+    denied = (
+        "ERROR: (gcloud.compute.tpus.queued-resources.delete) PERMISSION_DENIED: Permission 'tpu.nodes.delete' denied"
+    )
+    granted.error("queued-resources delete", denied, times=2)
+    boot(granted, WATCHDOG_IDLE_SECONDS=0)
+    granted.wait_for(lambda: granted.state()["requests"] == {}, 20)
+
+
+def test_request_in_the_queue_expires_unless_told_otherwise(granted):
+    assert "--valid-until-duration=24h" in granted.calls("queued-resources create")[0]
