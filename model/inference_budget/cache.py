@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, P
 
 from selective_attention import Cache, Selection, TransformerConfig, partition_spec
+from selective_attention.parallel import from_first_shard
 from selective_attention.selection import Projections
 from selective_attention.sharding import RULES
 from selective_attention.transformer.decoding import Slots, attend_slots, write
@@ -24,7 +25,6 @@ from .eviction import (
     Arriving,
     Columns,
     attend_evicting,
-    of_head_zero,
     over_heads,
     protected,
     victim,
@@ -149,7 +149,7 @@ def _attend_one(
         now_B,
         Slots(k_BKMD, v_BKMD, k_sel, position_BM, f_BM),
         c.selection,
-        functools.partial(of_head_zero, heads_axis=heads_axis),
+        functools.partial(from_first_shard, axis=heads_axis),
     )
     if score_BM is not None:
         weights_BM = over_heads(weights_BM, heads_axis)

@@ -90,7 +90,7 @@ def attend_evicting(
     columns = _joined(held, _columns(policy, config, Projections(q, k, v, new.q_sel, new.k_sel), arriving))
     q_sel, k_sel = new.q_sel, columns.k_sel
     if q_sel is None or k_sel is None:
-        q_sel, k_sel = of_head_zero(q[:, :, 0], heads_axis), of_head_zero(columns.k[:, :, 0], heads_axis)
+        q_sel, k_sel = (from_first_shard(x[:, :, 0], heads_axis) for x in (q, columns.k))
     hidden_at, after = evict(policy, config.selection, columns, q, q_sel, k_sel, arriving, heads_axis)
     f = jnp.zeros(columns.position.shape, jnp.promote_types(q.dtype, jnp.float32)) if columns.f is None else columns.f
     seen = Seen(offset=columns.position.shape[1] - q.shape[1], evict_at=hidden_at)
@@ -228,11 +228,6 @@ class _Scan:
 def over_heads(mean_BM: Array, heads_axis: str | None) -> Array:
     """The mean over all heads, from the mean over one shard's."""
     return mean_BM if heads_axis is None else jax.lax.pmean(mean_BM, heads_axis)
-
-
-def of_head_zero(x: Array, heads_axis: str | None) -> Array:
-    """What the shard that holds head 0 has computed, on all shards."""
-    return x if heads_axis is None else from_first_shard(x, heads_axis)
 
 
 def heads_as_rows(x: Array, groups: int) -> Array:

@@ -2,23 +2,22 @@
 
 Paper: "Selective Attention Improves Transformer" (arXiv 2410.02703), section 3; the definition is in `selection.py`.
 
-Shape letters: B batch, N positions, H query heads, K key/value heads (K divides H), D head width.
+Shape letters: `__init__.py`.
 """
 
 from types import ModuleType
 from typing import TypedDict
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .implementations import blockwise, reference
+from .implementations import NAMES, blockwise, implementation_name, reference
 from .implementations.tpu import attend as pallas_tpu
 from .selection import Projections, Rule, Seen, Selection, selection_mask
 
 __all__ = ["Selection", "selection_mask", "selective_attention"]
 
-_MODULES = {"reference": reference, "xla": blockwise, "pallas": pallas_tpu}
+_MODULES = dict(zip(NAMES, (reference, blockwise, pallas_tpu), strict=True))
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -98,22 +97,9 @@ def attend_whole(
     return implementation_module(implementation).attend(projections, f_start, seen, rule)
 
 
-def implementation_name(name: str | None) -> str:
-    """`name`, or for None the platform's best implementation.
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    if name is None:
-        return "pallas" if jax.default_backend() == "tpu" else "xla"
-    if name not in _MODULES:
-        raise ValueError(f"implementation={name!r} is unknown; choose 'reference', 'xla', 'pallas' or None")
-    return name
-
-
-def implementation_module(name: str | None) -> ModuleType:
+def implementation_module(implementation: str | None) -> ModuleType:
     """The module whose `attend` and `column_sums` do the work; errors as `implementation_name`."""
-    return _MODULES[implementation_name(name)]
+    return _MODULES[implementation_name(implementation)]
 
 
 def checked(q: Array, k: Array, v: Array, options: AttentionOptions) -> tuple[Projections, Seen, Rule]:

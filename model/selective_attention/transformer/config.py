@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ..attention import implementation_name
+from ..implementations import implementation_name
 from ..selection import Selection
 
 MACHINE = {"machine": True}  # marks a field

@@ -3,8 +3,7 @@
 Encoder and decoder are made of the same `Block` as the `Transformer`. The encoder attends in both directions and the
 decoder's cross-attention to the whole input, both without selection: it is defined for causal attention alone.
 
-Shape letters: B batch, M input positions, N output positions, E d_model, H query heads, K key/value heads, G = H / K,
-D head width, L layers.
+Shape letters: the package's `__init__.py`; M positions of the input, N of the output.
 """
 
 import dataclasses
@@ -16,12 +15,11 @@ from flax import nnx
 from jax import Array
 
 from ..attention import AttentionOptions
-from ..remat import rematerialised
 from ..selection import HIDDEN, Selection
 from ..sharding import reshard
 from .config import TransformerConfig
 from .projection import contract, rms_norm
-from .transformer import Block, Transformer, attending, make_parameter, make_scale, permute, sequence_order
+from .transformer import Block, Transformer, attending, make_parameter, make_scale, permute, scanned, sequence_order
 
 
 def full_attention(q: Array, k: Array, v: Array, visible_BM: Array) -> Array:
@@ -91,18 +89,15 @@ class EncoderDecoder(nnx.Module):
     def encode(self, inputs_BM: Array, visible_BM: Array) -> Array:
         """The encoder's normalised output, [B, M, E]."""
         position_M = np.arange(inputs_BM.shape[1])
-        graph, layers = nnx.split(self.encoder_blocks)
 
         def attend(q, k, v, q_sel, k_sel):
             return full_attention(q, k, v, visible_BM), None
 
-        def layer(x_BME, parameters):
-            return nnx.merge(graph, parameters)(x_BME, position_M, attend)
+        def layer(block, x_BME, _):
+            return block(x_BME, position_M, attend)
 
-        x_BME = self.decoder.embed(inputs_BM, position_M)
-        return rms_norm(
-            jax.lax.scan(rematerialised(layer, self.config.remat), x_BME, layers)[0], self.encoder_norm[...]
-        )
+        x_BME = scanned(self.config, self.encoder_blocks, layer, self.decoder.embed(inputs_BM, position_M))[0]
+        return rms_norm(x_BME, self.encoder_norm[...])
 
     def hidden(
         self,
@@ -113,19 +108,17 @@ class EncoderDecoder(nnx.Module):
         memory_tau: float | None = None,
     ) -> tuple[Array, Array | None]:
         """The decoder's final states [B, N, E], and with `memory_tau` its memory statistic [L, B, N]."""
-        c = self.config
         visible = jnp.ones_like(inputs_BM, bool) if visible_BM is None else visible_BM
         encoded_BME = self.encode(inputs_BM, visible)
         position_N = sequence_order(outputs_BN.shape[1])
-        graph, layers = nnx.split((self.decoder.blocks, self.cross_attention))
+        attend = attending(self.config, AttentionOptions(memory_tau=memory_tau))
 
-        attend = attending(c, AttentionOptions(memory_tau=memory_tau))
-
-        def layer(x_BNE, parameters):
-            block, cross_attention = nnx.merge(graph, parameters)
+        def layer(modules, x_BNE, _):
+            block, cross_attention = modules
             x_BNE, forgotten_BN = block.attention(x_BNE, position_N, attend)
             return block.mlp(cross_attention(x_BNE, encoded_BME, visible)), forgotten_BN
 
         x_BNE = self.decoder.embed(permute(outputs_BN, position_N), position_N)
-        x_BNE, forgotten_LBN = jax.lax.scan(rematerialised(layer, c.remat), x_BNE, layers)
+        modules = self.decoder.blocks, self.cross_attention
+        x_BNE, forgotten_LBN = scanned(self.config, modules, layer, x_BNE)
         return self.decoder.finish(x_BNE, forgotten_LBN, position_N)

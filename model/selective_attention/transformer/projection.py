@@ -1,11 +1,19 @@
 """Matmuls with parameters on a mesh: of the residual stream as it is, and of the normalised one.
 
-RMSNorm before projections is `n = x r`, `y = n (scale * W)` with `r = rsqrt(mean(x^2) + eps)`: the scale belongs to
-the weights, which are small. The gradient of x needs `c = mean_e(d_n n)`, and `sum_e d_n n = sum_f d_y y` says it
-before d_n is there. So nothing is reduced over the residual stream in the backward pass: the gradient of the scale
-comes out of that of W, and `d_x = r (d_n - n c)` is elementwise, done as the last matmul of d_n leaves the MXU.
+The plain form of `normalised_projections` is two lines, and is what the tests hold it to:
 
-Shape letters: B batch, N positions, E width of the residual stream.
+    normed_BNE = rms_norm(x_BNE, scale_E)
+    outs = tuple(contract(subscripts, normed_BNE, weight, *axes) for subscripts, weight, axes in projections)
+
+Its transpose, as JAX derives it, sums the gradient of `normed` twice, over E for the gradient of x and over B and N for
+that of the scale, and both wait until it is whole. The transpose made by hand here has neither sum. With
+`r = rsqrt(mean(x^2) + eps)` the forward pass is `n = x r`, `y = n (scale * W)`: the scale belongs to the weights, which
+are small, and its gradient comes out of that of W. The gradient of x needs `c = mean_e(d_n n)`, and
+`sum_e d_n n = sum_f d_y y` says it before d_n is there; so `d_x = r (d_n - n c)` is elementwise, done as the last
+matmul of d_n leaves the MXU. The transpose needs each einsum's two transposes, which `Contraction` reads off its
+subscripts.
+
+Shape letters: the package's `__init__.py`.
 """
 
 import dataclasses

@@ -3,8 +3,7 @@
 Pre-norm RMSNorm, QK normalisation, SwiGLU, no biases (section 4 of the paper). The layers are one `Block` whose
 parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth.
 
-Shape letters: B batch, N positions, E d_model, H query heads, K key/value heads, D head width, F SwiGLU width,
-V vocabulary, L layers.
+Shape letters: the package's `__init__.py`.
 """
 
 from collections.abc import Callable
@@ -207,22 +206,13 @@ class Transformer(nnx.Module):
         tokens_BN = permute(tokens_BN, position_N)
         segment_ids, evict_at = (None if x is None else permute(x, position_N) for x in (segment_ids, evict_at))
 
-        graph, layers = nnx.split(self.blocks)
-
-        def layer(x_BNE, layer_and_evict_at):
-            layer_parameters, layer_evict_at = layer_and_evict_at
-            block = nnx.merge(graph, layer_parameters)
+        def layer(block: Block, x_BNE: Array, layer_evict_at: Array | None):
             told = AttentionOptions(
                 evict_at=layer_evict_at, segment_ids=segment_ids, memory_tau=memory_tau, logit_bound=block.logit_bound
             )
             return block(x_BNE, position_N, attending(c, told))
 
-        x_BNE, forgotten_LBN = jax.lax.scan(
-            rematerialised(layer, c.remat),
-            self.embed(tokens_BN, position_N),
-            (layers, evict_at),
-            unroll=1 if c.scan_layers else c.num_layers,
-        )
+        x_BNE, forgotten_LBN = scanned(c, self.blocks, layer, self.embed(tokens_BN, position_N), evict_at)
         return self.finish(x_BNE, forgotten_LBN, position_N)
 
     def finish(self, x_BNE: Array, forgotten_LBN: Array | None, position_N: np.ndarray) -> tuple[Array, Array | None]:
@@ -270,6 +260,30 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, layer_parameters)(x_BNE, position_N, attend)
 
         return jax.lax.scan(layer, self.embed(permute(tokens_BN, position_N), position_N), layers)[1]
+
+
+def scanned(
+    config: TransformerConfig, stacked: Any, layer: Callable, x_BNE: Array, by_layer: Any = None
+) -> tuple[Array, Any]:
+    """`layer(module, x, its part of by_layer)`, which gives (x, extra), of one layer after the other.
+
+    Args:
+      config: says how layers are scanned, and what a gradient recomputes.
+      stacked: modules whose parameters have a leading L; a layer's slice of them is `module`.
+      layer: the layer.
+      x_BNE: what the first layer gets.
+      by_layer: more arrays with a leading L.
+
+    Returns:
+      x after the last layer, and the extras stacked along a leading L.
+    """
+    graph, parameters = nnx.split(stacked)
+
+    def one(x_BNE, own):
+        return layer(nnx.merge(graph, own[0]), x_BNE, own[1])
+
+    unroll = 1 if config.scan_layers else config.num_layers
+    return jax.lax.scan(rematerialised(one, config.remat), x_BNE, (parameters, by_layer), unroll=unroll)
 
 
 def sequence_order(length: int) -> np.ndarray:
