@@ -212,7 +212,8 @@ class Transformer(nnx.Module):
             )
             return block(x_BNE, position_N, attending(c, told))
 
-        x_BNE, forgotten_LBN = scanned(c, self.blocks, layer, self.embed(tokens_BN, position_N), evict_at)
+        unroll, x_BNE = 1 if c.scan_layers else c.num_layers, self.embed(tokens_BN, position_N)
+        x_BNE, forgotten_LBN = scanned(c.remat, self.blocks, layer, x_BNE, evict_at, unroll)
         return self.finish(x_BNE, forgotten_LBN, position_N)
 
     def finish(self, x_BNE: Array, forgotten_LBN: Array | None, position_N: np.ndarray) -> tuple[Array, Array | None]:
@@ -263,16 +264,17 @@ class Transformer(nnx.Module):
 
 
 def scanned(
-    config: TransformerConfig, stacked: Any, layer: Callable, x_BNE: Array, by_layer: Any = None
+    remat: str, stacked: Any, layer: Callable, x_BNE: Array, by_layer: Any = None, unroll: int = 1
 ) -> tuple[Array, Any]:
     """`layer(module, x, its part of by_layer)`, which gives (x, extra), of one layer after the other.
 
     Args:
-      config: says how layers are scanned, and what a gradient recomputes.
+      remat: what a gradient recomputes, as in `TransformerConfig`.
       stacked: modules whose parameters have a leading L; a layer's slice of them is `module`.
       layer: the layer.
       x_BNE: what the first layer gets.
       by_layer: more arrays with a leading L.
+      unroll: layers that are compiled apart.
 
     Returns:
       x after the last layer, and the extras stacked along a leading L.
@@ -282,8 +284,7 @@ def scanned(
     def one(x_BNE, own):
         return layer(nnx.merge(graph, own[0]), x_BNE, own[1])
 
-    unroll = 1 if config.scan_layers else config.num_layers
-    return jax.lax.scan(rematerialised(one, config.remat), x_BNE, (parameters, by_layer), unroll=unroll)
+    return jax.lax.scan(rematerialised(one, remat), x_BNE, (parameters, by_layer), unroll=unroll)
 
 
 def sequence_order(length: int) -> np.ndarray:
