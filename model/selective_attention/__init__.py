@@ -1,4 +1,9 @@
-"""Selective attention for JAX: the mechanism, a transformer that uses it, and its losses (arXiv 2410.02703)."""
+"""Selective attention for JAX: the mechanism, a transformer that uses it, and its losses (arXiv 2410.02703).
+
+Shape letters of the package: B batch, N positions (of queries), M keys, H query heads, K key/value heads, G = H / K
+query heads of each, D head width, E d_model, U SwiGLU width, V vocabulary, L layers, P devices along `context`. F and S
+are the paper's mask and selection. The TPU kernels, which know no layers, have their own legend, in `columns.py`.
+"""
 
 from .attention import Selection, selection_mask, selective_attention
 from .parallel import sharded_selective_attention, zigzag_positions

@@ -2,7 +2,7 @@
 
 Paper: "Selective Attention Improves Transformer" (arXiv 2410.02703), section 3; the definition is in `selection.py`.
 
-Shape letters: B batch, N positions, H query heads, K key/value heads (K divides H), D head width.
+Shape letters: the package's.
 """
 
 from types import ModuleType

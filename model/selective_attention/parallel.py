@@ -7,7 +7,7 @@
   all earlier chunks' column sums, one vector [B, N] per chunk. The sequence is laid out in zig-zag order
   (`zigzag_positions`), so that causal work is even: device p of P holds the chunks p and 2P - 1 - p of 2P.
 
-Shape letters: B batch, N positions, C chunk (N / 2P positions), H query heads, K key/value heads, D head width.
+Shape letters: the package's; Q queries of one device, in its two chunks.
 """
 
 import dataclasses
@@ -142,18 +142,18 @@ def from_first_shard(x: Array, axis: str) -> Array:
 
 
 def _gather_sequence(x: Array) -> Array:
-    """The whole sequence in its own order, from the zig-zag: [B, 2 C, ...] of each device to [B, N, ...]."""
-    x_PBC = jax.lax.all_gather(x, CONTEXT)
-    early, late = jnp.split(x_PBC, 2, axis=2)
+    """The whole sequence in its own order, from the zig-zag: [B, Q, ...] of each device to [B, N, ...]."""
+    x_PBQ = jax.lax.all_gather(x, CONTEXT)
+    early, late = jnp.split(x_PBQ, 2, axis=2)
     ordered = jnp.moveaxis(jnp.concatenate([early, late[::-1]]), 0, 1)
     return ordered.reshape(x.shape[0], -1, *x.shape[2:])
 
 
-def _sums_of_earlier_chunks(sums_SBN: Array, numbers: list[Array]) -> list[Array]:
+def _sums_of_earlier_chunks(sums_2BN: Array, numbers: list[Array]) -> list[Array]:
     """F at the start of this device's two chunks: an exclusive prefix sum, over all chunks, of their column sums."""
-    sums_PSBN = jax.lax.all_gather(sums_SBN, CONTEXT)
-    all_numbers_PS = jax.lax.all_gather(jnp.stack(numbers), CONTEXT)
-    return [jnp.sum(sums_PSBN, axis=(0, 1), where=(all_numbers_PS < n)[:, :, None, None]) for n in numbers]
+    sums_P2BN = jax.lax.all_gather(sums_2BN, CONTEXT)
+    all_numbers_P2 = jax.lax.all_gather(jnp.stack(numbers), CONTEXT)
+    return [jnp.sum(sums_P2BN, axis=(0, 1), where=(all_numbers_P2 < n)[:, :, None, None]) for n in numbers]
 
 
 def _check_divisible(q: Array, k: Array, mesh: AbstractMesh) -> None:

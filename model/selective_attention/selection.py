@@ -2,7 +2,7 @@
 
 Paper: "Selective Attention Improves Transformer" (arXiv 2410.02703), section 3.
 
-Shape letters: B batch, N queries, M keys, D head width.
+Shape letters: the package's.
 """
 
 import dataclasses

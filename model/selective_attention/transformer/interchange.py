@@ -15,7 +15,7 @@ RMSNorm adds 1e-6 to the mean square; rotary positions turn the pairs (d, d + D 
     layers.0.attention.{query,key}_sel.weight [D, E] and, with QK norm, .{query,key}_sel_norm.weight [D], if the
         selecting head has its own projections
 
-Shape letters: E d_model, H query heads, K key/value heads, D head width, F SwiGLU width, V vocabulary.
+Shape letters: the package's.
 """
 
 import dataclasses

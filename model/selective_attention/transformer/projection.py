@@ -5,7 +5,7 @@ the weights, which are small. The gradient of x needs `c = mean_e(d_n n)`, and `
 before d_n is there. So nothing is reduced over the residual stream in the backward pass: the gradient of the scale
 comes out of that of W, and `d_x = r (d_n - n c)` is elementwise, done as the last matmul of d_n leaves the MXU.
 
-Shape letters: B batch, N positions, E width of the residual stream.
+Shape letters: the package's.
 """
 
 import dataclasses
@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ..implementations.tpu.rotary import EPSILON
 from ..remat import keep
 from ..sharding import Axes, partition_spec, reshard
-
-EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)

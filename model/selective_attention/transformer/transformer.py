@@ -3,8 +3,7 @@
 Pre-norm RMSNorm, QK normalisation, SwiGLU, no biases (section 4 of the paper). The layers are one `Block` whose
 parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth.
 
-Shape letters: B batch, N positions, E d_model, H query heads, K key/value heads, D head width, F SwiGLU width,
-V vocabulary, L layers.
+Shape letters: the package's.
 """
 
 from collections.abc import Callable
@@ -137,11 +136,11 @@ class Block(nnx.Module):
     def mlp(self, x_BNE: Array) -> Array:
         """The second half: x + SwiGLU."""
         hidden = "batch", "sequence", "mlp"
-        gate_BNF, up_BNF = normalised_projections(
+        gate_BNU, up_BNU = normalised_projections(
             x_BNE, self.mlp_norm[...], ("bne,ef->bnf", self.w_gate, hidden), ("bne,ef->bnf", self.w_up, hidden)
         )
-        h_BNF = jax.nn.silu(gate_BNF) * up_BNF
-        return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None)
+        h_BNU = jax.nn.silu(gate_BNU) * up_BNU
+        return x_BNE + contract("bnf,fe->bne", h_BNU, self.w_down, "batch", "sequence", None)
 
     def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
