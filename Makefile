@@ -50,8 +50,7 @@ test-exhaustive: setup
 
 # Real pods on this machine, hosts killed and stopped at random, damaged files, full disks.
 test-faults: setup
-	@$(RUN) -m pytest -s tests/trainer/test_pod.py tests/trainer/test_checkpoint*.py tests/trainer/test_damage.py tests/trainer/test_bad_numbers.py \
-	    tests/trainer/test_resume.py tests/trainer/test_storage.py
+	@$(RUN) -m pytest -s tests/trainer/hosts tests/trainer/checkpoints tests/trainer/test_bad_numbers.py tests/trainer/test_resume.py
 
 lint: setup
 	@$(VENV)/bin/ruff check .

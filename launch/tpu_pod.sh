@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From this machine to a finished run on a Cloud TPU slice: launch/pod/ does it. See launch/README.md.
+# From this machine to a finished run on a Cloud TPU slice: launch/pod/ does it. See docs/tpu.md.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P) || exit 1
 # What is named relative to here is looked for here.
 [[ ${PYTHON:-} != */* ]] || PYTHON=$(cd "${PYTHON%/*}/" && pwd)/${PYTHON##*/} || exit 1

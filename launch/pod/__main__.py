@@ -1,4 +1,4 @@
-"""From this machine to a finished run on a Cloud TPU slice. See "From nothing to a running pod" in launch/README.md."""
+"""From this machine to a finished run on a Cloud TPU slice. See "From nothing to a running pod" in docs/tpu.md."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What bills when nobody looks: the rules by which a slice ends itself, and the table of launch/README.md.
+"""What bills when nobody looks: the rules by which a slice ends itself, and the table of docs/tpu.md.
 
 python3 -m launch.pod.billing    # prints the table
 """

@@ -103,7 +103,7 @@ def check_config(
         answer = gcloud.cat(f"{run.data}/manifest.json")
         if answer.kind is Kind.ABSENT:
             raise UsageError(
-                f"--data={run.data} holds no manifest.json; prepare the dataset (data/README.md) or name its folder"
+                f"--data={run.data} holds no manifest.json; prepare the dataset (docs/data.md) or name its folder"
             )
         if not answer.ok:
             raise BlockedError(f"cannot read {run.data}/manifest.json: {answer.reason}")

@@ -17,7 +17,7 @@ def render(run: Run, given: Options) -> str:
     if not matches(given.image, r"[a-z0-9][A-Za-z0-9._:/@-]*"):
         raise UsageError(
             f"--image={quoted(given.image)} is not a container image; give one that holds this repository, "
-            "see launch/README.md"
+            "see docs/tpu.md"
         )
     for option in ("namespace", "queue", "kubernetes_account"):
         if not matches(getattr(given, option), "([a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?)?"):

@@ -1,16 +1,8 @@
 """Selective attention for JAX: the mechanism, a transformer that uses it, and its losses (arXiv 2410.02703).
 
-Shape letters of the whole package, as suffixes of names and in shapes:
-
-    B  rows of a batch: sequences                   E  d_model, width of the residual stream
-    N  queries, or positions of a sequence          F  hidden width of SwiGLU
-    M  keys, slots of a cache, encoder positions    V  vocabulary
-    H  query heads                                  L  layers
-    K  key/value heads, K dividing H                P  devices along the mesh axis `context`
-    G  query heads of a key/value head, H / K       Q  queries of one such device, N / P
-    D  head width; D' of the selecting head         R, C, I, J  tiles: `implementations/blockwise.py`
-
-S and F of section 3 are arrays, and written s and f in names (`f_BNM`). The TPU kernels add letters for their layouts.
+Shape letters of the package: B batch, N positions (of queries), M keys, H query heads, K key/value heads, G = H / K
+query heads of each, D head width, E d_model, U SwiGLU width, V vocabulary, L layers, P devices along `context`. F and S
+are the paper's mask and selection. The TPU kernels, which know no layers, have their own legend, in `columns.py`.
 """
 
 from .attention import Selection, selection_mask, selective_attention

@@ -2,7 +2,7 @@
 
 Paper: "Selective Attention Improves Transformer" (arXiv 2410.02703), section 3; the definition is in `selection.py`.
 
-Shape letters: `__init__.py`.
+Shape letters: the package's.
 """
 
 from types import ModuleType

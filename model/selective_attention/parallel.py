@@ -7,7 +7,7 @@
   all earlier chunks' column sums, one vector [B, N] per chunk. The sequence is laid out in zig-zag order
   (`zigzag_positions`), so that causal work is even: device p of P holds the chunks p and 2P - 1 - p of 2P.
 
-Shape letters: `__init__.py`.
+Shape letters: the package's; Q queries of one device, in its two chunks.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Paper: "Selective Attention Improves Transformer" (arXiv 2410.02703), section 3.
 
-Shape letters: `__init__.py`.
+Shape letters: the package's.
 """
 
 import dataclasses

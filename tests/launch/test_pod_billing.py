@@ -17,7 +17,7 @@ VALID = duration(DEFAULT_VALID)
 
 
 def test_table_of_the_readme_is_this_one():
-    assert billing.table() in (ROOT / "launch/README.md").read_text()
+    assert billing.table() in (ROOT / "docs/tpu.md").read_text()
 
 
 def test_times_are_those_of_the_scripts():

@@ -3,14 +3,12 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from launch import emulate
+from tests.support import ROOT
 from trainer.errors import ExitCode
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_worker_of_a_pod_names_every_code_as_the_policy_does():

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from data import DataError, prepare
+from tests.support import ROOT
 from trainer.errors import EXIT_PREEMPTED, ConfigError, ResumeError
 from trainer.hosts.interrupt import Interrupt
 from trainer.loop import train
 from trainer.settings import read_settings
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tests.support import ROOT
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -15,8 +16,7 @@ def plan(tmp_path, *flags):
     pytest.importorskip("libtpu")
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "launch.plan", "--config=configs/c4.py:d12", f"--json={out}", *flags]
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert out.exists(), done.stderr
     return json.loads(out.read_text())
 

@@ -6,8 +6,8 @@ Backward, in reverse order: the tile of F is made again from the saved carry, an
 the gradients of F and of the later carry to the selecting head's q and k and to the earlier carry.
 Between the two live the inputs, the outputs, their log-sum-exp, and the carries [B, N / R, M].
 
-Shape letters: the package's `__init__.py`; and R rows (queries) and C columns (keys) of a tile, I query blocks of R,
-J key blocks of C. What a single sequence passes through has no B.
+Shape letters: the package's; R rows (queries) and C columns (keys) of a tile, I query blocks of R, J key blocks of C.
+What a single sequence passes through has no B.
 """
 
 import dataclasses

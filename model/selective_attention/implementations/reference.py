@@ -3,7 +3,7 @@
 Like every implementation it offers `attend` and `column_sums` for a block of queries `offset .. offset + N - 1` against
 keys `0 .. M - 1`; on one device the block is the whole sequence.
 
-Shape letters: the package's `__init__.py`.
+Shape letters: the package's.
 """
 
 import jax

@@ -4,7 +4,7 @@ A layer's cache holds keys, values, and F as one vector f for all heads: a query
 choices to f, for all later queries. `Block` takes attention as an argument; here the layer's cache is what attends. Any
 other `LayerCache` decodes through the same functions, with as many slots in each layer as it likes.
 
-Shape letters: the package's `__init__.py`.
+Shape letters: the package's; M slots of a cache.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 Encoder and decoder are made of the same `Block` as the `Transformer`. The encoder attends in both directions and the
 decoder's cross-attention to the whole input, both without selection: it is defined for causal attention alone.
 
-Shape letters: the package's `__init__.py`; M positions of the input, N of the output.
+Shape letters: the package's; M input positions, which are the keys of cross-attention, N output positions.
 """
 
 import dataclasses

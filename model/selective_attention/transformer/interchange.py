@@ -15,7 +15,7 @@ RMSNorm adds 1e-6 to the mean square; rotary positions turn the pairs (d, d + D 
     layers.0.attention.{query,key}_sel.weight [D, E] and, with QK norm, .{query,key}_sel_norm.weight [D], if the
         selecting head has its own projections
 
-Shape letters: the package's `__init__.py`.
+Shape letters: the package's.
 """
 
 import dataclasses

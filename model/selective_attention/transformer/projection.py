@@ -13,7 +13,7 @@ are small, and its gradient comes out of that of W. The gradient of x needs `c =
 matmul of d_n leaves the MXU. The transpose needs each einsum's two transposes, which `Contraction` reads off its
 subscripts.
 
-Shape letters: the package's `__init__.py`.
+Shape letters: the package's.
 """
 
 import dataclasses
@@ -24,10 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ..implementations.tpu.rotary import EPSILON
 from ..remat import keep
 from ..sharding import Axes, partition_spec, reshard
-
-EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Pre-norm RMSNorm, QK normalisation, SwiGLU, no biases (section 4 of the paper). The layers are one `Block` whose
 parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth.
 
-Shape letters: the package's `__init__.py`.
+Shape letters: the package's.
 """
 
 from collections.abc import Callable
@@ -136,11 +136,11 @@ class Block(nnx.Module):
     def mlp(self, x_BNE: Array) -> Array:
         """The second half: x + SwiGLU."""
         hidden = "batch", "sequence", "mlp"
-        gate_BNF, up_BNF = normalised_projections(
+        gate_BNU, up_BNU = normalised_projections(
             x_BNE, self.mlp_norm[...], ("bne,ef->bnf", self.w_gate, hidden), ("bne,ef->bnf", self.w_up, hidden)
         )
-        h_BNF = jax.nn.silu(gate_BNF) * up_BNF
-        return x_BNE + contract("bnf,fe->bne", h_BNF, self.w_down, "batch", "sequence", None)
+        h_BNU = jax.nn.silu(gate_BNU) * up_BNU
+        return x_BNE + contract("bnf,fe->bne", h_BNU, self.w_down, "batch", "sequence", None)
 
     def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""
@@ -266,18 +266,9 @@ class Transformer(nnx.Module):
 def scanned(
     remat: str, stacked: Any, layer: Callable, x_BNE: Array, by_layer: Any = None, unroll: int = 1
 ) -> tuple[Array, Any]:
-    """`layer(module, x, its part of by_layer)`, which gives (x, extra), of one layer after the other.
+    """`layer(module, x, its part of by_layer)`, one after the other: (the last x, what each adds, stacked along L).
 
-    Args:
-      remat: what a gradient recomputes, as in `TransformerConfig`.
-      stacked: modules whose parameters have a leading L; a layer's slice of them is `module`.
-      layer: the layer.
-      x_BNE: what the first layer gets.
-      by_layer: more arrays with a leading L.
-      unroll: layers that are compiled apart.
-
-    Returns:
-      x after the last layer, and the extras stacked along a leading L.
+    `stacked` are modules whose parameters, and `by_layer` arrays that, have a leading L; `remat` is the config's.
     """
     graph, parameters = nnx.split(stacked)
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selective_attention.transformer.transformer import fused_norm_rotary, rms_norm, rotary
+from selective_attention.transformer.projection import rms_norm
+from selective_attention.transformer.transformer import fused_norm_rotary, rotary
 
 AXES = ("data", "fsdp", "context", "tensor")
 

@@ -6,8 +6,7 @@ The kernels are in `forward.py` and `backward.py`, their tiles by generation of 
 `plan.py`; here are the `custom_vjp` around them and the layouts that they read. On other platforms than TPU
 the same kernels run interpreted, slowly.
 
-Shape letters: B batch, N queries, M keys, H query heads, K key/value heads, D head width, S selecting width,
-T tiles of L = 128 lanes.
+Shape letters: as in `columns.py`.
 """
 
 import dataclasses
@@ -21,9 +20,11 @@ from ...remat import keep
 from ...selection import Projections, Rule, Seen, Selection
 from ..blockwise import column_sums
 from .backward import backward
+from .columns import LANES, from_columns, pad, shuffle, to_columns
 from .forward import forward
-from .plan import make_plan, most_queries
-from .tile import LANES, LOG2_E, Plan, from_columns, on_platform, pad, shuffle, to_columns
+from .plan import KernelPlan, make_plan, most_queries
+from .program import on_platform
+from .tile import LOG2_E
 
 __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
 
@@ -46,7 +47,6 @@ def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> 
             raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
     plan = make_plan(
         *(q, k, v, q if q_sel is None else q_sel),
-        segments=seen.q_segment_ids is not None,
         evict=seen.evict_at is not None,
         scale=rule.scale,
         selection=rule.selection,
@@ -80,11 +80,11 @@ def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, integers, protected, columns, f_start):
+def _attend(plan: KernelPlan, integers, protected, columns, f_start):
     return _attend_forward(plan, integers, protected, columns, f_start)[0]
 
 
-def _attend_forward(plan: Plan, integers, protected, columns, f_start):
+def _attend_forward(plan: KernelPlan, integers, protected, columns, f_start):
     operands = _operands(plan, integers, protected, columns)
     if plan.selection is not Selection.OFF:
         operands["f_start"] = f_start
@@ -95,7 +95,7 @@ def _attend_forward(plan: Plan, integers, protected, columns, f_start):
     return (made["out"], forgotten), residuals
 
 
-def _attend_backward(plan: Plan, residuals, cotangents):
+def _attend_backward(plan: KernelPlan, residuals, cotangents):
     integers, protected, columns, out, log_sum, f_blocks = residuals
     plan = dataclasses.replace(plan, block_q=plan.backward_block, block_k=plan.backward_block)
     d_out, d_forgotten = cotangents
@@ -118,19 +118,19 @@ def _attend_backward(plan: Plan, residuals, cotangents):
     d_sel = {name: made[f"d{name}"].sum(1) for name in ("q_sel", "k_sel")}
     if protected is not None:
         d_sel["k_sel"] = jnp.where(protected, 0, d_sel["k_sel"])
-    for name, d_x in d_sel.items():
+    for name, of_heads in (("q_sel", "q"), ("k_sel", "k")):
         if name in columns:
-            d_columns[name] = d_x.astype(columns[name].dtype)
+            d_columns[name] = d_sel[name].astype(columns[name].dtype)
         else:
-            of_head = d_columns[name[0]].at[:, : plan.select_dim]
-            d_columns[name[0]] = of_head.set((of_head.get() + d_x).astype(d_columns[name[0]].dtype))
+            of_head = d_columns[of_heads].at[:, : plan.select_dim]
+            d_columns[of_heads] = of_head.set((of_head.get() + d_sel[name]).astype(d_columns[of_heads].dtype))
     return None, None, d_columns, made["df_start"].sum(1)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _operands(plan: Plan, integers, protected, columns) -> dict[str, Array]:
+def _operands(plan: KernelPlan, integers, protected, columns) -> dict[str, Array]:
     """What both kernels read. Head 0 selects, unless the selecting head has its own columns."""
     operands = dict(columns)
     if plan.selection is not Selection.OFF:
@@ -141,7 +141,9 @@ def _operands(plan: Plan, integers, protected, columns) -> dict[str, Array]:
     return operands | {name: rows for name, rows in integers.items() if name not in ("offset", "bounded")}
 
 
-def _backward_in_chunks(plan: Plan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype) -> dict[str, Array]:
+def _backward_in_chunks(
+    plan: KernelPlan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype
+) -> dict[str, Array]:
     """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
     batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
     num_blocks = operands["q"].shape[2] // plan.block_q
@@ -193,17 +195,17 @@ def _join(x: Array, axis: int) -> Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _bounded(plan: Plan, q_BCN: Array, k_BCN: Array) -> Array:
+def _bounded(plan: KernelPlan, q_BRN: Array, k_BRN: Array) -> Array:
     """Int32 [B]: whether Cauchy-Schwarz bounds all logits of a sequence, so that no running maximum is needed."""
 
-    def largest_norm(x_BCN: Array) -> Array:
-        squares = jnp.square(x_BCN.astype(jnp.float32)).reshape(x_BCN.shape[0], -1, plan.head_dim, x_BCN.shape[2])
+    def largest_norm(x_BRN: Array) -> Array:
+        squares = jnp.square(x_BRN.astype(jnp.float32)).reshape(x_BRN.shape[0], -1, plan.head_dim, x_BRN.shape[2])
         return jnp.sqrt(jnp.max(jnp.sum(squares, 2), (1, 2)))
 
-    return _bounds(plan, abs(plan.scale) * jax.lax.stop_gradient(largest_norm(q_BCN) * largest_norm(k_BCN)))
+    return _bounds(plan, abs(plan.scale) * jax.lax.stop_gradient(largest_norm(q_BRN) * largest_norm(k_BRN)))
 
 
-def _bounds(plan: Plan, largest_logit: Array) -> Array:
+def _bounds(plan: KernelPlan, largest_logit: Array) -> Array:
     """Int32, whether logits of at most this size let a tile do without a running maximum.
 
     F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That holds
@@ -214,7 +216,7 @@ def _bounds(plan: Plan, largest_logit: Array) -> Array:
     return (largest_logit * LOG2_E <= LOGIT_BOUND).astype(jnp.int32)
 
 
-def _segment_rows(plan: Plan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
+def _segment_rows(plan: KernelPlan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
     """Segment ids as rows [B, 1, N or M] of which plain equality decides: padding equals nothing."""
     q_segment = pad(jnp.where(q_segment_ids < 0, -2, q_segment_ids), plan.block_q, 1, -2)
     kv_segment = pad(jnp.where(kv_segment_ids < 0, -1, kv_segment_ids), plan.block_k, 1, -1)

@@ -7,13 +7,12 @@ of a chip share out; i and j run in order. Scratch, all in VMEM, lives across gr
   128th query is also an output, [B, groups, N / 128, 1, M]: the backward pass runs through the queries in reverse.
 - per head the running maximum, the sum and the output of the softmax, over the key blocks j.
 
-All inputs are columns [B, heads * D, N], positions along lanes, as the projections can write them without a copy. What
+All inputs are columns [B, R, N], positions along lanes, as the projections can write them without a copy. What
 a matmul needs as rows [T, Bk, 128], heads side by side in T tiles of 128 lanes, is turned here, when it is first used.
 """
 
 import functools
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,114 +20,63 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...selection import Selection
-from .tile import (
-    HIDDEN,
-    LANES,
-    LOG2_E,
-    Plan,
-    Tile,
-    column_windows,
-    dot,
-    fill_lanes,
-    head_rows,
-    lane_tile,
-    lanes,
-    shuffle_lanes,
-    software_pipeline,
-    store_rows,
-    windowed,
-)
+from ...selection import HIDDEN, NOTHING_SEEN
+from .columns import LANES, dot, fill_lanes, head_rows, lane_tile, lanes, shuffle_lanes, store_rows
+from .pipeline import Line, software_pipeline
+from .plan import KernelPlan
+from .program import Program, Result, input_windows
+from .tile import LOG2_E, Square, Tile
 
 KEY_ROWS_BYTES = 4 * 2**20  # of a sequence's keys as rows, that are kept from one block of queries to the next
-EMPTY = -1e29  # a running maximum below this has met hidden pairs only
 DELAYS = (0, 3, 6)  # units between a unit's stages
 MASK_LEADS = (30, 24, 18)  # units from the stages of a square's F to its first use
 
 
-def forward(plan: Plan, operands: dict[str, Array], scalars: tuple[Array, Array], interpret: bool) -> dict[str, Array]:
+def forward(
+    plan: KernelPlan, operands: dict[str, Array], scalars: tuple[Array, Array], interpret: bool
+) -> dict[str, Array]:
     """Runs the kernel; `scalars`: the first position [1] and, per sequence, whether logits are bounded [B]."""
     batch, _, num_queries = operands["q"].shape
-    num_keys = operands["k"].shape[2]
+    num_keys, dtype = operands["k"].shape[2], operands["k"].dtype
     nq, nk = num_queries // plan.block_q, num_keys // plan.block_k
+    heads, groups = plan.group_heads, plan.head_groups
 
-    def key_block(i, j, scalars):
-        return jnp.minimum(j, plan.last_block_k(i, scalars[0]))  # nothing is fetched for a tile that is skipped
+    def key_block(i, j, offset, _):
+        return jnp.minimum(j, plan.last_block_k(i, offset[0]))  # nothing is fetched for a tile that is skipped
 
-    c, heads, kv_heads = plan.columns, plan.group_heads, plan.group_kv_heads
-    per_query_row = pl.BlockSpec((1, 1, plan.block_q), lambda b, g, i, j, *_: (b, 0, i))
-    per_key_row = pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, s, _: (b, 0, key_block(i, j, s)))
+    def of_queries(rows: int) -> Result:
+        window = pl.BlockSpec((1, 1, rows, plan.block_q), lambda b, g, i, j, *_: (b, g, 0, i))
+        return Result(window, jax.ShapeDtypeStruct((batch, groups, rows, num_queries), jnp.float32))
 
-    def query_columns(rows):
-        return column_windows(plan.block_q, rows, lambda b, g, i, j, *_: (b, g, i))
-
-    def key_columns(rows):
-        return column_windows(plan.block_k, rows, lambda b, g, i, j, s, _: (b, g, key_block(i, j, s)))
-
-    specs = {
-        "q": query_columns(heads * plan.head_dim),
-        "k": key_columns(kv_heads * plan.head_dim),
-        "v": key_columns(kv_heads * plan.value_dim),
-        "q_sel": column_windows(plan.block_q, plan.select_dim, lambda b, g, i, j, *_: (b, 0, i)),
-        "k_sel": column_windows(plan.block_k, plan.select_dim, lambda b, g, i, j, s, _: (b, 0, key_block(i, j, s))),
-        "f_start": pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, *_: (b, 0, jnp.where(i == 0, j, nk - 1))),
-        "q_segment": per_query_row,
-        "kv_segment": per_key_row,
-        "evict_at": per_key_row,
-    }
-    out = {
-        "out": (
-            pl.BlockSpec((1, heads * plan.value_dim, plan.block_q), lambda b, g, i, j, *_: (b, g, i)),
-            jax.ShapeDtypeStruct((batch, plan.num_heads * plan.value_dim, num_queries), operands["q"].dtype),
-        ),
-        "log_sum": (
-            pl.BlockSpec((1, 1, heads, plan.block_q), lambda b, g, i, j, *_: (b, g, 0, i)),
-            jax.ShapeDtypeStruct((batch, plan.head_groups, heads, num_queries), jnp.float32),
-        ),
-    }
-    if plan.selection is not Selection.OFF:
-        out["f_blocks"] = (
-            pl.BlockSpec((1, 1, c, 1, plan.block_k), lambda b, g, i, j, s, _: (b, g, i, 0, key_block(i, j, s))),
-            jax.ShapeDtypeStruct((batch, plan.head_groups, num_queries // LANES, 1, num_keys), jnp.float32),
-        )
+    windows = input_windows(plan, lambda i, *_: i, key_block)
+    windows["f_start"] = pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, *_: (b, 0, jnp.where(i == 0, j, nk - 1)))
+    out_window = pl.BlockSpec((1, heads * plan.value_dim, plan.block_q), lambda b, g, i, j, *_: (b, g, i))
+    out = jax.ShapeDtypeStruct((batch, plan.num_heads * plan.value_dim, num_queries), operands["q"].dtype)
+    results = {"out": Result(out_window, out), "log_sum": of_queries(heads)}
+    if plan.selects:
+        f_shape = (1, 1, plan.columns, 1, plan.block_k)
+        f_window = pl.BlockSpec(f_shape, lambda b, g, i, *grid: (b, g, i, 0, key_block(i, *grid)))
+        f_blocks = jax.ShapeDtypeStruct((batch, groups, num_queries // LANES, 1, num_keys), jnp.float32)
+        results["f_blocks"] = Result(f_window, f_blocks)
     if plan.tau is not None:
-        out["forgotten"] = (
-            pl.BlockSpec((1, 1, 1, plan.block_q), lambda b, g, i, j, *_: (b, g, 0, i)),
-            jax.ShapeDtypeStruct((batch, plan.head_groups, 1, num_queries), jnp.float32),
-        )
-    tiles = pl.cdiv(kv_heads * plan.head_dim, LANES)
-    row_blocks = nk if nk * tiles * plan.block_k * LANES * operands["k"].dtype.itemsize <= KEY_ROWS_BYTES else 1
+        results["forgotten"] = of_queries(1)
+    tiles = pl.cdiv(plan.group_kv_heads * plan.head_dim, LANES)
+    row_blocks = nk if nk * tiles * plan.block_k * LANES * dtype.itemsize <= KEY_ROWS_BYTES else 1
     scratch = {
-        "k_rows": pltpu.VMEM((row_blocks, tiles, plan.block_k, LANES), operands["k"].dtype),
+        "k_rows": pltpu.VMEM((row_blocks, tiles, plan.block_k, LANES), dtype),
         "carry": pltpu.VMEM((nk, 1, plan.block_k), jnp.float32),
-        "f": pltpu.VMEM((c, plan.block_k, LANES), jnp.float32),
+        "f": pltpu.VMEM((plan.columns, plan.block_k, LANES), jnp.float32),
         "maximum": pltpu.VMEM((heads, plan.block_q), jnp.float32),
         "total": pltpu.VMEM((heads, plan.block_q), jnp.float32),
-        "sum": pltpu.VMEM((c, heads * plan.value_dim, LANES), jnp.float32),
+        "sum": pltpu.VMEM((plan.columns, heads * plan.value_dim, LANES), jnp.float32),
     }
-    if plan.selection is not Selection.OFF:
+    if plan.selects:
         scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands["q_sel"].dtype)
-    results = pl.pallas_call(
-        functools.partial(_kernel, plan, nk, tuple(operands) + tuple(out) + tuple(scratch)),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, plan.head_groups, nq, nk),
-            in_specs=[specs[name] for name in operands],
-            out_specs=[spec for spec, _ in out.values()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=[shape for _, shape in out.values()],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
-        ),
-        interpret=interpret,
-        name="selective_attention_forward",
-    )(*scalars, *windowed(operands, specs))
-    return dict(zip(out, results, strict=True))
+    program = Program("selective_attention_forward", (batch, groups, nq, nk), windows, results, scratch)
+    return program.run(functools.partial(_kernel, plan, nk), scalars, operands, plan.vmem, interpret)
 
 
-def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref, *refs) -> None:
-    ref = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, ref) -> None:
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     offset = offset_ref[0]
     last_j = jnp.minimum(plan.last_block_k(i, offset), nk - 1)
@@ -142,13 +90,12 @@ def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref
         ref.sum[...] = jnp.zeros_like(ref.sum)
         if plan.tau is not None:
             ref.forgotten[...] = jnp.zeros_like(ref.forgotten)
-        if plan.selection is not Selection.OFF:
+        if plan.selects:
             for c in range(plan.columns):
-                ref.q_sel_rows[lanes(c)] = shuffle_lanes(ref.q_sel[c][0].astype(jnp.float32)).T.astype(
-                    ref.q_sel_rows.dtype
-                )
+                shuffled = shuffle_lanes(ref.q_sel[c][0].astype(jnp.float32))
+                ref.q_sel_rows[lanes(c)] = shuffled.T.astype(ref.q_sel_rows.dtype)
 
-    if plan.selection is not Selection.OFF:
+    if plan.selects:
 
         @pl.when(i == 0)
         def _start_of_sequence():
@@ -179,7 +126,7 @@ def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref
     @pl.when(j == last_j)
     def _end_of_query_block():
         total = ref.total[...]
-        empty = (total == 0) | (ref.maximum[...] < EMPTY)
+        empty = (total == 0) | (ref.maximum[...] < NOTHING_SEEN)
         # A query that sees nothing: its output is zero, and so are its weights in the backward pass.
         ref.log_sum[0, 0] = jnp.where(empty, HIDDEN, ref.maximum[...] + jnp.log2(total))
         inverse = jnp.where(empty, 0.0, 1.0 / total)
@@ -190,53 +137,38 @@ def _kernel(plan: Plan, nk: int, names: tuple[str, ...], offset_ref, bounded_ref
                 ref.out[0, rows, lanes(c)] = scaled.astype(ref.out.dtype)
 
 
-def _mask_chores(plan: Plan, ref, j, tile: Tile, units_per_square: int, first_use: int) -> list[tuple[int, Callable]]:
-    """Makes ref.f, what is subtracted from every head's logits, in time for each square's units and amid earlier ones.
+def _mask_chores(plan: KernelPlan, ref, j, tile: Tile, needed: dict[Square, int], end: int) -> list[Line]:
+    """Makes ref.f, what is subtracted from every head's logits: for each square by the step when it is `needed`."""
 
-    Returns chores for `software_pipeline`, whose units read ref.f `first_use` steps after they start.
-    """
-    chores: list[tuple[int, Callable]] = []
-    if plan.selection is not Selection.OFF:
+    def mask(square, s):
+        ref.f_blocks[0, 0, square.queries, :, lanes(square.keys)] = tile.carry[square.keys]
+        return tile.mask(square, s)
+
+    def store(square, f):
+        ref.f[square.at] = hidden_f = tile.hide(square, f)
+        if plan.tau is not None:
+            tau = plan.tau * LOG2_E
+            clipped = jnp.where(hidden_f < HIDDEN, jnp.minimum(hidden_f, tau), 0.0)
+            ref.forgotten[0, 0, :, lanes(square.queries)] += jnp.sum(clipped, axis=0, keepdims=True) * (1 / tau)
+
+    def keep_carry(_):
+        ref.carry[j] = jnp.concatenate([tile.carry[keys] for keys in sorted(tile.carry)], axis=1)
+
+    chores = tile.mask_chores(needed, MASK_LEADS, tile.select, mask, store)
+    if plan.selects:
         tile.start(ref.carry[j])
-    for n, (c, block) in enumerate(tile.squares()):
-        made: dict[str, Array] = {"f": jnp.zeros((LANES, LANES), jnp.float32)}
-
-        def select(c=c, block=block, made=made):
-            made["s"] = tile.select(c, block)
-
-        def mask(c=c, block=block, made=made):
-            ref.f_blocks[0, 0, c, :, lanes(block)] = tile.carry[block]
-            made["f"] = tile.mask(block, made.pop("s"))
-
-        def store(c=c, block=block, made=made):
-            hidden_f = tile.hide(c, block, made.pop("f"))
-            ref.f[c, lanes(block)] = hidden_f
-            if plan.tau is not None:
-                tau = plan.tau * LOG2_E
-                clipped = jnp.where(hidden_f < HIDDEN, jnp.minimum(hidden_f, tau), 0.0)
-                ref.forgotten[0, 0, :, lanes(c)] += jnp.sum(clipped, axis=0, keepdims=True) * (1 / tau)
-
-        deadline = n * units_per_square + first_use
-        if plan.selection is not Selection.OFF:
-            chores += [(deadline - MASK_LEADS[0], select), (deadline - MASK_LEADS[1], mask)]
-        chores.append((deadline - MASK_LEADS[2], store))
-    if plan.selection is not Selection.OFF:
-
-        def keep_carry():
-            ref.carry[j] = jnp.concatenate([tile.carry[block] for block in sorted(tile.carry)], axis=1)
-
-        chores.append((len(tile.squares()) * units_per_square, keep_carry))
+        chores.append(Line(None, [keep_carry], [end]))
     return chores
 
 
-def _scores(plan: Plan, ref, c: int, head: int, keys: slice) -> Array:
-    """Logits in base 2, [keys, 128]."""
+def _scores(plan: KernelPlan, ref, queries: int, head: int, keys: slice) -> Array:
+    """Logits in base 2, [keys, L]."""
     kv_head = plan.kv_head(head)
-    q_LL = fill_lanes(ref.q[c][0, head_rows(head, plan.head_dim)], kv_head)
+    q_LL = fill_lanes(ref.q[queries][0, head_rows(head, plan.head_dim)], kv_head)
     return dot(ref.k_rows[lane_tile(kv_head, plan.head_dim), keys], q_LL, (1, 0)) * (plan.scale * LOG2_E)
 
 
-def _weighted_values(plan: Plan, ref, head: int, blocks: Sequence[int], weights: Array) -> tuple[Array, Array]:
+def _weighted_values(plan: KernelPlan, ref, head: int, blocks: Sequence[int], weights: Array) -> tuple[Array, Array]:
     """v^T @ weights [D, 128] and, from the same matmul by rows of ones under v^T, the sum of the weights [1, 128]."""
     rows = head_rows(plan.kv_head(head), plan.value_dim)
     v_DM = jnp.concatenate([ref.v[block][0, rows] for block in blocks], axis=1)
@@ -245,31 +177,32 @@ def _weighted_values(plan: Plan, ref, head: int, blocks: Sequence[int], weights:
     return result[: plan.value_dim], result[plan.value_dim : plan.value_dim + 1]
 
 
-def _bounded_softmax(plan: Plan, ref, j, tile: Tile) -> None:
+def _bounded_softmax(plan: KernelPlan, ref, j, tile: Tile) -> None:
     """All heads of a tile whose logits cannot overflow exp2."""
-    units = [(c, block, head) for c, block in tile.squares() for head in range(plan.group_heads)]
+    units = [(square, head) for square in tile.squares() for head in range(plan.group_heads)]
 
     def scores(unit):
-        c, block, head = unit
-        return _scores(plan, ref, c, head, lanes(block))
+        square, head = unit
+        return _scores(plan, ref, square.queries, head, lanes(square.keys))
 
     def weights(unit, scores):
-        c, block, _ = unit
-        return jnp.exp2(scores - ref.f[c, lanes(block)]).astype(ref.v[block].dtype)
+        square, _ = unit
+        return jnp.exp2(scores - ref.f[square.at]).astype(ref.v[square.keys].dtype)
 
     def accumulate(unit, weights):
-        c, block, head = unit
-        values, total = _weighted_values(plan, ref, head, [block], weights)
-        ref.sum[c, head_rows(head, plan.value_dim)] += values
-        ref.total[head : head + 1, lanes(c)] += total
+        square, head = unit
+        values, total = _weighted_values(plan, ref, head, [square.keys], weights)
+        ref.sum[square.queries, head_rows(head, plan.value_dim)] += values
+        ref.total[head : head + 1, lanes(square.queries)] += total
 
-    chores = _mask_chores(plan, ref, j, tile, plan.group_heads, DELAYS[1])
+    needed = {square: n * plan.group_heads + DELAYS[1] for n, square in enumerate(tile.squares())}
+    chores = _mask_chores(plan, ref, j, tile, needed, len(units))
     software_pipeline(units, [scores, weights, accumulate], DELAYS, chores)
 
 
-def _online_softmax(plan: Plan, ref, j, tile: Tile) -> None:
+def _online_softmax(plan: KernelPlan, ref, j, tile: Tile) -> None:
     """All heads of a tile, with a running maximum: any logits, at a higher price."""
-    software_pipeline([], [], [0], _mask_chores(plan, ref, j, tile, 0, 0))
+    software_pipeline([], [], [], _mask_chores(plan, ref, j, tile, dict.fromkeys(tile.squares(), 0), 0))
     units = [(c, head) for c in range(plan.columns) for head in range(plan.group_heads)]
 
     def scores(unit):

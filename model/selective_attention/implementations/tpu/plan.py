@@ -4,12 +4,13 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from ...selection import Selection
-from .tile import LANES, Plan, round_up
+from .columns import LANES, round_up
 
 MIB = 2**20
 
@@ -41,23 +42,62 @@ FIXED_BYTES, BYTES_A_PAIR, SPILLED = 9 * MIB // 4, 12, 2.5
 GROUP_WIDTH = 1024  # of all heads that one grid step works on; more would neither fit v4's VMEM nor the registers
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelPlan:
+    """Static shape and rule of one attention call, after padding; everything that a kernel is specialised to."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # 64 or 128
+    value_dim: int  # 64 or 128
+    select_dim: int  # 64 or 128
+    head_groups: int  # parts of the heads; each has its own pass over the grid, and computes F for itself
+    block_q: int
+    block_k: int
+    backward_block: int  # block_q and block_k of the backward kernel
+    vmem: int  # bytes that a kernel may take
+    scale: float
+    selection: Selection
+    tau: float | None
+    evict: bool
+
+    @property
+    def selects(self) -> bool:
+        return self.selection is not Selection.OFF
+
+    @property
+    def group_heads(self) -> int:
+        return self.num_heads // self.head_groups
+
+    @property
+    def group_kv_heads(self) -> int:
+        return self.num_kv_heads // self.head_groups
+
+    @property
+    def columns(self) -> int:
+        return self.block_q // LANES
+
+    def kv_head(self, head: int) -> int:
+        """The key/value head, within the group, that a query head of the group reads."""
+        return head * self.num_kv_heads // self.num_heads
+
+    def last_block_k(self, block_q_index: Array | int, offset: Array | int) -> Array:
+        """Index of the last block of keys that a block of queries sees anything of."""
+        return jax.lax.div(offset + (block_q_index + 1) * self.block_q - 1, self.block_k)
+
+    def first_block_q(self, block_k_index: Array | int, offset: Array | int) -> Array:
+        """Index of the first block of queries that sees anything of a block of keys."""
+        return jax.lax.div(jnp.maximum(block_k_index * self.block_k - offset, 0), self.block_q)
+
+
 def make_plan(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_sel: Array,
-    *,
-    segments: bool,
-    evict: bool,
-    scale: float,
-    selection: Selection,
-    tau: float | None,
-) -> Plan:
+    q: Array, k: Array, v: Array, q_sel: Array, *, evict: bool, scale: float, selection: Selection, tau: float | None
+) -> KernelPlan:
     """Pads heads to whole lane tiles and lengths to whole blocks, and chooses the blocks."""
     head_dim, value_dim, select_dim = (64 if x.shape[-1] <= 64 else 128 for x in (q, v, q_sel))
     tiling = tiling_here()
     forward, backward = blocks(tiling, q.dtype, q.shape[1], k.shape[1])
-    plan = Plan(
+    plan = KernelPlan(
         num_heads=q.shape[2],
         num_kv_heads=k.shape[2],
         head_dim=head_dim,
@@ -71,7 +111,6 @@ def make_plan(
         scale=scale,
         selection=selection,
         tau=tau if selection is not Selection.OFF else None,
-        segments=segments,
         evict=evict,
     )
     groups = _head_groups(plan, q.shape[0], round_up(q.shape[1], forward), q.dtype)
@@ -95,7 +134,7 @@ def blocks(tiling: Tiling, dtype: jnp.dtype, queries: int, keys: int) -> tuple[i
     return math.gcd(forward, padded), math.gcd(backward, padded)
 
 
-def most_queries(plan: Plan, dtype: jnp.dtype, key_dtype: jnp.dtype) -> int:
+def most_queries(plan: KernelPlan, dtype: jnp.dtype, key_dtype: jnp.dtype) -> int:
     """How many queries the backward kernel can take at once; it gives gradients of keys and values in `key_dtype`."""
     width, side = plan.group_heads * max(plan.head_dim, plan.value_dim), plan.backward_block
     # Windows, two of each: on q, k, v, d_out and dq in `dtype`, on dk and dv in `key_dtype`; and k and v as rows.
@@ -103,7 +142,7 @@ def most_queries(plan: Plan, dtype: jnp.dtype, key_dtype: jnp.dtype) -> int:
     return int((plan.vmem - FIXED_BYTES - BYTES_A_PAIR * side**2 - width * row) / (width * 4))
 
 
-def _head_groups(plan: Plan, batch: int, queries: int, dtype: jnp.dtype) -> int:
+def _head_groups(plan: KernelPlan, batch: int, queries: int, dtype: jnp.dtype) -> int:
     """Into how many passes the heads are split: few enough heads to fit, and work for two cores from one sequence.
 
     Each pass computes F anew. That is worth up to twice the passes where it spares the backward kernel its chunks.

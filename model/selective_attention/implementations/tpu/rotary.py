@@ -1,9 +1,9 @@
-"""QK normalisation and rotary positions of all heads, in one pass of a TPU kernel over columns [B, heads * D, N].
+"""QK normalisation and rotary positions of all heads, in one pass of a TPU kernel over columns [B, R, N].
 
 XLA makes half a dozen passes of it: a reduction over a head's width and a rotation of its halves do not fuse. Here both
 happen in registers: a head's width runs along sublanes, where sums are cheap and halves are whole registers.
 
-Shape letters: B batch, N positions, H heads, D head width, C = H * D, L = 128 lanes.
+Shape letters: as in `columns.py`, N positions.
 """
 
 import functools
@@ -14,7 +14,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tile import LANES, from_columns, head_rows, on_platform, to_columns
+from .columns import LANES, from_columns, head_rows, to_columns
+from .program import on_platform
 
 EPSILON = 1e-6
 
@@ -33,30 +34,30 @@ def norm_rotary(x_BNHD: Array, scale_D: Array, cos_ND: Array, sin_ND: Array) -> 
 
 
 @jax.custom_vjp
-def _norm_rotary(x_BCN: Array, scale_D: Array, cos_DN: Array, sin_DN: Array) -> Array:
-    return _call(_forward, 1, scale_D, cos_DN, sin_DN, x_BCN)
+def _norm_rotary(x_BRN: Array, scale_D: Array, cos_DN: Array, sin_DN: Array) -> Array:
+    return _call(_forward, 1, scale_D, cos_DN, sin_DN, x_BRN)
 
 
-def _save(x_BCN: Array, scale_D: Array, cos_DN: Array, sin_DN: Array):
-    return _norm_rotary(x_BCN, scale_D, cos_DN, sin_DN), (x_BCN, scale_D, cos_DN, sin_DN)
+def _save(x_BRN: Array, scale_D: Array, cos_DN: Array, sin_DN: Array):
+    return _norm_rotary(x_BRN, scale_D, cos_DN, sin_DN), (x_BRN, scale_D, cos_DN, sin_DN)
 
 
-def _transpose(residuals, d_out_BCN: Array):
-    x_BCN, scale_D, cos_DN, sin_DN = residuals
-    d_x_BCN, d_scale_BDL = _call(_backward, 2, scale_D, cos_DN, sin_DN, x_BCN, d_out_BCN)
-    return d_x_BCN, jnp.sum(d_scale_BDL, (0, 2)), None, None
+def _transpose(residuals, d_out_BRN: Array):
+    x_BRN, scale_D, cos_DN, sin_DN = residuals
+    d_x_BRN, d_scale_BDL = _call(_backward, 2, scale_D, cos_DN, sin_DN, x_BRN, d_out_BRN)
+    return d_x_BRN, jnp.sum(d_scale_BDL, (0, 2)), None, None
 
 
 _norm_rotary.defvjp(_save, _transpose)
 
 
-def _call(kernel, num_results: int, scale_D: Array, cos_DN: Array, sin_DN: Array, *columns_BCN: Array):
+def _call(kernel, num_results: int, scale_D: Array, cos_DN: Array, sin_DN: Array, *columns_BRN: Array):
     """Grid: (sequence, 128 positions). A second result is float32 [B, D, 128], summed over a sequence's steps."""
-    batch, rows, length = columns_BCN[0].shape
+    batch, rows, length = columns_BRN[0].shape
     width = scale_D.shape[0]
     window = pl.BlockSpec((1, rows, LANES), lambda b, n: (b, 0, n))
     angle = pl.BlockSpec((width // 2, LANES), lambda b, n: (0, n))
-    shapes = [jax.ShapeDtypeStruct(columns_BCN[0].shape, columns_BCN[0].dtype)]
+    shapes = [jax.ShapeDtypeStruct(columns_BRN[0].shape, columns_BRN[0].dtype)]
     shapes += [jax.ShapeDtypeStruct((batch, width, LANES), jnp.float32)] * (num_results - 1)
     out_specs = [window, pl.BlockSpec((1, width, LANES), lambda b, n: (b, 0, 0))][:num_results]
 
@@ -64,7 +65,7 @@ def _call(kernel, num_results: int, scale_D: Array, cos_DN: Array, sin_DN: Array
         return pl.pallas_call(
             functools.partial(kernel, width),
             grid=(batch, length // LANES),
-            in_specs=[pl.BlockSpec((width, LANES), lambda b, n: (0, 0)), angle, angle] + [window] * len(columns_BCN),
+            in_specs=[pl.BlockSpec((width, LANES), lambda b, n: (0, 0)), angle, angle] + [window] * len(columns_BRN),
             out_specs=out_specs,
             out_shape=shapes,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -73,7 +74,7 @@ def _call(kernel, num_results: int, scale_D: Array, cos_DN: Array, sin_DN: Array
         )(*operands)
 
     scale_DL = jnp.broadcast_to(scale_D.astype(jnp.float32)[:, None], (width, LANES))
-    made = on_platform(run, [scale_DL, cos_DN, sin_DN, *columns_BCN], ())
+    made = on_platform(run, [scale_DL, cos_DN, sin_DN, *columns_BRN], ())
     return made[0] if num_results == 1 else made
 
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from configs import demo
+from tests.support import ROOT
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import ResumeError
 from trainer.export import load_model
@@ -245,6 +246,5 @@ except DamagedError as error:
         target = data_file(Path(reachable) / "30")
         arguments = [str(Path(reachable) / "30"), str(target.relative_to(Path(reachable) / "30"))]
         command = [sys.executable, "-c", program, *arguments]
-        root = Path(__file__).parents[2]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == f"{target} cannot be read: Permission denied", result.stderr

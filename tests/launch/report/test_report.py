@@ -18,6 +18,7 @@ from configs import demo
 from data import open_dataset, prepare
 from launch.report import __main__ as report
 from launch.report.page import Curve, SentenceMasks, legible
+from tests.support import ROOT
 from trainer.export import load_model
 from trainer.loop import train
 from trainer.metrics import MetricsWriter
@@ -216,7 +217,7 @@ def test_the_command_explains_itself_and_reports_a_missing_workdir(dataset_path,
     def command(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "launch.report", *arguments],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env=os.environ,
             capture_output=True,
             text=True,
