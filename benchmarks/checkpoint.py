@@ -139,6 +139,10 @@ def main() -> None:
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(f"{parameters:,} parameters, state {size / 1e9:.2f} GB, {jax.default_backend()}, ", end="")
     print(f"batch {config.batch_size} x {config.context_length} tokens; {arguments.saves} saves of each kind")
+    print_tables(columns)
+
+
+def print_tables(columns: dict[str, list[float]]) -> None:
     step_seconds = statistics.median(columns["step"][2:])
     print(f"{'seconds':42}{'median':>8}{'most':>8}{'median, steps':>16}{'most, steps':>14}")
     for name, key in TIMES.items():

@@ -91,28 +91,7 @@ class Pod:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the pod; the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.emulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--hosts", type=_positive, required=True, help="processes")
-    parser.add_argument("--devices-per-host", type=_positive, required=True, help="emulated devices of each")
-    parser.add_argument("--restart", action="store_true", help="start again after a preemption or a crash")
-    parser.add_argument("--max-restarts", type=_positive, default=100, help="give up after so many (default 100)")
-    parser.add_argument("--backoff-seconds", type=float, default=1.0, help="pause before the first restart; doubles")
-    parser.add_argument(
-        "--grace-seconds", type=float, default=60.0, help="for the other hosts to end by themselves (default 60)"
-    )
-    separator = argv.index("--") if "--" in argv else len(argv)
-    if {"-h", "--help"} & set(argv[:separator]):
-        parser.parse_args(["--help"])
-    if separator == len(argv):
-        parser.error("give the trainer's flags after --, e.g. -- --config=configs/demo.py --workdir=runs/pod")
-    options, unknown = parser.parse_known_args(argv[:separator])
-    if unknown:
-        parser.error(f"{unknown[0]} is no flag of the pod (--help lists them); the trainer's go behind --")
-    trainer_flags = argv[separator + 1 :]
-
+    options, trainer_flags = _parse(sys.argv[1:] if argv is None else list(argv))
     interrupts = 0
     pod: Pod | None = None
 
@@ -150,6 +129,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         pause = min(2 * pause, _LONGEST_PAUSE)
         if interrupts:
             return _shell_code(code)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The pod's own options, and the trainer's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.emulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hosts", type=_positive, required=True, help="processes")
+    parser.add_argument("--devices-per-host", type=_positive, required=True, help="emulated devices of each")
+    parser.add_argument("--restart", action="store_true", help="start again after a preemption or a crash")
+    parser.add_argument("--max-restarts", type=_positive, default=100, help="give up after so many (default 100)")
+    parser.add_argument("--backoff-seconds", type=float, default=1.0, help="pause before the first restart; doubles")
+    parser.add_argument(
+        "--grace-seconds", type=float, default=60.0, help="for the other hosts to end by themselves (default 60)"
+    )
+    separator = argv.index("--") if "--" in argv else len(argv)
+    if {"-h", "--help"} & set(argv[:separator]):
+        parser.parse_args(["--help"])
+    if separator == len(argv):
+        parser.error("give the trainer's flags after --, e.g. -- --config=configs/demo.py --workdir=runs/pod")
+    options, unknown = parser.parse_known_args(argv[:separator])
+    if unknown:
+        parser.error(f"{unknown[0]} is no flag of the pod (--help lists them); the trainer's go behind --")
+    return options, argv[separator + 1 :]
 
 
 def _print_lines(host: int, process: subprocess.Popen[str]) -> None:
