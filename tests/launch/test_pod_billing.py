@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from launch.pod import billing
 from launch.pod.record import duration
 from launch.pod.state import ABSENT, DEAD, DEFAULT_VALID, QUEUED
+from tests.support import ROOT
 
-from .conftest import ROOT
 from .test_pod_decide import LIMITS, STORY, told
 
 VALID = duration(DEFAULT_VALID)

@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from launch.slices import TOPOLOGIES, assignments, find
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 def ask(name: str) -> subprocess.CompletedProcess:

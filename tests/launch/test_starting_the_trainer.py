@@ -1,9 +1,9 @@
 """Nobody starts the trainer as a process of its own but those whose job it is."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 STARTERS = {"launch/emulate.py", "launch/demo.py", "launch/worker.sh"}
 # A command line in a shell script, or a list of arguments in Python; text for people has no quotes around each word.
 COMMAND = {".sh": r"-m trainer\b", ".py": r"""["']-m["'],\s*f?["']trainer\b|["']-m trainer\b"""}

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .conftest import ROOT, SUBMIT, TRAINER, git, replaced
+from tests.support import ROOT
+from tests.support.cloud import SUBMIT, TRAINER, git, replaced
+
 from .fake_gcloud import flags
 
 GOLDEN = Path(__file__).parent / "golden"

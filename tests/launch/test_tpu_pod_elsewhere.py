@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER
+from tests.support.cloud import SUBMIT, TRAINER
+
 from .test_tpu_pod_life import created
 
 

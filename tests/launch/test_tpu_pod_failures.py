@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER, git
+from tests.support.cloud import SUBMIT, TRAINER, git
+
 from .test_tpu_pod_life import QUOTA, created
 
 DENIED = "ERROR: (gcloud.compute.tpus.queued-resources.create) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied"

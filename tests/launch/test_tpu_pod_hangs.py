@@ -2,7 +2,8 @@
 
 import shutil
 
-from .conftest import SUBMIT, TRAINER
+from tests.support.cloud import SUBMIT, TRAINER
+
 from .test_tpu_pod_life import created
 
 

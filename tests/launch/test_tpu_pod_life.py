@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER
+from tests.support.cloud import SUBMIT, TRAINER
 
 QUEUED = ["CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 QUOTA = "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit "

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER, replaced
+from tests.support.cloud import SUBMIT, TRAINER, replaced
+
 from .test_tpu_pod_life import created
 
 RECLAIMED = ["PROVISIONING", "SUSPENDING", "FAILED 13 an internal error has occurred"]

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER
+from tests.support.cloud import SUBMIT, TRAINER
+
 from .test_tpu_pod_life import created
 
 

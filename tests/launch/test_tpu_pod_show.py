@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from .conftest import SUBMIT, TRAINER
+from tests.support.cloud import SUBMIT, TRAINER
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from tests.support import ROOT
+from tests.support.cloud import replaced
 from tests.support.runs import TINY, assert_same_run
-
-from .conftest import ROOT, replaced
 
 KINDS = {1: "v4-8", 2: "v4-16"}
 RECLAIMED = ["PROVISIONING", "SUSPENDING", "FAILED 13 an internal error has occurred"]

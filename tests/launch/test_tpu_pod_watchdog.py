@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from .conftest import FAKE, SUBMIT, TRAINER
+from tests.support.cloud import FAKE, SUBMIT, TRAINER
+
 from .test_tpu_pod_life import created
 
 

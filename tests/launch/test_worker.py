@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from .conftest import FAKE, ROOT
+from tests.support import ROOT
+from tests.support.cloud import FAKE
 
 RUN = "NAME=run\nPROJECT=my-project\nZONE=us-central2-b\nDATA=gs://bucket/data/demo\nWORKDIR=gs://bucket/runs/run/workdir\n"
 

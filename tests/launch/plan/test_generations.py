@@ -8,8 +8,8 @@ import pytest
 
 from launch.plan.schedule import environment
 from launch.slices import find
-
-from .conftest import PLANS, ROOT
+from tests.support import ROOT
+from tests.support.plans import PLANS
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
 OTHERS = ["v5e-16", "v5p-16", "v6e-16"]

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from .conftest import ROOT, run_plan
+from tests.support import ROOT
+from tests.support.plans import run_plan
 
 D8 = "--config=configs/c4.py:d8"
 MISTAKES = {

@@ -15,9 +15,9 @@ from configs import c4
 from launch.plan.planner import matmul_flops, model_flops
 from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
+from tests.support import ROOT
+from tests.support.plans import PLANS, TINY, run_plan
 from trainer.settings import Settings, changed, read_settings
-
-from .conftest import PLANS, ROOT, TINY, run_plan
 
 pytestmark = pytest.mark.tpu_compile
 FAST, SLOW = ["d8"], ["d12", "d8, two slices"]
