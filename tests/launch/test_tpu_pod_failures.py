@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -15,10 +16,10 @@ INVALID = "ERROR: (gcloud.compute.tpus.queued-resources.create) INVALID_ARGUMENT
 STOCK_OUT = 'FAILED 8 There is no more capacity in the zone "us-central2-b"'
 
 
-def killed(cloud, moment: str) -> None:
-    """Submits, and kills the watcher when the history has come to `moment`."""
+def killed(cloud, condition: Callable[[], object]) -> None:
+    """Submits, and kills the watcher when `condition` holds."""
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
-    cloud.wait_for(lambda: moment in cloud.object("events"))
+    cloud.wait_for(condition)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -90,8 +91,7 @@ def test_lock_that_somebody_removed_does_not_end_the_watch(cloud):
 
 def test_slice_can_be_deleted_when_the_bucket_is_gone(cloud):
     cloud.attempts(["WAITING_FOR_RESOURCES"])
-    killed(cloud, "attempt")
-    cloud.wait_for(lambda: created(cloud) == 1)
+    killed(cloud, lambda: created(cloud) == 1)
     shutil.rmtree(cloud.folder / "buckets/bucket")
     code, output = cloud.run("delete", "--yes")
     assert code == 0 and "Deleting all the same" in output and "nothing bills" in output, output
@@ -100,7 +100,7 @@ def test_slice_can_be_deleted_when_the_bucket_is_gone(cloud):
 
 def test_slice_whose_trainer_had_ended_is_used_for_what_was_mended(cloud):
     cloud.trainer("2 error: batch_size=3 must be a multiple of 8", "0")
-    killed(cloud, "started")
+    killed(cloud, lambda: "started" in cloud.object("events"))
     cloud.wait_for(lambda: "mistake" in cloud.object("attempts/1/host-0.status"))
     cloud.wait_for(lambda: "mistake" in cloud.object("attempts/1/host-1.status"))
     code, output = cloud.run("submit", "--watch", *SUBMIT, *TRAINER, "--config.batch_size=8")
@@ -111,7 +111,7 @@ def test_slice_whose_trainer_had_ended_is_used_for_what_was_mended(cloud):
 def test_trainer_at_work_is_restarted_on_other_code_only_when_that_was_meant(cloud, tmp_path):
     cloud.repository = shutil.copytree(cloud.repository, tmp_path / "checkout")
     cloud.trainer("-", "0")
-    killed(cloud, "started")
+    killed(cloud, lambda: "started" in cloud.object("events"))
     cloud.wait_for(lambda: "running" in cloud.object("attempts/1/host-1.status"))
     with (cloud.repository / "trainer/loop.py").open("a") as file:
         file.write("# changed\n")
