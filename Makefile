@@ -57,7 +57,7 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/lint-imports --config pyproject.toml
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/shellcheck -x -a launch/*.sh
+	@$(VENV)/bin/shellcheck -x -a launch/*.sh launch/pod/*.sh
 	@$(VENV)/bin/shfmt -i 2 -ci -d launch
 
 # The tables of docs/ that the TPU compiler makes: all, or those whose command has the word ONLY.
