@@ -76,6 +76,7 @@ def announce_maintenance(pod, host: int) -> None:
     pod.host_signal(host, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_preempted_and_maintained_host_ends_bit_equal(pod, train_undisturbed, tmp_path):
     workdir = tmp_path / "workdir"
     pod.attempts(RECLAIMED, ["PROVISIONING", "ACTIVE"])

@@ -59,6 +59,7 @@ def test_v4_takes_fewer_bundles_with_selection_than_splash_attention_without():
     assert sum(row["bundles"] for row in measure_generation("v4").values()) < 14  # splash attention: 22.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "length"), [(16, 1024), (28, 2048)])  # two passes over the heads; chunks of queries
 def test_wide_models_fit_vmem_at_long_contexts(heads, length):
     kernels = measure(f"--heads={heads}", f"--length={length}")
