@@ -35,6 +35,7 @@ def test_hours_that_are_used_up_end_a_run_before_another_slice_is_asked_for(clou
     assert cloud.state() == {"requests": {}, "created": 0}
 
 
+@pytest.mark.slow
 def test_hours_that_run_out_while_training_save_and_end_the_billing(cloud):
     up_for(cloud, 3580)
     cloud.trainer("-")

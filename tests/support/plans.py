@@ -18,9 +18,11 @@ CHANGED = TINY | {"model.vocab_size": 1024, "optimizer.b2": 0.6875}
 PLANS = {
     "d8, two slices": ["--config=configs/c4.py:d8", "--topology=v4-8", "--slices=2"],
     "tiny": ["--config=configs/c4.py:d8", "--topology=v4-8", "--slices=2"],
+    "tiny, one slice": ["--config=configs/c4.py:d8", "--topology=v4-8"],
     "tiny, changed": ["--config=configs/c4.py:d8", "--topology=v4-8", "--slices=2"],
 }
-PLANS["tiny"] += [f"--config.{name}={value}" for name, value in TINY.items()]
+for plan in ("tiny", "tiny, one slice"):
+    PLANS[plan] += [f"--config.{name}={value}" for name, value in TINY.items()]
 PLANS["tiny, changed"] += [f"--config.{name}={value}" for name, value in CHANGED.items()]
 
 

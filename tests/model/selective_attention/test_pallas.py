@@ -205,6 +205,7 @@ def test_tiles_are_as_large_as_they_may_be_without_more_padding(queries, keys, s
     assert pallas_tpu_plan.blocks(pallas_tpu_plan.TILINGS["v4"], jnp.bfloat16, queries, keys) == sides
 
 
+@pytest.mark.slow
 def test_rounding_errors_of_f_do_not_grow_with_the_length():
     length, tau = 8192, 1e9  # with such a tau, forgotten is the sum of a row of F
     rng = np.random.default_rng(0)

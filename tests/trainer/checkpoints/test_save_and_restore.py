@@ -259,6 +259,7 @@ def pipe(tmp_path: Path):
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
 
 
+@pytest.mark.slow
 def test_a_seal_that_hangs_is_given_up_and_saving_goes_on_afterwards(config, tmp_path, pipe):
     config.checkpoint.timeout_seconds = 10
     state = random_state(config, layout(config, data=8))
