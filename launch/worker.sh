@@ -25,7 +25,7 @@ say() { printf 'worker: %s\n' "$*" >>"$log"; }
 # The line is on disk first: a worker that comes back after a reboot must know how it ended.
 write_status() {
   detail=$(printf '%.300s' "$detail" | LC_ALL=C tr -c ' -~' ' ')
-  printf '%s %s %s %s' "$host" "$state" "$code" "$restarts" >"$status.new"
+  printf '%s %s %s %s %s\n' "$host" "$state" "$code" "$restarts" "$detail" >"$status.new"
   mv "$status.new" "$status"
 }
 
@@ -34,8 +34,8 @@ ship() {
   local size line
   size=$(wc -c <"$log" | tr -d ' ')
   cp "$log" "$log.sent" && timeout 300 gcloud storage cp --quiet "$log.sent" "$url/attempts/$attempt/host-$host.log" >/dev/null 2>&1
-  read -r line <"$status"
-  printf '%s %s %s %s\n' "$line" "$size" "$(date +%s)" "$detail" >"$status.sent"
+  read -r -a line <"$status" # the sender that is being replaced must not send a new state with old words
+  printf '%s %s %s %s\n' "${line[*]:0:4}" "$size" "$(date +%s)" "${line[*]:4}" >"$status.sent"
   timeout 120 gcloud storage cp --quiet "$status.sent" "$url/attempts/$attempt/host-$host.status" >/dev/null 2>&1
   # A workdir on the hosts is not seen from outside; these two files are what status and the watcher need of it.
   if [ "$host" = 0 ] && [[ $workdir != gs://* ]]; then
@@ -199,7 +199,7 @@ trap 'pass_on stop' TERM INT
 trap 'pass_on "maintenance or preemption announced"' USR1
 touch "$log"
 if [ -f "$status" ]; then
-  read -r _ state code restarts <"$status"
+  read -r _ state code restarts detail <"$status"
   case $state in
     finished | mistake | out_of_memory | diverged | crashed | lost) leave ;;
   esac

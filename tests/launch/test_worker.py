@@ -162,14 +162,14 @@ def test_trainer_that_hangs_after_sigterm_is_killed(cloud):
 
 
 def test_worker_that_comes_back_after_a_reboot_knows_how_it_ended(cloud):
-    cloud.trainer("0", "0")
+    cloud.trainer("4 error: loss is nan", "0")
     worker = Worker(cloud)
     process = worker.start()
-    cloud.wait_for(lambda: "finished" in worker.reported())
+    cloud.wait_for(lambda: " error: loss is nan\n" in worker.reported())
     process.kill()
     process.wait()
     worker.start()
-    cloud.wait_for(lambda: worker.log().count("worker: finished") == 2)
+    cloud.wait_for(lambda: worker.log().count("worker: diverged: error: loss is nan (exit code 4)") == 2)
     assert len(worker.starts()) == 1
 
 
