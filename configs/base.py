@@ -132,6 +132,7 @@ class Config:
     checkpoint: Free[Checkpoint] = Checkpoint()
     eval: Free[Eval] = Eval()
     faults: Faults = Faults()
+    compilation_cache: Free[str] = ""  # folder of compiled programs, which are native code; "": see docs/training.md
     log_every_steps: Free[Positive[int]] = 50  # steps between lines on the terminal; TensorBoard gets every step
 
 

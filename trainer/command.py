@@ -1,5 +1,6 @@
 """One process of `python -m trainer`, from its flags to its exit code."""
 
+import functools
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from absl import app
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataError
+from trainer import compilation_cache
 from trainer.errors import (
     EXIT_DIVERGED,
     EXIT_FAILED,
@@ -28,6 +30,7 @@ from trainer.errors import (
 from trainer.flags import CONFIG, OVERRIDE_RESUME, WORKDIR
 from trainer.hosts import join
 from trainer.hosts.interrupt import Interrupt
+from trainer.hosts.peers import Peers
 from trainer.loop import train
 from trainer.settings import read_settings
 
@@ -48,13 +51,9 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
     peers = None
     try:
         settings = read_settings(CONFIG.value)
-        # A restart compiles nothing anew. JAX_COMPILATION_CACHE_DIR shares the cache between runs.
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", f"{WORKDIR.value}/compilation_cache")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         peers = join.initialize(settings.faults)
-        if peers is not None:
-            interrupt.on_exit = peers.leave
+        interrupt.on_exit = functools.partial(_part, peers)
+        compilation_cache.open_cache(settings.compilation_cache, str(WORKDIR.value))
         with logging_redirect_tqdm():
             code = train(settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at)
     except (ConfigError, ResumeError, DataError) as error:
@@ -71,6 +70,8 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         if "RESOURCE_EXHAUSTED" in str(error) and "No space left" not in str(error):
             advice = "--config.model.remat=block, a larger --config.mesh.fsdp or --config.accumulation need less"
             code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)
+    if code != EXIT_FAILED:
+        compilation_cache.part()
     sys.stdout.flush()
     sys.stderr.flush()
     if peers is not None:
@@ -81,6 +82,13 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
             peers.leave(code)
     # Not sys.exit: a host that leaves alone would wait for the others in JAX's shutdown barrier for minutes.
     os._exit(code)
+
+
+def _part(peers: Peers | None, code: int) -> None:
+    if code == EXIT_PREEMPTED:  # and not because this host hangs
+        compilation_cache.part()
+    if peers is not None:
+        peers.leave(code)
 
 
 def _say(message: str, code: int) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
+from trainer import compilation_cache
 from trainer.goodput import Phases
 from trainer.hosts.requests import Request
 
@@ -62,6 +63,7 @@ class Outcomes:
             return
         (step, metrics, data_seconds), self._pending = self._pending, None
         values = jax.device_get(metrics)
+        compilation_cache.prove()
         self.requests |= {request for request in Request if values["requests"][request]}
         scalars = {name: float(value) for name, value in values.items() if name != "requests"}
         self.last_step, self.bad_steps = step, int(scalars["bad_steps"])

@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 import jax
-from jax._src import compiler, distributed
+from jax._src import distributed
 
 from configs import base
 from trainer.errors import ConfigError
@@ -62,8 +62,6 @@ def initialize(faults: base.Faults) -> Peers | None:
     store = key_value_store()
     if store is None:
         return None
-    if jax.default_backend() == "cpu":
-        _let_every_process_write_the_compilation_cache()
     assert state.coordinator_address is not None
     peers = Peers(store, state.process_id, state.num_processes, state.coordinator_address, socket.gethostname())
     peers.watch(faults.peer_timeout_seconds)
@@ -75,19 +73,3 @@ def _has_tpus() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
     devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     return "tpu" in wanted and bool(devices)
-
-
-def _let_every_process_write_the_compilation_cache() -> None:
-    # JAX lets process 0 alone write. On TPU all hosts share a key; on CPU a key holds the process's own topology, so
-    # that the others would compile at every restart, and process 0 would wait for them.
-    write = compiler._cache_write
-
-    def write_as_process_0(*arguments: Any) -> None:
-        state = distributed.global_state
-        process_id, state.process_id = state.process_id, 0
-        try:
-            write(*arguments)
-        finally:
-            state.process_id = process_id
-
-    compiler._cache_write = write_as_process_0  # type: ignore[assignment]

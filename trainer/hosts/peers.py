@@ -15,6 +15,7 @@ import threading
 import time
 from typing import Any
 
+from trainer import compilation_cache
 from trainer.errors import EXIT_PEER_LOST, ExitCode
 from trainer.hosts.key_value import KeyValueStore
 
@@ -113,6 +114,7 @@ class Peers:
         print(f"\nhost {self._id}: {message}; leaving with exit code {code}", file=sys.stderr, flush=True)
         if code == EXIT_PEER_LOST:
             faulthandler.dump_traceback(all_threads=True)
+        compilation_cache.part()
         sys.stdout.flush()
         if self._id == 0:
             time.sleep(_PARTING_SECONDS)  # its end aborts the others, who may be about to see the same
