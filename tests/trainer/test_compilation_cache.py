@@ -162,6 +162,17 @@ def test_programs_that_have_run_are_trusted_whatever_becomes_of_the_process(cach
     assert cache().get("key") == b"program"
 
 
+def test_a_run_that_is_killed_behind_its_first_steps_has_proven_its_programs(
+    trained, start_trainer, run_until, finish, tmp_path
+):
+    endless = dict.fromkeys(("steps", "eval__every_steps", "checkpoint__every_steps"), 1_000_000)
+    process = start_trainer(tmp_path, compilation_cache=trained[0], **endless)
+    run_until(process, "step 2 ")
+    process.kill()
+    finish(process)
+    assert not list(tmp_path.glob(".unproven*"))
+
+
 def test_a_name_outside_the_cache_is_not_removed(cache, tmp_path):
     (tmp_path / "precious.sealed").write_text("data")
     (tmp_path / "suspects").write_text("../precious")
