@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal
+from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal, write_seal
 from trainer.checkpoints.disk import explain
 from trainer.checkpoints.folder import (
     checkpoint_folder,
@@ -43,6 +43,7 @@ class Restored:
     state: TrainState
     step: int
     notes: dict[str, Any]  # as given to `save`
+    loss: float | None = None  # this step's validation loss, where it has one
 
 
 class Checkpoints:
@@ -119,7 +120,7 @@ class Checkpoints:
                     )
                 self._on_first_host(lambda folder=folder, metadata=metadata: seal_checkpoint(folder, metadata["loss"]))  # type: ignore[misc]
             self._saver.saved_step = step
-            return Restored(state, step, metadata["notes"])
+            return Restored(state, step, metadata["notes"], seal.loss if seal else metadata["loss"])
         aside = self._hosts.from_first_host(sorted(path.name for path in self._folder.glob(f"*.{DAMAGED}*")))
         if tried or aside:
             reasons = [f"{step}: {reason}" for step, reason in tried.items()] + aside
@@ -141,6 +142,18 @@ class Checkpoints:
         """
         loss = loss if loss is not None and math.isfinite(loss) else None
         self._saver.start(step, state, self._identity.metadata() | {"notes": dict(notes), "loss": loss})
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Gives the checkpoint of `step`, which is `saved_step`, a validation loss that came after it."""
+        folder = self._folder / str(step)
+
+        def seal_again() -> None:
+            seal = read_seal(folder)
+            if seal is not None and math.isfinite(loss):
+                write_seal(folder, seal._replace(loss=loss))
+
+        for problem in self._on_first_host(seal_again):
+            logger.warning("checkpoint %d does not count among the best: %s", step, problem)
 
     def poll(self) -> Status:
         """How the last save stands on this host; returns at once. "failed" until the next `save`."""
