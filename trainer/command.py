@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -26,7 +25,7 @@ from trainer.errors import (
     StorageError,
 )
 from trainer.flags import CONFIG, OVERRIDE_RESUME, WORKDIR
-from trainer.hosts import join
+from trainer.hosts import join, last_words
 from trainer.hosts.interrupt import Interrupt
 from trainer.loop import train
 from trainer.settings import read_settings
@@ -64,15 +63,13 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
     except (StorageError, ReplicaError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)
     except Exception as error:
-        traceback.print_exc()
+        last_words.say(traceback.format_exc().rstrip())
         code = EXIT_FAILED
         if peers is not None and isinstance(error, jax.errors.JaxRuntimeError):
             peers.wait_for_verdict()
         if "RESOURCE_EXHAUSTED" in str(error) and "No space left" not in str(error):
             advice = "--config.model.remat=block, a larger --config.mesh.fsdp or --config.accumulation need less"
             code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if peers is not None:
         if code in (EXIT_FINISHED, EXIT_PREEMPTED):
             peers.stop_watching()
@@ -84,5 +81,5 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
 
 
 def _say(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    last_words.say(message)
     return code

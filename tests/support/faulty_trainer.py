@@ -1,6 +1,6 @@
 """`python -m trainer` with a fault at a place that no test outside could hit.
 
-    python -m tests.support.faulty_trainer FAULT FLAGS...
+python -m tests.support.faulty_trainer FAULT FLAGS...
 """
 
 import os
