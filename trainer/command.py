@@ -20,6 +20,7 @@ from trainer.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     DivergedError,
+    LeaseError,
     ReplicaError,
     ResumeError,
     StorageError,
@@ -60,7 +61,7 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         code = _say(f"error: {error}", EXIT_MISTAKE)
     except DivergedError as error:
         code = _say(f"error: {error}", EXIT_DIVERGED)
-    except (StorageError, ReplicaError) as error:
+    except (LeaseError, StorageError, ReplicaError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)
     except Exception as error:
         last_words.say(traceback.format_exc().rstrip())

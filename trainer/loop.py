@@ -19,6 +19,7 @@ from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import Request
 from trainer.job import Job, open_job
+from trainer.lease import Lease
 from trainer.metrics import MetricsWriter, StepLog, progress_bar
 from trainer.outcomes import Outcomes
 from trainer.position import Position, begin_at
@@ -49,10 +50,16 @@ def train(
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
 
     Raises:
-      ConfigError, ResumeError, data.DataError: before any step was made; nothing was overwritten.
+      ConfigError, ResumeError, LeaseError, data.DataError: before any step was made; nothing was overwritten.
       StorageError, DivergedError, ReplicaError: see there; the checkpoints before stand.
     """
-    job = open_job(settings, workdir, interrupt or Interrupt(), override_resume, started_at or time.time())
+    interrupt = interrupt or Interrupt()
+    with Lease(interrupt.on_exit) as lease:
+        return _start(open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.time()))
+
+
+def _start(job: Job) -> int:
+    settings, workdir = job.settings, job.workdir
     finished = job.checkpoints.latest_step() == settings.steps and epath.Path(workdir, RESULT_FILE).exists()
     with jax.set_mesh(job.mesh), job.phases("work outside of steps"):
         # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
