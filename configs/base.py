@@ -112,7 +112,7 @@ class Faults:
     start_timeout_seconds: Free[Positive[int]] = 300  # for all hosts to join, at the start
     step_timeout_seconds: Free[Positive[float]] = 60.0  # a step may take this long, or
     step_timeout_factor: Free[Positive[float]] = 20.0  # this times the median step, before the host counts as hanging
-    first_step_timeout_seconds: Free[Positive[float]] = 1_800.0  # the first step, eval batch and save, may compile
+    first_step_timeout_seconds: Free[Positive[float]] = 1_800.0  # compiling, and the first step, eval batch and save
 
 
 @dataclasses.dataclass(frozen=True)

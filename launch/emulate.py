@@ -5,32 +5,75 @@
 
 What follows `--` goes to the trainer of every host. SIGTERM and Ctrl-C go to all hosts, which save and exit; a second
 one kills them. With --restart this is the pod's supervisor as well: when a host is preempted or crashes, it ends the
-others and starts all of them again, as often as --max-restarts says. The exit code is that of the first host that ended
-with another one than 0.
+others and starts all of them again, as often as --max-restarts says, which counts anew from each newer checkpoint. The
+exit code is that of the first host that ended with another one than 0.
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from trainer.checkpoints.reached import read_reached
 from trainer.errors import ExitCode
 
 NO_RETRY = {code for code in ExitCode if not code.retried}
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _PR_SET_PDEATHSIG = 1
 _LONGEST_PAUSE = 60.0
+_STDOUT, _MOST_LINES, _CLOSING_SECONDS = 1, 10_000, 5.0
+
+
+class Output:
+    """Lines on stdout, written by a thread of their own: whoever reads them may stop, and the disk that they go to may
+    be full, without the pod standing still. What cannot be written is dropped and counted.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(_MOST_LINES)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write_all, name="output", daemon=True)
+        self._thread.start()
+
+    def say(self, line: str) -> None:
+        """Returns at once."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Returns when everything is written, or nobody takes it."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=_CLOSING_SECONDS)
+            self._thread.join(_CLOSING_SECONDS)
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            dropped = self._dropped
+            if dropped:
+                line = f"[pod] {dropped} lines are missing here: nobody took them, or there was no space\n{line}"
+            try:
+                content = f"{line}\n".encode(errors="replace")
+                while content:
+                    content = content[os.write(_STDOUT, content) :]
+                self._dropped -= dropped
+            except OSError:
+                self._dropped += 1
 
 
 class Pod:
     """The processes of one start."""
 
-    def __init__(self, hosts: int, devices_per_host: int, trainer_flags: Sequence[str]) -> None:
+    def __init__(self, hosts: int, devices_per_host: int, trainer_flags: Sequence[str], output: Output) -> None:
         address = f"127.0.0.1:{_free_port()}"
         flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
         flags.append(f"--xla_force_host_platform_device_count={devices_per_host}")
@@ -50,9 +93,10 @@ class Pod:
             )
             for host in range(hosts)
         ]
-        _say("started " + ", ".join(f"host {host}: process {p.pid}" for host, p in enumerate(self.processes)))
+        started = ", ".join(f"host {host}: process {p.pid}" for host, p in enumerate(self.processes))
+        output.say(f"[pod] started {started}")
         self._printers = [
-            threading.Thread(target=_print_lines, args=(host, process), daemon=True)
+            threading.Thread(target=_pass_on, args=(host, process, output), daemon=True)
             for host, process in enumerate(self.processes)
         ]
         for printer in self._printers:
@@ -92,6 +136,15 @@ class Pod:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the pod; the exit code."""
     options, trainer_flags = _parse(sys.argv[1:] if argv is None else list(argv))
+    with _signals_held():  # by its thread for ever, so that they come to this one
+        output = Output()
+    code = _supervise(options, trainer_flags, output)
+    output.close()
+    return 128 - code if code < 0 else code  # of a signal, as shells say it
+
+
+def _supervise(options: argparse.Namespace, trainer_flags: Sequence[str], output: Output) -> int:
+    """Starts the pod as often as it takes; how the last start ended."""
     interrupts = 0
     pod: Pod | None = None
 
@@ -101,34 +154,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if pod is not None:
             pod.send(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, interrupt)
+    reached, code = _newest_checkpoint(trainer_flags), int(ExitCode.PREEMPTED)
     restarts, pause = 0, options.backoff_seconds
     while True:
-        started = time.monotonic()
-        pod = Pod(options.hosts, options.devices_per_host, trainer_flags)
-        while (code := pod.first_end()) is None:
+        with _signals_held():  # one that comes while hosts are started goes to all of them
+            if interrupts:
+                return code
+            pod = Pod(options.hosts, options.devices_per_host, trainer_flags, output)
+        while (first := pod.first_end()) is None:
             time.sleep(0.1)
         pod.end(options.grace_seconds)
-        code = pod.first_end() or ExitCode.FINISHED
-        _say(f"all hosts have ended ({pod.codes()})")
-        if interrupts:
-            return _shell_code(code)
-        if not options.restart or code in NO_RETRY:
-            return _shell_code(code)
+        code = pod.first_end() or first
+        output.say(f"[pod] all hosts have ended ({pod.codes()})")
+        if interrupts or not options.restart or code in NO_RETRY:
+            return code
+        if (newest := _newest_checkpoint(trainer_flags)) > reached:
+            reached, restarts, pause = newest, 0, options.backoff_seconds
         if restarts == options.max_restarts:
-            _say(f"giving up after {restarts} restarts")
-            return _shell_code(code)
+            output.say(f"[pod] giving up after {restarts} restarts without a newer checkpoint")
+            return code
         restarts += 1
-        if code == ExitCode.PREEMPTED or time.monotonic() - started > 10 * pause:
-            pause = options.backoff_seconds  # it got somewhere
-        _say(f"restart {restarts} of at most {options.max_restarts} in {pause:.0f} s")
+        output.say(f"[pod] restart {restarts} of at most {options.max_restarts} in {pause:.0f} s")
         deadline = time.monotonic() + pause
         while not interrupts and time.monotonic() < deadline:
             time.sleep(0.05)
         pause = min(2 * pause, _LONGEST_PAUSE)
-        if interrupts:
-            return _shell_code(code)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -139,7 +191,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--hosts", type=_positive, required=True, help="processes")
     parser.add_argument("--devices-per-host", type=_positive, required=True, help="emulated devices of each")
     parser.add_argument("--restart", action="store_true", help="start again after a preemption or a crash")
-    parser.add_argument("--max-restarts", type=_positive, default=100, help="give up after so many (default 100)")
+    parser.add_argument(
+        "--max-restarts", type=_positive, default=100, help="give up after so many without a newer checkpoint (100)"
+    )
     parser.add_argument("--backoff-seconds", type=float, default=1.0, help="pause before the first restart; doubles")
     parser.add_argument(
         "--grace-seconds", type=float, default=60.0, help="for the other hosts to end by themselves (default 60)"
@@ -155,11 +209,33 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, argv[separator + 1 :]
 
 
-def _print_lines(host: int, process: subprocess.Popen[str]) -> None:
+def _pass_on(host: int, process: subprocess.Popen[str], output: Output) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if not line.startswith("[Gloo] Rank "):  # dozens, all good news
-            print(f"[host {host}] {line.rstrip()}", flush=True)
+            output.say(f"[host {host}] {line.rstrip()}")
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals come when the block has ended. Processes that it starts hold them too, until they ask for them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _newest_checkpoint(trainer_flags: Sequence[str]) -> int:
+    """The step of the newest checkpoint that the run has made; -1 if there is none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--workdir")
+    workdir = parser.parse_known_args(trainer_flags)[0].workdir
+    try:
+        reached = read_reached(workdir) if workdir else None
+    except OSError:  # it will be asked again after the next start
+        reached = None
+    return -1 if reached is None else reached
 
 
 def _die_with_parent() -> None:
@@ -178,14 +254,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
-
-
-def _shell_code(code: int) -> int:
-    return 128 - code if code < 0 else code  # of a signal, as shells say it
-
-
-def _say(message: str) -> None:
-    print(f"[pod] {message}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -23,12 +22,13 @@ from trainer.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     DivergedError,
+    LeaseError,
     ReplicaError,
     ResumeError,
     StorageError,
 )
 from trainer.flags import CONFIG, OVERRIDE_RESUME, WORKDIR
-from trainer.hosts import join
+from trainer.hosts import join, last_words
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.peers import Peers
 from trainer.loop import train
@@ -60,10 +60,10 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         code = _say(f"error: {error}", EXIT_MISTAKE)
     except DivergedError as error:
         code = _say(f"error: {error}", EXIT_DIVERGED)
-    except (StorageError, ReplicaError) as error:
+    except (LeaseError, StorageError, ReplicaError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)
     except Exception as error:
-        traceback.print_exc()
+        last_words.say(traceback.format_exc().rstrip())
         code = EXIT_FAILED
         if peers is not None and isinstance(error, jax.errors.JaxRuntimeError):
             peers.wait_for_verdict()
@@ -72,8 +72,6 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
             code = _say(f"error: the step does not fit the devices' memory; {advice}", EXIT_OUT_OF_MEMORY)
     if code != EXIT_FAILED:
         compilation_cache.part()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if peers is not None:
         if code in (EXIT_FINISHED, EXIT_PREEMPTED):
             peers.stop_watching()
@@ -92,5 +90,5 @@ def _part(peers: Peers | None, code: int) -> None:
 
 
 def _say(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    last_words.say(message)
     return code

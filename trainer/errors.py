@@ -44,6 +44,10 @@ class ResumeError(RuntimeError):
     """A workdir that this run must not continue."""
 
 
+class LeaseError(RuntimeError):
+    """A workdir that another run holds, or that cannot be taken."""
+
+
 class StorageError(RuntimeError):
     """Checkpoints cannot be written."""
 

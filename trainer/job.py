@@ -15,6 +15,7 @@ from trainer.checks import check_batch, check_dataset
 from trainer.goodput import Goodput, Phases
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.watchdog import Watchdog
+from trainer.lease import Lease
 from trainer.mesh import make_mesh
 from trainer.settings import Settings
 from trainer.state import TrainState, abstract_state, init_state
@@ -52,12 +53,18 @@ class Job:
 
 
 def open_job(
-    settings: Settings, workdir: str, interrupt: Interrupt, override_resume: Sequence[str], started_at: float
+    settings: Settings,
+    workdir: str,
+    lease: Lease,
+    interrupt: Interrupt,
+    override_resume: Sequence[str],
+    started_at: float,
 ) -> Job:
-    """Checks dataset, mesh and workdir against the settings, and each other; see `train` for the arguments.
+    """Checks dataset, mesh and workdir against the settings, and each other, and takes the workdir; see `train` for the
+    arguments.
 
     Raises:
-      ConfigError, ResumeError, data.DataError: nothing was overwritten.
+      ConfigError, ResumeError, LeaseError, data.DataError: nothing was overwritten.
     """
     is_main = jax.process_index() == 0
     dataset = open_dataset(settings.data.path)
@@ -66,6 +73,7 @@ def open_job(
     check_batch(settings, mesh.shape)
     state_shape = abstract_state(settings, mesh)
     check_workdir(workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shape)))
+    lease.take(workdir)
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.time() - started_at)
     checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume)

@@ -19,6 +19,7 @@ from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import Request
 from trainer.job import Job, open_job
+from trainer.lease import Lease
 from trainer.metrics import MetricsWriter, StepLog, progress_bar
 from trainer.outcomes import Outcomes
 from trainer.position import Position, begin_at
@@ -49,12 +50,18 @@ def train(
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
 
     Raises:
-      ConfigError, ResumeError, data.DataError: before any step was made; nothing was overwritten.
+      ConfigError, ResumeError, LeaseError, data.DataError: before any step was made; nothing was overwritten.
       StorageError, DivergedError, ReplicaError: see there; the checkpoints before stand.
     """
-    job = open_job(settings, workdir, interrupt or Interrupt(), override_resume, started_at or time.time())
+    interrupt = interrupt or Interrupt()
+    with Lease(interrupt.on_exit) as lease:
+        return _start(open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.time()))
+
+
+def _start(job: Job) -> int:
+    settings, workdir = job.settings, job.workdir
     finished = job.checkpoints.latest_step() == settings.steps and epath.Path(workdir, RESULT_FILE).exists()
-    with jax.set_mesh(job.mesh):
+    with jax.set_mesh(job.mesh), job.phases("work outside of steps"):
         # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
         # waiting for it.
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
@@ -82,7 +89,7 @@ class Run:
 
     def __init__(self, job: Job, start: Restored, compiled: concurrent.futures.Future[jax.stages.Compiled]) -> None:
         """`compiled` is the train step."""
-        settings, goodput, sharding = job.settings, job.phases.goodput, batch_sharding(job.mesh)
+        settings, sharding = job.settings, batch_sharding(job.mesh)
         self.job, self.settings, self.phases = job, settings, job.phases
         source = TrainBatches(
             job.dataset,
@@ -92,11 +99,11 @@ class Run:
         )
         self.begin_at: Callable[[Restored], Position] = functools.partial(begin_at, source, settings.steps, sharding)
         self.at = self.begin_at(start)  # batches are read while the compiler still works
-        with goodput.span("compile"):
+        with self.phases("waiting for the compiler", "compile"):
             self.train_step = compiled.result()
         self.writer = MetricsWriter(f"{job.workdir}/tensorboard", start.step + 1, enabled=job.is_main)
         self.bar = progress_bar(settings.steps, "train", job.is_main, initial=start.step)
-        log = StepLog(self.writer, goodput, settings.log_every_steps, self.bar, job.is_main, job.started_at)
+        log = StepLog(self.writer, self.phases.goodput, settings.log_every_steps, self.bar, job.is_main, job.started_at)
         self.outcomes = Outcomes(log.write, job.phases)
         self.saves = Saves(job, self.outcomes, self.writer)
         self.validate = Validation(job, self.writer, self.saves.requests)
@@ -124,12 +131,13 @@ class Run:
         while True:
             # `at.step` updates are done. What is due here is done before the next update.
             at, is_last = self.at, self.at.step == settings.steps
-            if self.is_due(settings.eval.every_steps) and at.step != at.last_eval_step:
+            if self.is_evaluation_due():
                 outcomes.drain()
                 evaluation = self.validate("eval", at.step, at.state.params, settings.eval.batches)
                 if evaluation is None:
                     return False
                 at.last_eval_step, at.last_eval_loss = at.step, evaluation.loss
+                self.saves.add_loss(at)
             every = settings.faults.check_replicas_every_steps
             if self.is_due(every) or (every and is_last):
                 outcomes.drain()
@@ -155,6 +163,11 @@ class Run:
         """Whether something that is done every so many steps is due at this one, on the way."""
         step = self.at.step
         return every_steps > 0 and self.at.first_step < step < self.settings.steps and step % every_steps == 0
+
+    def is_evaluation_due(self) -> bool:
+        """Whether this step's evaluation is to be made; also where a run goes on, if it was stopped in the middle."""
+        at, every = self.at, self.settings.eval.every_steps
+        return 0 < at.step < self.settings.steps and at.step % every == 0 and at.step != at.last_eval_step
 
     def make_step(self) -> None:
         """Dispatches the next update, then reads what the one before computed."""
@@ -191,10 +204,11 @@ class Run:
     def close(self) -> None:
         """Closes what is open, and says where the time went."""
         goodput = self.phases.goodput
-        self.job.checkpoints.close()
-        self.writer.write(self.at.step, goodput.scalars())
-        self.writer.close()
-        goodput.write()
+        with self.phases("closing"):
+            self.job.checkpoints.close()
+            self.writer.write(self.at.step, goodput.scalars())
+            self.writer.close()
+            goodput.write()
         if self.job.is_main:
             logger.info("%s", goodput.summary())
 

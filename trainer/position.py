@@ -21,7 +21,7 @@ class Position:
     batches: Iterator[tuple[Batch, float]]  # of the steps to come, each with the seconds that it took to load
     skipped: Sequence[tuple[int, int]]  # windows [start, stop) of the data order that are left out
     last_eval_step: int  # -1 before the first
-    last_eval_loss: float | None = None  # of `last_eval_step`; None if another process made it
+    last_eval_loss: float | None = None  # of `last_eval_step`; None if it is not known
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint keeps of it beside the state."""
@@ -32,4 +32,5 @@ def begin_at(source: Rows, steps: int, sharding: NamedSharding, start: Restored)
     """Goes on from a checkpoint, or from the beginning, up to update number `steps`; begins to read batches at once."""
     skipped = [(first, stop) for first, stop in start.notes["skipped_batches"]]
     batches = prefetch(RemainingBatches(source, skipped), range(start.step, steps), sharding)
-    return Position(start.state, start.step, start.step, batches, skipped, start.notes["last_eval_step"])
+    last_eval_step = start.notes["last_eval_step"] if start.loss is None else start.step
+    return Position(start.state, start.step, start.step, batches, skipped, last_eval_step, start.loss)

@@ -47,15 +47,24 @@ class Saves:
         self._outcomes.drain()
         self._failed += Request.SAVE_AGAIN in self._outcomes.requests
         self._outcomes.requests -= {Request.SAVE, Request.SAVE_AGAIN}
-        self._writer.flush()
         loss = at.last_eval_loss if at.last_eval_step == at.step else None
-        start = time.monotonic()
         # What Orbax copies to the host, and how, is its own.
         with self._phases("saving a checkpoint", "saving"), jax.transfer_guard("allow"):
+            self._writer.flush()
+            start = time.monotonic()
             self._checkpoints.save(at.step, at.state, at.notes(), loss)
         self._last_time = time.monotonic()
         scalars = {"checkpoint/stall_seconds": self._last_time - start, "checkpoint/failures": self._failed}
         self._writer.write(at.step, scalars | self._phases.goodput.scalars())
+
+    def add_loss(self, at: Position) -> None:
+        """This step was evaluated after its checkpoint was made: a run that was stopped in the evaluation makes it when
+        it goes on. The checkpoint shall count among the best all the same.
+        """
+        if self._checkpoints.saved_step == at.step and at.last_eval_loss is not None:
+            with self._phases("sealing a checkpoint", "saving"):
+                self._writer.flush()  # the seal says that the evaluation need not be made again
+                self._checkpoints.add_loss(at.step, at.last_eval_loss)
 
     def save_for_good(self, at: Position) -> None:
         """Returns when there is a sound checkpoint of this step; tries twice.

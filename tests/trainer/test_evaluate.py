@@ -1,12 +1,14 @@
 """Evaluation on the way: what it sums up, and that it can be interrupted."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 
 from data import EvalBatches, open_dataset
 from trainer.batches import batch_sharding
-from trainer.evaluate import evaluate
+from trainer.evaluate import Evaluation, evaluate
 from trainer.hosts.requests import Request, request_array
 from trainer.mesh import make_mesh
 from trainer.settings import read_settings
@@ -36,3 +38,8 @@ def test_evaluation_polls_for_an_interruption_with_every_batch(tiny_config, stop
         assert len(asked) == 6 and result.tokens == np.count_nonzero(rows)
     else:
         assert result is None and len(asked) == stopped_at + 2  # the next batch is under way when this one is read
+
+
+def test_perplexity_of_a_loss_beyond_what_exp_can_take_is_infinite():
+    assert Evaluation(710.0, tokens=1).perplexity == math.inf
+    assert Evaluation(0.0, tokens=1).perplexity == 1

@@ -60,3 +60,14 @@ with phases("rolling back", "restore"):
     code, output = run(tmp_path, program)
     assert code == EXIT_PEER_LOST
     assert "rolling back has taken" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "phase"), [("a_compiler_that_hangs", "waiting for the compiler"), ("a_close_that_hangs", "closing")]
+)
+def test_a_run_that_hangs_outside_of_its_steps_is_ended_by_the_watchdog(start_process, finish, tmp_path, fault, phase):
+    limits = {"faults__first_step_timeout_seconds": 20.0, "faults__step_timeout_seconds": 20.0}
+    code, output = finish(start_process(["tests.support.faulty_trainer", fault], tmp_path, steps=2, **limits))
+    assert code == EXIT_PEER_LOST, output
+    assert f"{phase} has taken" in output

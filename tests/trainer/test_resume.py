@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.support.runs import losses
 from trainer.hosts.interrupt import EXIT_PREEMPTED
 
 
@@ -88,6 +89,21 @@ def test_a_run_that_ends_between_commit_and_seal_of_a_checkpoint_loses_nothing(
     assert code == 0, output
     assert "checkpoint 5 had no checksums" in output and "starting at step 5 " in output
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_sigterm_in_an_evaluation_loses_neither_its_point_nor_the_best_checkpoint(
+    start_trainer, start_process, finish, assert_same_run, undisturbed, tmp_path
+):
+    keep = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1}
+    fault = ["tests.support.faulty_trainer", "sigterm_in_an_evaluation"]
+    code, output = finish(start_process(fault, tmp_path, **keep))
+    assert code == EXIT_PREEMPTED and "saved at step 20;" in output, output
+    code, output = finish(start_trainer(tmp_path, **keep))
+    assert code == 0, output
+    assert_same_run(tmp_path, undisturbed)
+    losses_by_step = dict(losses(undisturbed, "eval/loss"))
+    assert losses_by_step[20] < losses_by_step[10]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"20", "30"}
 
 
 def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, tmp_path):

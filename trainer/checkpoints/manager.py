@@ -2,7 +2,8 @@
 
 In the workdir's folder `checkpoints`, `40/` is what Orbax wrote for step 40 and `40.checksums.json` its seal, written
 once it is complete and was read back. Nothing older is deleted before that. A damaged checkpoint is renamed to
-`40.damaged`, one that a rollback left behind to `40.rolled-back`; neither is ever deleted.
+`40.damaged`, one that a rollback left behind to `40.rolled-back`; neither is ever deleted. Beside the folder,
+`newest_checkpoint` says which one there must be.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal
-from trainer.checkpoints.disk import explain
+from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal, write_seal
+from trainer.checkpoints.disk import explain, retried
 from trainer.checkpoints.folder import (
     checkpoint_folder,
     list_steps,
@@ -25,6 +26,7 @@ from trainer.checkpoints.folder import (
     set_aside,
 )
 from trainer.checkpoints.identity import Identity, check_override
+from trainer.checkpoints.reached import read_reached, write_reached
 from trainer.checkpoints.saving import BackgroundSaver, Status
 from trainer.errors import ResumeError
 from trainer.hosts.gather import Gatherer
@@ -43,6 +45,7 @@ class Restored:
     state: TrainState
     step: int
     notes: dict[str, Any]  # as given to `save`
+    loss: float | None = None  # this step's validation loss, where it has one
 
 
 class Checkpoints:
@@ -94,14 +97,17 @@ class Checkpoints:
 
     def restore(self, abstract_state: TrainState) -> Restored | None:
         """The newest checkpoint that is whole, laid out as `abstract_state` (ShapeDtypeStructs with shardings); None if
-        there never was one. Newer ones, which are damaged, are renamed.
+        there never was one. Newer ones, which are damaged, are renamed; one that is gone is named in a warning.
 
         Raises:
-          ResumeError: no checkpoint is whole, or the newest whole one was made with another dataset, or with a config
-            that computes something else.
+          ResumeError: no checkpoint is whole, or all are gone, or the newest whole one was made with another dataset,
+            or with a config that computes something else.
         """
         tried: dict[int, str] = {}
-        for step in self._hosts.from_first_host(sorted(list_steps(self._folder), reverse=True)):
+        steps, reached = self._hosts.from_first_host(
+            [sorted(list_steps(self._folder), reverse=True), retried(lambda: read_reached(self._folder.parent))]
+        )
+        for step in steps:
             folder = self._folder / str(step)
             try:
                 seal = self._check_files(folder)
@@ -111,6 +117,9 @@ class Checkpoints:
             except DamagedError as error:
                 tried[step] = str(error)
                 continue
+            if reached is not None and step < reached and reached not in tried and jax.process_index() == 0:
+                logger.warning("checkpoint %d, the newest there was, is gone; going back to step %d", reached, step)
+            self._note_reached(step)
             self._set_aside(tried, DAMAGED)
             if seal is None:
                 if jax.process_index() == 0:
@@ -119,13 +128,18 @@ class Checkpoints:
                     )
                 self._on_first_host(lambda folder=folder, metadata=metadata: seal_checkpoint(folder, metadata["loss"]))  # type: ignore[misc]
             self._saver.saved_step = step
-            return Restored(state, step, metadata["notes"])
+            return Restored(state, step, metadata["notes"], seal.loss if seal else metadata["loss"])
         aside = self._hosts.from_first_host(sorted(path.name for path in self._folder.glob(f"*.{DAMAGED}*")))
         if tried or aside:
             reasons = [f"{step}: {reason}" for step, reason in tried.items()] + aside
             raise ResumeError(
                 f"no checkpoint in {self._folder} is whole ({'; '.join(reasons)}); bring one back, or start anew with "
                 "another --workdir"
+            )
+        if reached is not None:
+            raise ResumeError(
+                f"the checkpoints in {self._folder} are gone, up to that of step {reached}; bring them back, or start "
+                "anew with another --workdir, or with this one after emptying it"
             )
         return None
 
@@ -141,6 +155,18 @@ class Checkpoints:
         """
         loss = loss if loss is not None and math.isfinite(loss) else None
         self._saver.start(step, state, self._identity.metadata() | {"notes": dict(notes), "loss": loss})
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Gives the checkpoint of `step`, which is `saved_step`, a validation loss that came after it."""
+        folder = self._folder / str(step)
+
+        def seal_again() -> None:
+            seal = read_seal(folder)
+            if seal is not None and math.isfinite(loss):
+                write_seal(folder, seal._replace(loss=loss))
+
+        for problem in self._on_first_host(seal_again):
+            logger.warning("checkpoint %d does not count among the best: %s", step, problem)
 
     def poll(self) -> Status:
         """How the last save stands on this host; returns at once. "failed" until the next `save`."""
@@ -163,8 +189,16 @@ class Checkpoints:
         self._saver.join()
         steps = self._hosts.from_first_host(sorted(list_steps(self._folder)))
         reason = f"the run goes back to step {step}"
+        remaining = max((number for number in steps if number <= step), default=None)
+        self._note_reached(remaining)
         self._set_aside({number: reason for number in steps if number > step}, ROLLED_BACK)
-        self._saver.saved_step = max((number for number in steps if number <= step), default=None)
+        self._saver.saved_step = remaining
+
+    def _note_reached(self, step: int | None) -> None:
+        """Before newer checkpoints are renamed: a run that is killed in between misses none."""
+        problems = self._on_first_host(lambda: write_reached(self._folder.parent, step))
+        if problems:
+            raise ResumeError(f"{self._folder.parent} cannot be written to: {problems[0]}")
 
     def _check_files(self, folder: epath.Path) -> Seal | None:
         """Each host reads its share of the files; all raise DamagedError if one of them would."""

@@ -18,6 +18,7 @@ from trainer.checkpoints.checksums import seal_path
 from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import explain, retried
 from trainer.checkpoints.folder import expendable, list_steps, loss_of, read_metadata, seal_checkpoint
+from trainer.checkpoints.reached import write_reached
 from trainer.hosts.gather import Gatherer
 from trainer.state import TrainState
 
@@ -150,6 +151,7 @@ class BackgroundSaver:
         folder = self._folder / str(step)
         read_metadata(folder)
         seal_checkpoint(folder, loss)
+        write_reached(self._folder.parent, step)
         losses = {step: loss_of(self._folder / str(step)) for step in list_steps(self._folder)}
         for expended in expendable(losses, self._settings):
             old = self._folder / str(expended)

@@ -7,11 +7,11 @@ train step carries to all hosts; while there is nothing to save yet it exits at 
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 
 from trainer.errors import EXIT_PREEMPTED
+from trainer.hosts import last_words
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -44,13 +44,12 @@ class Interrupt:
         if self._saving_seconds is None:
             self._exit(f"{name} before the first step; nothing to save")
             return
-        print(f"\n{name}: saving, then exiting with code {EXIT_PREEMPTED}; once more exits at once", flush=True)
+        last_words.say(f"\n{name}: saving, then exiting with code {EXIT_PREEMPTED}; once more exits at once")
         again = signal.sigtimedwait(SIGNALS, self._saving_seconds)
         why = f"not saved within {self._saving_seconds:.0f} s" if again is None else f"{name} again"
         self._exit(f"{why}: exiting without saving; the last complete checkpoint stands")
 
     def _exit(self, message: str) -> None:
-        print(f"\n{message}; run the same command to continue", flush=True)
-        sys.stderr.flush()
+        last_words.say(f"\n{message}; run the same command to continue")
         self.on_exit(EXIT_PREEMPTED)
         os._exit(EXIT_PREEMPTED)

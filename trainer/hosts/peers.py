@@ -6,7 +6,6 @@ says so there, so that the others need not wait for its silence.
 """
 
 import ctypes
-import faulthandler
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 
 from trainer import compilation_cache
 from trainer.errors import EXIT_PEER_LOST, ExitCode
+from trainer.hosts import last_words
 from trainer.hosts.key_value import KeyValueStore
 
 _BEAT, _NAME, _LEFT = "peers/beat/", "peers/name/", "peers/left/"
@@ -67,7 +67,7 @@ class Peers:
         try:
             self._store.put(f"{_LEFT}{self._id}", str(code))
         except Exception as error:
-            print(f"could not tell the other hosts: {error}", file=sys.stderr)
+            last_words.say(f"could not tell the other hosts: {error}")
 
     def _beat(self) -> None:
         count = 0
@@ -111,11 +111,8 @@ class Peers:
         if self._leaving.is_set():  # this host is on its way out already
             return
         self._leaving.set()
-        print(f"\nhost {self._id}: {message}; leaving with exit code {code}", file=sys.stderr, flush=True)
-        if code == EXIT_PEER_LOST:
-            faulthandler.dump_traceback(all_threads=True)
+        last_words.say(f"\nhost {self._id}: {message}; leaving with exit code {code}", stacks=code == EXIT_PEER_LOST)
         compilation_cache.part()
-        sys.stdout.flush()
         if self._id == 0:
             time.sleep(_PARTING_SECONDS)  # its end aborts the others, who may be about to see the same
         os._exit(code)

@@ -2,16 +2,15 @@
 
 import collections
 import contextlib
-import faulthandler
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from trainer.errors import EXIT_PEER_LOST
+from trainer.hosts import last_words
 
 _HISTORY = 100
 
@@ -76,13 +75,11 @@ class Watchdog:
             work = self._work
             if work is None or time.monotonic() - work.start <= work.limit:
                 continue
-            print(
+            last_words.say(
                 f"\n{work.kind} has taken {time.monotonic() - work.start:.0f} s, more than the limit of "
                 f"{work.limit:.0f} s: this host or another one hangs; leaving with exit code {EXIT_PEER_LOST}. What "
                 "every thread was doing:",
-                file=sys.stderr,
-                flush=True,
+                stacks=True,
             )
-            faulthandler.dump_traceback(all_threads=True)
             self._on_exit(EXIT_PEER_LOST)
             os._exit(EXIT_PEER_LOST)

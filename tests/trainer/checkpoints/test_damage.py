@@ -204,6 +204,33 @@ def test_set_aside_checkpoints_alone_do_not_start_from_zero(folder, config, abst
         restored_step(folder, config, abstract)
 
 
+def test_a_newest_checkpoint_that_is_gone_is_named_once(folder, config, abstract, caplog):
+    shutil.rmtree(folder / "30")
+    for _ in range(2):
+        assert restored_step(folder, config, abstract) == 20
+    assert caplog.text.count("checkpoint 30, the newest there was, is gone; going back to step 20") == 1
+
+
+def test_an_older_checkpoint_that_is_gone_is_not_missed(folder, config, abstract, caplog):
+    shutil.rmtree(folder / "20")
+    assert restored_step(folder, config, abstract) == 30
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("lost", ["the steps", "the steps and their seals", "the folder"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_from_zero(folder, config, abstract, lost):
+    for path in list(folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif lost == "the steps and their seals":
+            path.unlink()
+    if lost == "the folder":
+        shutil.rmtree(folder)
+    for _ in range(2):
+        with pytest.raises(ResumeError, match=r"are gone, up to that of step 30; bring them back, or start anew"):
+            restored_step(folder, config, abstract)
+
+
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, config, abstract):
     flip_a_byte_of_data(folder / "30")
     checkpoints = Checkpoints(str(folder.parent), config, "fingerprint")

@@ -125,7 +125,7 @@ def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tm
     checkpoints.close()
 
 
-def test_rolled_back_steps_are_renamed_and_can_be_saved_again(config, tmp_path):
+def test_rolled_back_steps_are_renamed_and_can_be_saved_again(config, tmp_path, caplog):
     abstract = layout(config, data=8)
     state = random_state(config, abstract)
     checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
@@ -133,6 +133,7 @@ def test_rolled_back_steps_are_renamed_and_can_be_saved_again(config, tmp_path):
         save(checkpoints, step, state)
     checkpoints.set_aside_after(2)
     assert checkpoints.saved_step == checkpoints.restore(abstract).step == 2
+    assert "is gone" not in caplog.text
     save(checkpoints, 3, state)
     checkpoints.close()
     assert checkpoints.failure is None and steps(tmp_path) == [2, 3]

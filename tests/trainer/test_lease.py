@@ -1,0 +1,141 @@
+"""Real processes that want the same workdir: one trains, the others say who does, and nobody waits for the dead."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from trainer import lease
+from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, LeaseError
+from trainer.lease import Holder, Lease
+
+ELSEWHERE = Holder("elsewhere", pid=1, processes=4, since=0.0, machine="another", started="1")
+
+
+@pytest.fixture
+def held_elsewhere(tmp_path: Path) -> Path:
+    """The lease that a process of another machine has on `tmp_path`, with its last sign of life an hour ago."""
+    path = tmp_path / "lease" / "7"
+    path.parent.mkdir()
+    path.write_text(json.dumps(dataclasses.asdict(ELSEWHERE)))
+    os.utime(path, (time.time() - 3600,) * 2)
+    return path
+
+
+def holder_of(workdir: Path) -> int | None:
+    """The number of the process that holds a workdir."""
+    files = sorted((workdir / "lease").iterdir(), key=lambda path: int(path.name))
+    return json.loads(files[-1].read_text()).get("pid")
+
+
+def test_of_two_trainers_started_together_one_trains_and_the_other_says_who(start_trainer, finish, tmp_path):
+    both = [start_trainer(tmp_path, steps=1_000_000) for _ in range(2)]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.1)
+    second, first = sorted(both, key=lambda process: process.poll() is None)
+    code, output = finish(second)
+    assert code == EXIT_FAILED, output
+    expected = f"error: --workdir={tmp_path} is in use by process {first.pid} on {socket.gethostname()} since 20"
+    assert expected in output and "Traceback" not in output, output
+    assert holder_of(tmp_path) == first.pid
+    for line in first.stdout:
+        if "step 6 " in line:
+            first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == EXIT_PREEMPTED
+    assert holder_of(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_pod_whose_first_host_was_killed_is_restarted_unhindered(start_pod, run_until, finish, tmp_path):
+    pod = start_pod(tmp_path, pod=("--restart", "--backoff-seconds=0.1"), faults__peer_timeout_seconds=5)
+    output = run_until(pod, "step 12 ")
+    os.kill(int(re.findall(r"host 0: process (\d+)", output)[0]), signal.SIGKILL)
+    code, output = finish(pod)
+    assert code == 0 and "restart 1 of" in output, output
+    assert "sign of life" not in output and "was left by" not in output and "in use" not in output
+
+
+def test_a_trainer_whose_workdir_was_taken_stops_without_writing(start_trainer, run_until, finish, tmp_path):
+    rarely = {"eval__every_steps": 1_000_000, "checkpoint__every_steps": 1_000_000}
+    process = start_trainer(tmp_path, steps=1_000_000, **rarely)
+    run_until(process, "step 6 ")
+    (tmp_path / "lease" / "2").write_text(json.dumps(dataclasses.asdict(ELSEWHERE)))
+    code, output = finish(process)
+    assert code == EXIT_FAILED, output
+    assert "error: the workdir was taken over by process 1 on elsewhere and 3 more of its pod" in output
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_a_dead_process_of_another_machine_held_is_taken_over_at_once(held_elsewhere, tmp_path, caplog):
+    with Lease() as ours:
+        ours.take(str(tmp_path))
+        assert holder_of(tmp_path) == os.getpid() and not held_elsewhere.exists()
+    assert re.search(r"process 1 on elsewhere .* no sign of life for 3600 s: taking over", caplog.text)
+    assert holder_of(tmp_path) is None
+
+
+def test_what_another_machine_held_a_moment_ago_is_taken_over_once_it_stays_silent(
+    held_elsewhere, tmp_path, caplog, monkeypatch
+):
+    os.utime(held_elsewhere)
+    looks = []
+
+    def as_time_goes_by(seconds: float) -> None:
+        looks.append(seconds)
+        monkeypatch.setattr(lease, "LEASE_SECONDS", -1.0 if len(looks) == 3 else 60.0)
+
+    monkeypatch.setattr(lease.time, "sleep", as_time_goes_by)
+    with Lease() as ours:
+        ours.take(str(tmp_path))
+        assert holder_of(tmp_path) == os.getpid() and len(looks) == 3
+    assert "the workdir was left by process 1 on elsewhere" in caplog.text
+
+
+def test_what_another_machine_holds_is_refused_at_its_next_sign_of_life(held_elsewhere, tmp_path, monkeypatch):
+    os.utime(held_elsewhere, (time.time() - 30,) * 2)
+    monkeypatch.setattr(lease.time, "sleep", lambda _: os.utime(held_elsewhere))
+    with Lease() as ours, pytest.raises(LeaseError, match=r"in use by process 1 on elsewhere and 3 more of its pod"):
+        ours.take(str(tmp_path))
+    assert [path.name for path in held_elsewhere.parent.iterdir()] == ["7"]
+
+
+@pytest.mark.slow
+def test_of_many_that_would_take_over_at_once_one_does(held_elsewhere, tmp_path):
+    program = """
+import pathlib, sys
+from trainer.lease import Lease, LeaseError
+import jax
+jax.process_index()
+print("ready", flush=True)
+sys.stdin.readline()
+with Lease() as lease:
+    try:
+        lease.take(sys.argv[1])
+        print("taken", flush=True)
+    except LeaseError as error:
+        print(error, flush=True)
+    sys.stdin.readline()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    many = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    assert {process.stdout.readline() for process in many} == {"ready\n"}
+    for process in many:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.stdout.readline() for process in many]
+    for process in many:
+        process.communicate("\n", timeout=60)
+    assert said.count("taken\n") == 1
+    (winner,) = [process.pid for process, line in zip(many, said, strict=True) if line == "taken\n"]
+    assert all(f"in use by process {winner} on" in line for line in said if line != "taken\n"), said

@@ -1,0 +1,36 @@
+"""What a process says when it may be about to end itself: to stderr, though perhaps nobody reads what is written there
+any more, or there is no space for it.
+"""
+
+import contextlib
+import faulthandler
+import os
+import threading
+
+_STDERR = 2
+_SECONDS = 2.0
+
+
+def say(text: str, *, stacks: bool = False) -> None:
+    """Writes a line, and with `stacks` what every thread is doing; gives it up after some seconds.
+
+    Not by `print`, whose lock the very thread may hold that hangs in writing, nor by faulthandler alone, which stops
+    all other threads while it writes.
+    """
+    content = f"{text}\n".encode(errors="replace") + (_stacks() if stacks else b"")
+    writer = threading.Thread(target=_write, args=(content,), daemon=True)
+    writer.start()
+    writer.join(_SECONDS)
+
+
+def _write(content: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while content:
+            content = content[os.write(_STDERR, content) :]
+
+
+def _stacks() -> bytes:
+    with open(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
