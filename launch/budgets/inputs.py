@@ -15,27 +15,24 @@ class InputError(ValueError):
 
 
 def load_model(path: str | Path) -> Transformer:
-    """The model in `path`: an exported folder, or a training run's workdir.
+    """The model in `path`: an exported folder, or a training run's workdir, of which it is the newest checkpoint's.
 
-    A workdir's newest checkpoint is exported into it, once.
+    Nothing is written there.
 
     Raises:
       InputError: there is none.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        if not (path / "checkpoints").is_dir():
-            raise InputError(f"{path} holds no model: neither config.json nor a training run's checkpoints")
-        from trainer.export import export  # seconds, which an exported folder need not wait for
-
-        try:
-            path = export(str(path))
-        except (ResumeError, OSError) as error:
-            raise InputError(f"{path} could not be exported: {error}") from error
     try:
-        return import_safetensors(path)
-    except (OSError, ValueError, ImportError) as error:
+        if (path / "config.json").exists():
+            return import_safetensors(path)
+        if (path / "checkpoints").is_dir():
+            from trainer.export import load_model  # seconds, which an exported folder need not wait for
+
+            return load_model(str(path))[0]
+    except (ResumeError, OSError, ValueError, ImportError) as error:
         raise InputError(f"{path}: {error}") from error
+    raise InputError(f"{path} holds no model: neither config.json nor a training run's checkpoints")
 
 
 def read_windows(dataset: Dataset, split: str, length: int, count: int) -> Windows:

@@ -50,4 +50,4 @@ def test_a_workdir_without_a_checkpoint_is_named(capsys, tmp_path):
         main(["search", f"--checkpoint={tmp_path}/run", "--data=x", "--target-perplexity=9", f"--output={tmp_path}/x"])
     assert exit_info.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == f"error: {tmp_path}/run could not be exported: there is no checkpoint in {tmp_path}/run/checkpoints"
+    assert line == f"error: {tmp_path}/run: there is no checkpoint in {tmp_path}/run/checkpoints"
