@@ -91,7 +91,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
     def show(tokens: list[list[int]]) -> None:
         nonlocal shown
-        drawn.extend(tokens[0])
+        drawn.extend(token for token in tokens[0] if token < tokenizer.vocab_size)  # a model may have more
         if shown is None:
             print(text, end="", flush=True)
             shown = ""
@@ -102,7 +102,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
     decoder.generate(
         [prompt],
-        options.tokens,
+        options.tokens or max(min(100, model.config.max_length - len(prompt)), 1),
         key=jax.random.key(options.seed),
         temperature=options.temperature,
         top_k=options.top_k,
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
             add.add_argument("--windows", type=_positive, help="windows to measure on; by default the search's number")
         else:
             add.add_argument("--prompt", help="text; by default standard input")
-            add.add_argument("--tokens", type=_positive, default=100, help="tokens to draw at most")
+            add.add_argument("--tokens", type=_positive, help="tokens to draw at most; by default 100, or what is left")
             add.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
             add.add_argument("--top-k", type=_positive)
             add.add_argument("--top-p", type=float)

@@ -118,6 +118,11 @@ def test_generate_goes_on_from_the_prompt_and_from_standard_input_alike(folder, 
     assert shown.startswith("the mask") and len(shown) > len("the mask\n")
 
 
+def test_generate_draws_what_the_context_leaves_where_nothing_else_is_said(folder, capsys):
+    shown = output_of(capsys, "generate", f"--budgets={folder}/budgets.json", "--seed=1", "--prompt=the mask")
+    assert shown.startswith("the mask") and len(shown) > len("the mask\n")
+
+
 def test_the_report_shows_every_search_and_the_survivors_of_the_first(folder, capsys):
     shown = output_of(capsys, "report", f"{folder}/budgets.json", f"--output={folder}/page.html")
     assert "model, selective | 8.00 |" in shown
