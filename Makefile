@@ -30,7 +30,7 @@ SEARCHES := $(foreach model,selective memory,$(addprefix $(model)-,selective $(P
 study: train
 	@NPROC=32 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m trainer --config=configs/demo.py \
 	    --workdir=runs/demo/memory --config.data.path=runs/demo/data --config.memory_loss.epsilon=0.1
-	@for search in $(SEARCHES); do echo "== $$search"; JAX_PLATFORMS=cpu $(RUN) -m launch.budgets search \
+	@for search in $(SEARCHES); do test ! -e runs/demo/$$search.json || continue; echo "== $$search"; JAX_PLATFORMS=cpu $(RUN) -m launch.budgets search \
 	    --checkpoint runs/demo/$${search%%-*} --data runs/demo/data --policy $${search#*-} \
 	    --target-checkpoint runs/demo/standard --windows 32 --first-step 32 --step 1 \
 	    --output runs/demo/$$search.json || exit 1; done

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
-from inference_budget.generation import Sampling, decode
+from inference_budget.generation import CHUNK, Sampling, decode
 from launch.slices import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
 from selective_attention.transformer.decoding import unstacked
@@ -34,14 +34,14 @@ LENGTH, VOCAB = 2_048, 8_192
 
 
 def step_time(model: Transformer, cache: Cache, batch: int, steps: int) -> float:
-    """Seconds a step of what `generate` runs, a scan of `steps`: the median of three runs after the first."""
+    """Seconds a step of what `Decoder` runs, a loop of `steps`: the median of three runs after the first."""
     graph, parameters = nnx.split(unstacked(model))
     logits_BV, times = jnp.zeros((batch, VOCAB)), []
-    keys = jax.random.split(jax.random.key(0), steps)
+    key, greedy = jax.random.key(0), Sampling(temperature=0.0)
     for _ in range(4):
         start = time.perf_counter()
-        tokens_NB, logits_BV, cache = decode(graph, parameters, logits_BV, cache, keys, Sampling(temperature=0.0))
-        jax.block_until_ready((tokens_NB, logits_BV, cache))
+        tokens_CB, logits_BV, cache = decode(graph, parameters, logits_BV, cache, key, 0, steps, greedy)
+        jax.block_until_ready((tokens_CB, logits_BV, cache))
         times.append((time.perf_counter() - start) / steps)
     return statistics.median(times[1:])
 
@@ -69,7 +69,7 @@ def v4_bytes(cache: Cache) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", help="a Python with torch and transformers")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a run")
+    parser.add_argument("--steps", type=int, default=8, help=f"steps of a run, at most {CHUNK}")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--layers", type=int, default=12, help="fewer, for a quick look")
     options = parser.parse_args()

@@ -8,7 +8,7 @@ trained one, from a folder that `python -m trainer.export` wrote; `python -m lau
 
 from flax import nnx
 
-from inference_budget import POLICIES, Budgets, cache_bytes, generate, init_pruned_cache
+from inference_budget import POLICIES, Budgets, Decoder, cache_bytes, init_pruned_cache, memory_factor
 from selective_attention import Transformer, TransformerConfig
 
 BOS, LENGTH, NEW_TOKENS = 0, 128, 32
@@ -22,7 +22,9 @@ small = Budgets((24, 16), LENGTH)  # tokens of each layer, <BOS> and the current
 prompts = [[BOS, *b"selective attention masks what is stale"], [BOS, *b"a shorter prompt"]]
 for budgets in (full, small):
     cache = init_pruned_cache(config, len(prompts), budgets, policy)
-    print(f"{budgets.tokens} tokens a layer: {cache_bytes(cache):,} bytes, {budgets.memory_factor:.1f}x less than full")
-continuations = generate(model, prompts, small, policy, NEW_TOKENS, temperature=0.8)
+    factor = memory_factor(cache, LENGTH)
+    print(f"{budgets.tokens} tokens a layer: {cache_bytes(cache):,} bytes, {factor:.1f}x less than a full cache")
+decoder = Decoder(model, small, policy, bos_id=BOS)
+continuations = decoder.generate(prompts, NEW_TOKENS, temperature=0.8)
 for prompt, tokens in zip(prompts, continuations, strict=True):
     print(f"after {len(prompt)} tokens: {bytes(tokens)}")

@@ -6,16 +6,19 @@ By default into DIR/export/STEP, where a checkpoint that was exported before is 
 """
 
 import argparse
+import dataclasses
 import logging
 import os
+import shutil
 import sys
-import tempfile
+import uuid
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 
-from selective_attention import Transformer, export_safetensors
+from selective_attention import Transformer, TransformerConfig, export_safetensors
 from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
 from trainer.errors import ResumeError
@@ -27,7 +30,7 @@ logger = logging.getLogger("trainer")
 
 def load_model(workdir: str) -> tuple[Transformer, Settings, int]:
     """The model of a workdir's newest whole checkpoint, on this process's first device: (model, the run's settings,
-    step). Changes nothing in the workdir.
+    step). It is what its export would be: how the run's machines computed is left out. Changes nothing in the workdir.
 
     Raises:
       ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
@@ -46,10 +49,16 @@ def load_model(workdir: str) -> tuple[Transformer, Settings, int]:
             logger.warning("checkpoint %d is damaged and was passed over: %s", step, error)
             reasons.append(f"{step}: {error}")
             continue
-        return nnx.merge(model_graph(settings.transformer), params), settings, step
+        return nnx.merge(model_graph(_on_any_machine(settings.transformer)), params), settings, step
     if reasons:
         raise ResumeError(f"no checkpoint in {workdir}/checkpoints is whole ({'; '.join(reasons)})")
     raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
+
+
+def _on_any_machine(config: TransformerConfig) -> TransformerConfig:
+    machine = TransformerConfig.machine_fields()
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config) if f.name in machine}
+    return dataclasses.replace(config, **defaults)
 
 
 def _on_one_device(settings: Settings) -> TrainState:
@@ -71,14 +80,15 @@ def export(workdir: str, output: str | None = None) -> Path:
     if output is not None:
         export_safetensors(model, folder)
         return folder
-    folder.parent.mkdir(exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    export_safetensors(model, partial)
+    partial = folder.with_name(f".partial-{uuid.uuid4().hex}")  # tempfile would keep others from reading it
     try:
+        export_safetensors(model, partial)
         os.rename(partial, folder)
-    except OSError:  # another process was quicker
-        if not folder.exists():
+    except OSError:
+        if not folder.exists():  # or another process was quicker
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -10,19 +10,21 @@ a mistake, which one line names.
 """
 
 import argparse
+import os
 import sys
-from typing import cast
+from pathlib import Path
+from typing import NoReturn, cast
 
 import jax
 
 from data import Dataset, open_dataset
-from inference_budget import POLICIES, Budgets, Evaluator, EvictionPolicy, generate, model_fingerprint
+from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
 from selective_attention import Transformer
 
-from .inputs import InputError, load_model, read_windows
+from .inputs import InputError, check_vocabulary, load_model, read_windows
 from .report import table, write_report
-from .result import SearchFile, read_search
+from .result import SearchFile, cache_size, read_search
 from .search import run_search
 
 
@@ -35,13 +37,29 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _keep_programs() -> None:
+    """What one command has compiled, the next one need not, unless JAX_COMPILATION_CACHE_DIR says where instead."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches, "selective-attention", "compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def _load(options: argparse.Namespace) -> tuple[SearchFile, Transformer, Dataset, Budgets, EvictionPolicy]:
     content = cast(SearchFile, read_budgets_file(options.budgets))  # one of `save_budgets` has no data and windows
     model = load_model(options.checkpoint or content["checkpoint"]["path"])
     budgets, policy = budgets_of(content, model_fingerprint(model))
     if options.data is None and "data" not in content:
         raise InputError(f"{options.budgets} names no dataset; give --data")
-    return content, model, open_dataset(options.data or content["data"]["path"]), budgets, policy
+    dataset = open_dataset(options.data or content["data"]["path"])
+    check_vocabulary(model, dataset)
+    found_on = content["data"]["fingerprint"] if "data" in content else dataset.manifest.fingerprint
+    if found_on != dataset.manifest.fingerprint:
+        raise InputError(
+            f"{dataset.path} is another dataset than the one that the budgets were found on "
+            f"({dataset.manifest.fingerprint[:12]}, not {found_on[:12]}); give that one with --data"
+        )
+    return content, model, dataset, budgets, policy
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -51,7 +69,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     full = Budgets.full(model.config.num_layers, windows.length)
     unpruned, pruned = Evaluator(model, windows, policy).losses([full, budgets])
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
-    print(f"{policy.name} at {budgets.memory_factor:.2f}x: perplexity {pruned.perplexity:.6f}")
+    print(f"{policy.name}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
+    print(cache_size(model, budgets, policy))
     print(f"full budgets: perplexity {unpruned.perplexity:.6f}")
     difference, error = pruned.minus(unpruned)
     print(f"difference {difference:+.4f} nats, paired standard error {error:.4f}")
@@ -65,13 +84,14 @@ def run_generate(options: argparse.Namespace) -> None:
     if not text:
         raise InputError("the prompt is empty; give --prompt, or text on standard input")
     tokenizer = dataset.tokenizer()
+    decoder = Decoder(model, budgets, policy, dtype=options.cache_dtype, bos_id=tokenizer.bos_id)
     prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     drawn: list[int] = []
     shown: str | None = None  # of what was drawn; nothing at all before the prompt is taken in, which may be refused
 
     def show(tokens: list[list[int]]) -> None:
         nonlocal shown
-        drawn.extend(tokens[0])
+        drawn.extend(token for token in tokens[0] if token < tokenizer.vocab_size)  # a model may have more
         if shown is None:
             print(text, end="", flush=True)
             shown = ""
@@ -80,18 +100,14 @@ def run_generate(options: argparse.Namespace) -> None:
             print(whole[len(shown) :], end="", flush=True)
             shown = whole
 
-    generate(
-        model,
+    decoder.generate(
         [prompt],
-        budgets,
-        policy,
-        options.tokens,
+        options.tokens or max(min(100, model.config.max_length - len(prompt)), 1),
         key=jax.random.key(options.seed),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         stop_ids=[tokenizer.eos_id],
-        dtype=options.cache_dtype,
         on_tokens=show,
     )
     print()
@@ -105,8 +121,15 @@ def run_report(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
+    parser = _Parser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="command")
     add = commands.add_parser("search", help="find budgets that meet a target")
     add.add_argument("--checkpoint", required=True, help="the model")
@@ -139,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
             add.add_argument("--windows", type=_positive, help="windows to measure on; by default the search's number")
         else:
             add.add_argument("--prompt", help="text; by default standard input")
-            add.add_argument("--tokens", type=_positive, default=100, help="tokens to draw at most")
+            add.add_argument("--tokens", type=_positive, help="tokens to draw at most; by default 100, or what is left")
             add.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
             add.add_argument("--top-k", type=_positive)
             add.add_argument("--top-p", type=float)
@@ -167,4 +190,5 @@ def _perplexity(text: str) -> float:
 
 
 if __name__ == "__main__":
+    _keep_programs()
     main()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from data import Dataset, EvalBatches
 from inference_budget import Windows
@@ -15,27 +16,40 @@ class InputError(ValueError):
 
 
 def load_model(path: str | Path) -> Transformer:
-    """The model in `path`: an exported folder, or a training run's workdir.
+    """The model in `path`: an exported folder, or a training run's workdir, of which it is the newest checkpoint's.
 
-    A workdir's newest checkpoint is exported into it, once.
+    Nothing is written there.
 
     Raises:
       InputError: there is none.
     """
-    path = Path(path)
-    if not (path / "config.json").exists():
-        if not (path / "checkpoints").is_dir():
-            raise InputError(f"{path} holds no model: neither config.json nor a training run's checkpoints")
-        from trainer.export import export  # seconds, which an exported folder need not wait for
-
-        try:
-            path = export(str(path))
-        except (ResumeError, OSError) as error:
-            raise InputError(f"{path} could not be exported: {error}") from error
+    folder = epath.Path(path)  # of a bucket, too
     try:
-        return import_safetensors(path)
-    except (OSError, ValueError, ImportError) as error:
+        if (folder / "config.json").exists():
+            if "://" in str(path):
+                raise InputError("an exported model is read from this machine; copy the folder here")
+            return import_safetensors(path)
+        if (folder / "checkpoints").is_dir():
+            from trainer.export import load_model  # seconds, which an exported folder need not wait for
+
+            return load_model(str(path))[0]
+    except (ResumeError, OSError, ValueError, ImportError) as error:
         raise InputError(f"{path}: {error}") from error
+    raise InputError(f"{path} holds no model: neither config.json nor a training run's checkpoints")
+
+
+def located(path: str | Path) -> str:
+    """A path that leads to the same place from any folder; addresses such as gs://bucket/run already do."""
+    return str(path) if "://" in str(path) else str(Path(path).resolve())
+
+
+def check_vocabulary(model: Transformer, dataset: Dataset) -> None:
+    """Raises InputError if the dataset has tokens that the model does not know."""
+    if dataset.manifest.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{dataset.path} has {dataset.manifest.vocab_size} different tokens, the model {model.config.vocab_size}; "
+            "give the dataset that the model was trained on"
+        )
 
 
 def read_windows(dataset: Dataset, split: str, length: int, count: int) -> Windows:

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
-from inference_budget import Point
+from inference_budget import Budgets, EvictionPolicy, Point, cache_bytes, init_pruned_cache, memory_factor
 from inference_budget.interchange import BudgetsFile, Source, read_budgets_file
+from selective_attention import Transformer
 
 from .inputs import InputError
 
@@ -110,6 +111,13 @@ def points_json(points: Iterable[Point]) -> list[PointJson]:
     return [point_json(point) for point in points]
 
 
+def cache_size(model: Transformer, budgets: Budgets, policy: EvictionPolicy) -> str:
+    """A line about the cache of one sequence: the bytes of its arrays, beside a full one's."""
+    cache = init_pruned_cache(model.config, 1, budgets, policy)
+    factor = memory_factor(cache, budgets.context_length)
+    return f"cache of one sequence: {cache_bytes(cache):,} bytes, {factor:.2f}x less than a full cache"
+
+
 class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
     """Losses that were measured, in a file that an interrupted search is resumed from.
 
@@ -118,7 +126,7 @@ class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
-        self._losses: dict[tuple[int, ...], tuple[float, float]] = {}
+        self._path, self._losses = path, dict[tuple[int, ...], tuple[float, float]]()
         header = json.dumps(identity, sort_keys=True)
         lines = path.read_text().splitlines() if path.exists() else []
         if lines and lines[0] != header:
@@ -142,6 +150,11 @@ class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
         self._losses[budgets] = losses
         self._stream.write(json.dumps([budgets, *losses]) + "\n")
         self._stream.flush()
+
+    def remove(self) -> None:
+        """The search is done, and what it found is written."""
+        self._stream.close()
+        self._path.unlink(missing_ok=True)
 
     def __delitem__(self, budgets: tuple[int, ...]) -> None:
         raise NotImplementedError("what was measured stays")

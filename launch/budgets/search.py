@@ -23,8 +23,18 @@ from inference_budget import (
 from inference_budget.interchange import write_budgets_file
 from selective_attention import Transformer
 
-from .inputs import InputError, load_model, read_windows
-from .result import Difference, HeldOut, Identity, Journal, Perplexities, SearchFile, point_json, points_json
+from .inputs import InputError, check_vocabulary, load_model, located, read_windows
+from .result import (
+    Difference,
+    HeldOut,
+    Identity,
+    Journal,
+    Perplexities,
+    SearchFile,
+    cache_size,
+    point_json,
+    points_json,
+)
 
 
 def run_search(options: argparse.Namespace) -> None:
@@ -32,12 +42,16 @@ def run_search(options: argparse.Namespace) -> None:
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}")
     model, dataset, policy = load_model(options.checkpoint), open_dataset(options.data), POLICIES[options.policy]
+    check_vocabulary(model, dataset)
     length = options.context or model.config.max_length
+    if length > model.config.max_length:
+        most = model.config.max_length
+        raise InputError(f"--context={length}: the model was made for contexts of {most} tokens; give at most that")
     training = read_windows(dataset, "train", length, options.windows)
     validation = read_windows(dataset, "validation", length, options.validation_windows)
     identity: Identity = {
-        "checkpoint": {"path": str(Path(options.checkpoint).resolve()), "fingerprint": model_fingerprint(model)},
-        "data": {"path": str(dataset.path.resolve()), "fingerprint": dataset.manifest.fingerprint},
+        "checkpoint": {"path": located(options.checkpoint), "fingerprint": model_fingerprint(model)},
+        "data": {"path": located(dataset.path), "fingerprint": dataset.manifest.fingerprint},
         "context_length": length,
         "policy": policy.name,
         "windows": {"train": len(training), "validation": len(validation)},
@@ -66,7 +80,9 @@ def run_search(options: argparse.Namespace) -> None:
         "baselines": {name: points_json(points) for name, points in others.items()},
     }  # fmt: skip
     write_budgets_file(output, content)
+    journal.remove()
     _print(content)
+    print(cache_size(model, best.budgets, policy))
 
 
 def _search(evaluator: Evaluator, target_nll: float, step: int, journal: Journal, options: argparse.Namespace) -> Found:
@@ -149,7 +165,7 @@ def _difference(one: Losses, other: Losses) -> Difference:
 
 def _print(content: SearchFile) -> None:
     options, held_out = content["search"], content["validation"]
-    print(f"{content['policy']}: {content['memory_factor']:.2f}x less memory, budgets {content['budgets']}")
+    print(f"{content['policy']}: {content['memory_factor']:.2f}x fewer tokens, budgets {content['budgets']}")
     perplexity, target = content["found"]["perplexity"], options["target_perplexity"]
     print(f"training windows: perplexity {perplexity:.3f}, target {target:.3f}")
     print("validation windows:")

@@ -2,7 +2,7 @@
 
 from .budgets import Budgets, BudgetsError
 from .cache import PrunedLayerCache, cache_bytes, init_pruned_cache, memory_factor
-from .generation import generate
+from .generation import Decoder, generate
 from .interchange import load_budgets, model_fingerprint, save_budgets
 from .perplexity import Evaluator, Losses, Windows, eviction_times
 from .policies import H2O, POLICIES, TOVA, EvictionPolicy, Held, OldestFirst, Random, Selective, SinksAndWindow
@@ -15,6 +15,7 @@ __all__ = [
     "TOVA",
     "Budgets",
     "BudgetsError",
+    "Decoder",
     "Evaluator",
     "EvictionPolicy",
     "Found",

@@ -1,7 +1,11 @@
 """How many tokens each layer may hold."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
+
+from selective_attention import TransformerConfig
 
 MIN_BUDGET = 2  # <BOS> and the current token, neither of which is ever evicted
 PYRAMID_BETA = 20  # how steep PyramidKV's line is; its default
@@ -16,14 +20,16 @@ class Budgets:
     """Tokens held by each layer, <BOS> and the current token included, in contexts of up to `context_length`.
 
     Raises:
-      BudgetsError: a budget below 2 or above the context, which names the layer.
+      BudgetsError: what is not a whole number, or a budget below 2 or above the context, with its layer.
     """
 
     tokens: tuple[int, ...]
     context_length: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(int(budget) for budget in self.tokens))
+        whole = tuple(_whole_number(budget, f"the budget of layer {n}") for n, budget in enumerate(self.tokens))
+        object.__setattr__(self, "tokens", whole)
+        object.__setattr__(self, "context_length", _whole_number(self.context_length, "the context"))
         if not self.tokens:
             raise BudgetsError("budgets need at least one layer")
         for layer, budget in enumerate(self.tokens):
@@ -47,11 +53,6 @@ class Budgets:
         """These budgets with another one in one layer."""
         return Budgets((*self.tokens[:layer], budget, *self.tokens[layer + 1 :]), self.context_length)
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raises BudgetsError unless there is one budget for each of the model's layers."""
-        if len(self.tokens) != num_layers:
-            raise BudgetsError(f"there are {len(self.tokens)} budgets, but the model has {num_layers} layers")
-
     @classmethod
     def full(cls, num_layers: int, context_length: int) -> "Budgets":
         """The whole context in each layer: nothing is ever evicted."""
@@ -73,6 +74,26 @@ class Budgets:
         least, most = mean / beta, 2 * mean - mean / beta
         line = [most - layer * (most - least) / max(num_layers - 1, 1) for layer in range(num_layers)]
         return cls(_whole(line if num_layers > 1 else [mean], total, context_length), context_length)
+
+
+def check_budgets(budgets: Budgets, config: TransformerConfig) -> None:
+    """Raises BudgetsError unless they are budgets for each of the model's layers, in a context that it was made for."""
+    if not isinstance(budgets, Budgets):
+        raise BudgetsError(f"budgets are given as Budgets(tokens, context_length), not as {budgets!r}")
+    if len(budgets.tokens) != config.num_layers:
+        raise BudgetsError(f"there are {len(budgets.tokens)} budgets, but the model has {config.num_layers} layers")
+    if budgets.context_length > config.max_length:
+        raise BudgetsError(
+            f"budgets for contexts of {budgets.context_length} tokens; the model was made for at most "
+            f"{config.max_length}"
+        )
+
+
+def _whole_number(value: SupportsIndex, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise BudgetsError(f"{name} is {value!r}; it must be a whole number of tokens") from None
 
 
 def _whole(wanted: Sequence[float], total: int, context_length: int) -> tuple[int, ...]:

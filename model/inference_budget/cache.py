@@ -6,20 +6,21 @@ a prefill, is what is left gathered into the slots anew. Shape letters: README.m
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, P
 
-from selective_attention import Cache, Selection, TransformerConfig, partition_spec
+from selective_attention import Cache, Selection, TransformerConfig, init_cache, partition_spec
 from selective_attention.parallel import from_first_shard
 from selective_attention.selection import Projections
 from selective_attention.sharding import RULES
 from selective_attention.transformer.decoding import Slots, attend_slots, write
 
-from .budgets import Budgets
+from .budgets import Budgets, check_budgets
 from .eviction import (
     NEVER,
     Arriving,
@@ -85,10 +86,10 @@ def init_pruned_cache(
     """An empty cache for `batch` rows; keys and values in `dtype`, by default the model's.
 
     Raises:
-      ValueError: budgets for another number of layers, or a policy that is not defined on this model.
+      ValueError: budgets that are not this model's, or a policy that is not defined on it.
     """
     c, dtype = config, jnp.dtype(dtype or config.dtype)
-    budgets.check_layers(c.num_layers)
+    check_budgets(budgets, c)
     check_policy(policy, c)
     groups = c.num_kv_heads if policy.per_head else 1
     float_dtype = jnp.promote_types(c.dtype, jnp.float32)
@@ -119,12 +120,18 @@ def init_pruned_cache(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all arrays of the layers, over all devices."""
-    return sum(x.nbytes for x in jax.tree.leaves(cache.layers))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
 
 
-def memory_factor(caches: Sequence[PrunedLayerCache], context_length: int) -> float:
-    """`L * N / sum of budgets`, from the slots that are allocated."""
-    return len(caches) * context_length / sum(cache.k.shape[2] for cache in caches)
+def memory_factor(cache: Cache, context_length: int) -> float:
+    """How many times the bytes of `cache` a full cache has, for as many rows of `context_length` tokens.
+
+    Of the arrays themselves: what else a slot keeps beside its key and value makes it a little less than
+    `Budgets.memory_factor`, which counts tokens.
+    """
+    layer = cast(PrunedLayerCache, cache.layers[0])
+    sizes = layer.config, layer.k.shape[0], context_length, layer.k.dtype
+    return cache_bytes(jax.eval_shape(lambda: init_cache(*sizes))) / cache_bytes(cache)
 
 
 def _attend_one(

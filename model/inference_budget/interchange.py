@@ -20,7 +20,7 @@ from flax import nnx
 
 from selective_attention import Transformer
 
-from .budgets import Budgets, BudgetsError
+from .budgets import Budgets, BudgetsError, check_budgets
 from .policies import POLICIES, EvictionPolicy, check_policy
 
 FORMAT = "inference_budget.Budgets/1"
@@ -57,7 +57,7 @@ def save_budgets(
     Raises:
       BudgetsError: budgets for another number of layers, or a policy that is not defined on the model.
     """
-    budgets.check_layers(model.config.num_layers)
+    check_budgets(budgets, model.config)
     check_policy(policy, model.config)
     content: BudgetsFile = {
         "checkpoint": {"path": str(checkpoint), "fingerprint": model_fingerprint(model)},
@@ -75,7 +75,7 @@ def load_budgets(path: str | Path, model: Transformer) -> tuple[Budgets, Evictio
       BudgetsError: no such file, another model's budgets, or a file that was changed to what cannot be used.
     """
     budgets, policy = budgets_of(read_budgets_file(path), model_fingerprint(model))
-    budgets.check_layers(model.config.num_layers)
+    check_budgets(budgets, model.config)
     check_policy(policy, model.config)
     return budgets, policy
 
@@ -118,8 +118,8 @@ def read_budgets_file(path: str | Path) -> BudgetsFile:
 def budgets_of(content: BudgetsFile, fingerprint: str) -> tuple[Budgets, EvictionPolicy]:
     """Raises BudgetsError if the file is another model's, or has been changed to what cannot be used."""
     try:
-        checkpoint, length = content["checkpoint"], int(content["context_length"])
-        tokens, policy = tuple(map(int, content["budgets"])), POLICIES[content["policy"]]
+        checkpoint, length = content["checkpoint"], content["context_length"]
+        tokens, policy = tuple(content["budgets"]), POLICIES[content["policy"]]
         found_for, path = checkpoint["fingerprint"], checkpoint["path"]
     except (KeyError, TypeError, ValueError) as error:
         raise BudgetsError(f"the budgets file lacks, or does not know, {error}; make it with `search`") from error

@@ -21,7 +21,7 @@ from jax import Array
 from selective_attention import Transformer, selective_attention
 from selective_attention.transformer.projection import rms_norm
 
-from .budgets import Budgets
+from .budgets import Budgets, check_budgets
 from .eviction import Arriving, Projections, attend_evicting
 from .policies import EvictionPolicy, check_policy
 
@@ -90,7 +90,8 @@ class Evaluator:
       progress: called after each pass through a layer.
 
     Raises:
-      ValueError: windows longer than the model's context, or a policy that is not defined on the model.
+      ValueError: windows longer than the model's context or with tokens that it does not have, or a policy that is
+        not defined on it.
     """
 
     def __init__(
@@ -103,6 +104,12 @@ class Evaluator:
     ) -> None:
         if windows.length > model.config.max_length:
             raise ValueError(f"windows of {windows.length} tokens; the model was made for {model.config.max_length}")
+        for tokens_WN in (windows.inputs, windows.targets):
+            if tokens_WN.min() < 0 or tokens_WN.max() >= model.config.vocab_size:
+                raise ValueError(
+                    f"windows with tokens from {tokens_WN.min()} to {tokens_WN.max()}; the model's are from 0 to "
+                    f"{model.config.vocab_size - 1}"
+                )
         if policy is not None:
             check_policy(policy, model.config)
         self.config, self.policy, self.windows = model.config, policy, windows
@@ -142,7 +149,7 @@ class Evaluator:
             self._kept[part] = kept
 
     def _check(self, budgets: Budgets) -> None:
-        budgets.check_layers(self.config.num_layers)
+        check_budgets(budgets, self.config)
         if budgets.context_length != self.windows.length:
             raise ValueError(f"budgets for a context of {budgets.context_length}, windows of {self.windows.length}")
 
@@ -196,7 +203,7 @@ def eviction_times(
     Raises:
       ValueError: as `Evaluator`.
     """
-    budgets.check_layers(model.config.num_layers)
+    check_budgets(budgets, model.config)
     check_policy(policy, model.config)
     graph, parameters = nnx.split(model)
     x_BNE, hidden_at = _embed(graph, parameters, tokens_BN), []

@@ -178,7 +178,9 @@ POLICIES = {policy.name: policy for policy in _ALL}
 
 
 def check_policy(policy: EvictionPolicy, config: TransformerConfig) -> None:
-    """Raises BudgetsError where the policy is not defined on the model."""
+    """Raises BudgetsError where the policy is not defined on the model, or is none."""
+    if not hasattr(policy, "priority"):
+        raise BudgetsError(f"{policy!r} is no eviction policy; take POLICIES[name], with one of {', '.join(POLICIES)}")
     if isinstance(policy, Selective) and config.selection is Selection.OFF:
         raise BudgetsError(
             "policy 'selective' needs a selective model; this one has no F, and all its tokens would tie"

@@ -41,30 +41,38 @@ def prefill(
       dtype: of keys and values in the cache; by default the model's.
       block: T, tokens taken in at a time, by default all. At once, a layer's keys and values of the whole prompt are
         in memory while it is computed; in blocks, those of M + T tokens with M the layer's budget, and attention costs
-        N (M + T), not N^2 / 2.
+        N (M + T), not N^2 / 2. Blocks without a token of any prompt are not computed.
 
     Raises:
-      ValueError: as `init_pruned_cache`.
+      ValueError: as `init_pruned_cache`, or a block below 1.
     """
     batch, num_tokens = tokens_BN.shape
     lengths_B = jnp.full(batch, num_tokens, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
     lengths_B = reshard(lengths_B, "batch")
     cache = init_pruned_cache(model.config, batch, budgets, policy, dtype)
-    block = min(block or num_tokens, num_tokens)
+    block = num_tokens if block is None else min(check_block(block), num_tokens)
     tokens_BN = reshard(jnp.pad(tokens_BN, ((0, 0), (0, -num_tokens % block))), "batch", None)
     last_BE, cache = _take_block(model, cache, tokens_BN[:, :block], lengths_B, empty=True)
     if tokens_BN.shape[1] > block:
 
-        def step(carry, tokens_BT):
+        def step(n, carry):
             last_BE, cache = carry
             goes_on_B = lengths_B > cache.position
+            tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BN, n * block, block, axis=1)
             in_block_BE, cache = _take_block(model, cache, tokens_BT, lengths_B, empty=False)
-            return (jnp.where(goes_on_B[:, None], in_block_BE, last_BE), cache), None
+            return jnp.where(goes_on_B[:, None], in_block_BE, last_BE), cache
 
-        blocks = jnp.moveaxis(tokens_BN[:, block:].reshape(batch, -1, block), 1, 0)
-        (last_BE, cache), _ = jax.lax.scan(step, (last_BE, cache), blocks)
+        # As many blocks as the longest prompt has: how far it is padded costs nothing.
+        last_BE, cache = jax.lax.fori_loop(1, -(-jnp.max(lengths_B) // block), step, (last_BE, cache))
     normed_B1E = rms_norm(last_BE, model.final_norm[...])[:, None]
     return model.logits(normed_B1E)[:, 0], cache
+
+
+def check_block(block: int) -> int:
+    """`block` itself, or a ValueError."""
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    return block
 
 
 def _take_block(
@@ -73,7 +81,9 @@ def _take_block(
     """(the last layer's output [B, E] at each row's last token of the block, the cache after the block)."""
     length = tokens_BT.shape[1]
     count_B = jnp.clip(lengths_B - cache.position, 0, length)
-    position_BT = cache.position[:, None] + jnp.arange(length, dtype=jnp.int32)
+    # Padding may go beyond the model's positions, where a table of learned ones has nothing.
+    last = model.config.max_length - 1
+    position_BT = jnp.minimum(cache.position[:, None] + jnp.arange(length, dtype=jnp.int32), last)
     layers = cast(tuple[PrunedLayerCache, ...], cache.layers)
     attends = [functools.partial(layer.take_in, cache.position, count_B, empty=empty) for layer in layers]
     x_BTE, after = run_layers(model, model.embed(tokens_BT, position_BT), position_BT, attends)

@@ -22,6 +22,7 @@ import dataclasses
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,7 @@ def export_safetensors(model: Transformer, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, directory / MODEL_FILE)
     (directory / CONFIG_FILE).write_text(json.dumps({"format": FORMAT} | fields, indent=2) + "\n")
+    shutil.copymode(directory / CONFIG_FILE, directory / MODEL_FILE)  # safetensors lets its owner alone read it
 
 
 def import_safetensors(directory: str | Path, **overrides: Any) -> Transformer:
@@ -73,17 +75,26 @@ def import_safetensors(directory: str | Path, **overrides: Any) -> Transformer:
     Raises:
       ImportError: safetensors is not installed.
       FileNotFoundError: no model there.
-      ValueError: another format, or tensors that do not fit the config; the message names them.
+      ValueError: another format, a file that is damaged, or tensors that do not fit the config; the message names them.
     """
     safetensors, directory = _safetensors(), Path(directory)
-    fields = json.loads((directory / CONFIG_FILE).read_text())
-    if fields.pop("format", None) != FORMAT:
+    try:
+        fields = json.loads((directory / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG_FILE} is damaged ({error}); export the model again") from error
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise ValueError(f"{directory / CONFIG_FILE} does not say that its format is {FORMAT!r}; it is another model's")
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if unknown := fields.keys() - known:
         raise ValueError(f"{directory / CONFIG_FILE} has unknown fields: {', '.join(sorted(unknown))}")
-    config = TransformerConfig(**{**fields, **overrides})
-    tensors = safetensors.load_file(directory / MODEL_FILE)
+    try:
+        config = TransformerConfig(**{**fields, **overrides})
+    except TypeError as error:  # it lacks some, or a number is none
+        raise ValueError(f"{directory / CONFIG_FILE} is damaged ({error}); export the model again") from error
+    try:
+        tensors = safetensors.load_file(directory / MODEL_FILE)
+    except importlib.import_module("safetensors").SafetensorError as error:
+        raise ValueError(f"{directory / MODEL_FILE} is damaged ({error}); export the model again") from error
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
     parameters = nnx.to_flat_state(abstract)
     names = {name for path, _ in parameters for name in _names(path, config)}

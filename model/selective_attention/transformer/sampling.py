@@ -65,6 +65,11 @@ def check_sampling(
 ) -> None:
     """Raises ValueError for what cannot be drawn."""
     left = config.max_length - prompt_length
+    if left < 1:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens is too long: the model was made for {config.max_length}, and at least "
+            f"one is drawn; shorten it to at most {config.max_length - 1}"
+        )
     if not 1 <= num_tokens <= left:
         raise ValueError(
             f"num_tokens must be from 1 to {left}, what max_length={config.max_length} leaves after a prompt of "

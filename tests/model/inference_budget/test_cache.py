@@ -176,7 +176,9 @@ def test_the_compiled_step_holds_the_budgets_and_nothing_else(name, changes, boo
     assert memory.alias_size_in_bytes == expected + positions
     other = sum(x.nbytes for x in jax.tree.leaves(parameters)) + 4 * 4
     assert memory.argument_size_in_bytes == expected + positions + other
-    assert memory_factor(cache.layers, LENGTH) == budgets.memory_factor == 4.0
+    full = 4 * 2 * LENGTH * (2 * 2 * 8 * jnp.dtype(dtype).itemsize + (0 if changes else 4))  # with F where it selects
+    assert memory_factor(cache, LENGTH) == full / expected
+    assert budgets.memory_factor == 4.0
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,8 @@ def test_a_policy_that_the_model_cannot_have_is_refused(name, changes, message):
     [
         ((1, 9), r"the budget of layer 0 is 1; it must be from 2 .* to the context of 24"),
         ((3, 25), "the budget of layer 1 is 25"),
+        ((3, 4.9), "the budget of layer 1 is 4.9; it must be a whole number of tokens"),
+        ((3, "9"), "the budget of layer 1 is '9'"),
         ((3, 9, 9), "there are 3 budgets, but the model has 2 layers"),
     ],
 )

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data import Manifest, Tokenizer
 from data.manifest import Shard, Split, file_crc32
 from launch.budgets.__main__ import main
-from launch.budgets.result import read_search
+from launch.budgets.result import Journal, read_search
 from selective_attention import export_safetensors
 from tests.support.small_model import make_model
 
@@ -78,15 +78,36 @@ def test_evaluate_gives_the_perplexities_of_the_search_on_the_same_windows(folde
     content = read_search(folder / "budgets.json")
     for split, expected in (("train", content["found"]), ("validation", content["validation"]["pruned"])):
         shown = output_of(capsys, "evaluate", f"--budgets={folder}/budgets.json", f"--split={split}")
-        pruned = float(re.search(r"selective at 8.00x: perplexity ([0-9.]+)", shown)[1])
+        pruned = float(re.search(r"selective, 8.00x fewer tokens: perplexity ([0-9.]+)", shown)[1])
         assert pruned == pytest.approx(expected["perplexity"], rel=1e-6)
 
 
-def test_a_search_of_any_target_ends_at_the_smallest_budgets_and_resumes_to_the_same(folder, capsys):
-    before = (folder / "budgets.json").read_text()
-    shown = output_of(capsys, *search(folder, "--target-perplexity=1e9", "--output", str(folder / "budgets.json")))
-    assert "selective: 8.00x less memory, budgets [2, 2]" in shown
-    assert (folder / "budgets.json").read_text() == before
+def test_a_search_of_any_target_ends_at_the_smallest_budgets_and_resumes_to_the_same(folder, capsys, monkeypatch):
+    again = folder / "again.json"
+    command = search(folder, "--target-perplexity=1e9", "--output", str(again))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        main(command)
+    journal = folder / "again.json.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: len(lines) // 2]))  # as a search that was killed leaves it
+    again.unlink()
+    shown = output_of(capsys, *command)
+    assert "selective: 8.00x fewer tokens, budgets [2, 2]" in shown
+    assert again.read_text() == (folder / "budgets.json").read_text()
+    assert not journal.exists() and not (folder / "budgets.json.journal").exists()
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_the_memory_that_is_printed_is_counted_in_bytes_of_the_cache(folder, capsys, command):
+    commands = {
+        "search": search(folder, "--target-perplexity=1e9", "--output", str(folder / "memory.json")),
+        "evaluate": ["evaluate", f"--budgets={folder}/budgets.json"],
+    }
+    key_and_value, position, f = 2 * 4 * 8 * 4, 4, 4  # bytes of a slot
+    held, full = (2 + 2) * (key_and_value + position + f), 2 * 16 * (key_and_value + f)
+    line = f"cache of one sequence: {held:,} bytes, {full / held:.2f}x less than a full cache"
+    assert line in output_of(capsys, *commands[command])
 
 
 def test_generate_goes_on_from_the_prompt_and_from_standard_input_alike(folder, capsys, monkeypatch):
@@ -94,6 +115,11 @@ def test_generate_goes_on_from_the_prompt_and_from_standard_input_alike(folder, 
     shown = output_of(capsys, *common, "--prompt=the mask")
     monkeypatch.setattr("sys.stdin", io.StringIO("the mask"))
     assert output_of(capsys, *common) == shown
+    assert shown.startswith("the mask") and len(shown) > len("the mask\n")
+
+
+def test_generate_draws_what_the_context_leaves_where_nothing_else_is_said(folder, capsys):
+    shown = output_of(capsys, "generate", f"--budgets={folder}/budgets.json", "--seed=1", "--prompt=the mask")
     assert shown.startswith("the mask") and len(shown) > len("the mask\n")
 
 
@@ -140,8 +166,8 @@ def test_files_that_cannot_be_used_are_refused(folder, capsys, changes, message)
     ("options", "message"),
     [
         (["--step=0"], "argument --step: must be at least 1, not 0"),
-        (["--context=48"], "error: a context of 48 tokens does not divide this dataset's records of 64"),
-        (["--context=32"], "error: windows of 32 tokens; the model was made for 16"),
+        (["--context=12"], "error: a context of 12 tokens does not divide this dataset's records of 64"),
+        (["--context=32"], "error: --context=32: the model was made for contexts of 16 tokens"),
         (["--first-step=3"], "error: steps must be from 1 to 15, the first at least the last; got 3 and 7"),
     ],
 )

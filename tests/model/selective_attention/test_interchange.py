@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,16 @@ def make_model(**changes):
 
 def flat(model):
     return {path: np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def test_who_may_read_an_export_is_the_umask_s_choice(tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_safetensors(make_model(), tmp_path / "export")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "export").iterdir()}
+    assert modes == {"config.json": 0o640, "model.safetensors": 0o640}
 
 
 @each_variant
@@ -115,6 +126,18 @@ class TestRefuses:
     def test_unknown_fields(self, folder):
         self.edit(folder, sliding_window=3)
         with pytest.raises(ValueError, match="unknown fields: sliding_window"):
+            import_safetensors(folder)
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"format": "selective_attention.Transformer/1", "num_layers": 2}'])
+    def test_a_config_that_was_cut_off(self, folder, text):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json (is damaged .*; export the model again|does not say)"):
+            import_safetensors(folder)
+
+    @pytest.mark.parametrize("kept", [0, 100, 5000])
+    def test_tensors_that_were_cut_off(self, folder, kept):
+        os.truncate(folder / "model.safetensors", kept)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*; export the model again"):
             import_safetensors(folder)
 
     def test_missing_tensors(self, folder):
