@@ -23,7 +23,7 @@ from inference_budget import (
 from inference_budget.interchange import write_budgets_file
 from selective_attention import Transformer
 
-from .inputs import InputError, check_vocabulary, load_model, located, read_windows
+from .inputs import InputError, check_output, check_vocabulary, load_model, located, read_windows
 from .result import (
     Difference,
     HeldOut,
@@ -39,8 +39,7 @@ from .result import (
 
 def run_search(options: argparse.Namespace) -> None:
     output = Path(options.output)
-    if not output.parent.is_dir():
-        raise InputError(f"--output={output}: there is no folder {output.parent}")
+    check_output(output)
     model, dataset, policy = load_model(options.checkpoint), open_dataset(options.data), POLICIES[options.policy]
     check_vocabulary(model, dataset)
     length = options.context or model.config.max_length

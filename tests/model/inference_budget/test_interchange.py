@@ -5,7 +5,7 @@ import json
 import pytest
 
 from inference_budget import POLICIES, Budgets, BudgetsError, load_budgets, model_fingerprint, save_budgets
-from inference_budget.interchange import budgets_of, read_budgets_file, write_budgets_file
+from inference_budget.interchange import BudgetsFile, budgets_of, read_budgets_file, write_budgets_file
 from tests.support.small_model import LENGTH, make_model
 
 CONTENT = {
@@ -18,7 +18,7 @@ CONTENT = {
 
 def test_budgets_survive_the_file(tmp_path):
     write_budgets_file(tmp_path / "budgets.json", CONTENT)
-    budgets, policy = budgets_of(read_budgets_file(tmp_path / "budgets.json"), "a" * 64)
+    budgets, policy = budgets_of(read_budgets_file(tmp_path / "budgets.json", BudgetsFile), "a" * 64)
     assert (budgets.tokens, budgets.context_length, policy.name) == ((8, 4), 64, "tova")
 
 
@@ -37,7 +37,7 @@ def test_a_fingerprint_is_of_what_a_model_computes_and_not_of_how():
 def test_a_file_of_another_format_is_refused(tmp_path):
     (tmp_path / "budgets.json").write_text(json.dumps(CONTENT))
     with pytest.raises(ValueError, match=r"does not say that its format is 'inference_budget\.Budgets/1'"):
-        read_budgets_file(tmp_path / "budgets.json")
+        read_budgets_file(tmp_path / "budgets.json", BudgetsFile)
 
 
 def test_budgets_that_were_saved_are_loaded_for_the_same_model_alone(tmp_path):

@@ -1,0 +1,67 @@
+"""The commands one after the other, as a person would run them, on a small model and a small dataset."""
+
+import io
+import re
+
+import pytest
+
+from inference_budget.interchange import read_budgets_file
+from launch.budgets.__main__ import main
+from launch.budgets.result import Journal, SearchFile
+from tests.support.searches import search
+
+
+def output_of(capsys, *arguments):
+    main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_evaluate_gives_the_perplexities_of_the_search_on_the_same_windows(folder, capsys):
+    content = read_budgets_file(folder / "budgets.json", SearchFile)
+    for split, expected in (("train", content["found"]), ("validation", content["validation"]["pruned"])):
+        shown = output_of(capsys, "evaluate", f"--budgets={folder}/budgets.json", f"--split={split}")
+        pruned = float(re.search(r"selective, 8.00x fewer tokens: perplexity ([0-9.]+)", shown)[1])
+        assert pruned == pytest.approx(expected["perplexity"], rel=1e-6)
+
+
+def test_a_search_of_any_target_ends_at_the_smallest_budgets_and_resumes_to_the_same(folder, capsys, monkeypatch):
+    again = folder / "again.json"
+    command = search(folder, "--target-perplexity=1e9", "--output", str(again))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        main(command)
+    journal = folder / "again.json.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: len(lines) // 2]))  # as a search that was killed leaves it
+    again.unlink()
+    shown = output_of(capsys, *command)
+    assert "selective: 8.00x fewer tokens, budgets [2, 2]" in shown
+    assert again.read_text() == (folder / "budgets.json").read_text()
+    assert not journal.exists() and not (folder / "budgets.json.journal").exists()
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_the_memory_that_is_printed_is_counted_in_bytes_of_the_cache(folder, capsys, command):
+    commands = {
+        "search": search(folder, "--target-perplexity=1e9", "--output", str(folder / "memory.json")),
+        "evaluate": ["evaluate", f"--budgets={folder}/budgets.json"],
+    }
+    key_and_value, position, f = 2 * 4 * 8 * 4, 4, 4  # bytes of a slot
+    held, full = (2 + 2) * (key_and_value + position + f), 2 * 16 * (key_and_value + f)
+    line = f"cache of one sequence: {held:,} bytes, {full / held:.2f}x less than a full cache"
+    assert line in output_of(capsys, *commands[command])
+
+
+def test_generate_goes_on_from_the_prompt_and_from_standard_input_alike(folder, capsys, monkeypatch):
+    common = ["generate", f"--budgets={folder}/budgets.json", "--tokens=5", "--seed=1"]
+    shown = output_of(capsys, *common, "--prompt=the mask")
+    monkeypatch.setattr("sys.stdin", io.StringIO("the mask"))
+    assert output_of(capsys, *common) == shown
+    assert shown.startswith("the mask") and len(shown) > len("the mask\n")
+
+
+def test_the_report_shows_every_search_and_the_survivors_of_the_first(folder, capsys):
+    shown = output_of(capsys, "report", f"{folder}/budgets.json", f"--output={folder}/page.html")
+    assert "model, selective | 8.00 |" in shown
+    page = (folder / "page.html").read_text()
+    assert "Which tokens survive: model, selective" in page and page.count("2 of 16") == 2
