@@ -89,7 +89,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     full = Budgets.full(model.config.num_layers, windows.length)
     unpruned, pruned = Evaluator(model, windows, policy).losses([full, budgets])
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
-    print(f"{policy.name}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
+    print(f"{content['policy']}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
     print(cache_size(model, budgets, policy))
     print(f"full budgets: perplexity {unpruned.perplexity:.6f}")
     difference, error = pruned.minus(unpruned)
@@ -155,6 +155,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
+    policies = f"{', '.join(POLICIES)}, or a class of your own as module:Class"
     commands = parser.add_subparsers(required=True, metavar="command")
     add = commands.add_parser("search", help="find budgets that meet a target")
     add.add_argument("--checkpoint", required=True, help="the model")
@@ -163,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--target-checkpoint", help="a model whose perplexity, on the same windows, is the target")
     target.add_argument("--target-perplexity", type=_perplexity, help="the target itself")
     add.add_argument("--output", required=True, help="file to write, such as budgets.json")
-    add.add_argument("--policy", default="selective", choices=POLICIES, help="who leaves a full layer")
+    add.add_argument("--policy", default="selective", help=f"who leaves a full layer: {policies}")
     add.add_argument("--context", type=_positive, help="tokens of a window; by default the model's context")
     add.add_argument(
         "--step", type=_positive, help="tokens by which a budget is lowered; by default 1/32 of the context"

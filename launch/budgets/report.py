@@ -79,7 +79,9 @@ def _model(search: SearchFile) -> str:
 
 
 def _colour(search: SearchFile) -> str:
-    return charts.SERIES[list(POLICIES).index(search["policy"])]
+    """Of its policy; those of your own share the last one's."""
+    names = list(POLICIES)
+    return charts.SERIES[names.index(search["policy"]) if search["policy"] in names else -1]
 
 
 def table(searches: Sequence[SearchFile]) -> list[list[str]]:

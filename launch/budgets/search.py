@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from data import open_dataset
 from inference_budget import (
-    POLICIES,
     Budgets,
     Evaluator,
     EvictionPolicy,
@@ -17,7 +16,9 @@ from inference_budget import (
     Point,
     Windows,
     baselines,
+    find_policy,
     model_fingerprint,
+    policy_name,
     search,
 )
 from inference_budget.interchange import write_budgets_file
@@ -40,7 +41,8 @@ from .result import (
 def run_search(options: argparse.Namespace) -> None:
     output = Path(options.output)
     check_output(output)
-    model, dataset, policy = load_model(options.checkpoint), open_dataset(options.data), POLICIES[options.policy]
+    policy = find_policy(options.policy)
+    model, dataset = load_model(options.checkpoint), open_dataset(options.data)
     check_vocabulary(model, dataset)
     length = options.context or model.config.max_length
     if length > model.config.max_length:
@@ -52,7 +54,7 @@ def run_search(options: argparse.Namespace) -> None:
         "checkpoint": {"path": located(options.checkpoint), "fingerprint": model_fingerprint(model)},
         "data": {"path": located(dataset.path), "fingerprint": dataset.manifest.fingerprint},
         "context_length": length,
-        "policy": policy.name,
+        "policy": policy_name(policy),
         "windows": {"train": len(training), "validation": len(validation)},
     }
     evaluator = Evaluator(model, training, policy)

@@ -5,7 +5,19 @@ from .cache import PrunedLayerCache, cache_bytes, init_pruned_cache, memory_fact
 from .generation import Decoder, generate
 from .interchange import load_budgets, model_fingerprint, save_budgets
 from .perplexity import Evaluator, Losses, Windows, eviction_times
-from .policies import H2O, POLICIES, TOVA, EvictionPolicy, Held, OldestFirst, Random, Selective, SinksAndWindow
+from .policies import (
+    H2O,
+    POLICIES,
+    TOVA,
+    EvictionPolicy,
+    Held,
+    OldestFirst,
+    Random,
+    Selective,
+    SinksAndWindow,
+    find_policy,
+    policy_name,
+)
 from .prefill import prefill
 from .search import Found, Point, baselines, search
 
@@ -31,11 +43,13 @@ __all__ = [
     "baselines",
     "cache_bytes",
     "eviction_times",
+    "find_policy",
     "generate",
     "init_pruned_cache",
     "load_budgets",
     "memory_factor",
     "model_fingerprint",
+    "policy_name",
     "prefill",
     "save_budgets",
     "search",

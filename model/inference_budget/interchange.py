@@ -23,7 +23,7 @@ from flax import nnx
 from selective_attention import Transformer
 
 from .budgets import Budgets, BudgetsError, check_budgets
-from .policies import POLICIES, EvictionPolicy, check_policy
+from .policies import EvictionPolicy, check_policy, find_policy, policy_name
 
 FORMAT = "inference_budget.Budgets/1"
 EXECUTION = ("remat", "scan_layers", "attention")  # fields of a config that say how to compute, not what
@@ -60,14 +60,15 @@ def save_budgets(
       checkpoint: the folder of the model, for people and programs that read the file.
 
     Raises:
-      BudgetsError: budgets for another number of layers, or a policy that is not defined on the model.
+      BudgetsError: budgets for another number of layers, or a policy that is not defined on the model, or that no name
+        stands for (see `policy_name`).
     """
     check_budgets(budgets, model.config)
     check_policy(policy, model.config)
     content: BudgetsFile = {
         "checkpoint": {"path": str(checkpoint), "fingerprint": model_fingerprint(model)},
         "context_length": budgets.context_length,
-        "policy": policy.name,
+        "policy": policy_name(policy),
         "budgets": list(budgets.tokens),
     }
     write_budgets_file(path, content)
@@ -166,16 +167,11 @@ def _mistakes(value: Any, hint: Any, name: str) -> Iterator[str]:
 
 
 def budgets_of(content: BudgetsFile, fingerprint: str) -> tuple[Budgets, EvictionPolicy]:
-    """Raises BudgetsError if the file is another model's, or has been changed to what cannot be used."""
-    try:
-        checkpoint, length = content["checkpoint"], content["context_length"]
-        tokens, policy = tuple(content["budgets"]), POLICIES[content["policy"]]
-        found_for, path = checkpoint["fingerprint"], checkpoint["path"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BudgetsError(f"the budgets file lacks, or does not know, {error}; make it with `search`") from error
+    """Raises BudgetsError if the file is another model's, or says what cannot be used."""
+    checkpoint, found_for = content["checkpoint"], content["checkpoint"]["fingerprint"]
     if found_for != fingerprint:
         raise BudgetsError(
-            f"these budgets were found for another model, {path} ({found_for[:12]}, not {fingerprint[:12]}); search "
-            "again for this one"
+            f"these budgets were found for another model, {checkpoint['path']} ({found_for[:12]}, not "
+            f"{fingerprint[:12]}); search again for this one"
         )
-    return Budgets(tokens, length), policy
+    return Budgets(tuple(content["budgets"]), content["context_length"]), find_policy(content["policy"])

@@ -67,7 +67,7 @@ def test_a_target_out_of_reach(refused, tmp_path):
         ({"budgets": [4, True]}, "budgets[1] is True, not a whole number; make it with `search`"),
         ({"budgets": None}, "budgets is None, not a list; make it with `search`"),
         ({"context_length": "16"}, "context_length is '16', not a whole number; make it with `search`"),
-        ({"policy": "lru"}, "'lru'"),
+        ({"policy": "lru"}, "error: there is no policy 'lru'; take selective, h2o, "),
         ({"policy": ["tova"]}, "policy is ['tova'], not text; make it with `search`"),
         ({"checkpoint": "model"}, "checkpoint is 'model', not an object; make it with `search`"),
         ({"checkpoint": {"path": "x"}}, "checkpoint lacks 'fingerprint'; make it with `search`"),

@@ -46,7 +46,10 @@ GENERATE = ["generate", "--budgets=budgets.json", "--prompt=the mask of a token"
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["search", "--policy=lru"], "argument --policy: invalid choice: 'lru'"),
+        ([*SEARCH, "--policy=lru"], "there is no policy 'lru'; take selective, h2o, "),
+        ([*SEARCH, "--policy=no.x:Y"], "policy 'no.x:Y': No module named 'no'; run from the module's folder, or"),
+        ([*SEARCH, "--policy=re:Y"], "policy 're:Y': re has no class 'Y'; name one as module:Class"),
+        ([*SEARCH, "--policy=enum:Enum"], "policy 'enum:Enum' is no EvictionPolicy: it lacks "),
         ([*SEARCH, "--target-perplexity=1"], "argument --target-perplexity: a perplexity is above 1, not 1"),
         (SEARCH[:3] + SEARCH[4:], "one of the arguments --target-checkpoint --target-perplexity is required"),
         ([*SEARCH, "--checkpoint=nowhere"], "nowhere holds no model: neither config.json nor a training run's"),

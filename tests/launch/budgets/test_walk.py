@@ -65,3 +65,22 @@ def test_the_report_shows_every_search_and_the_survivors_of_the_first(folder, ca
     assert "model, selective | 8.00 |" in shown
     page = (folder / "page.html").read_text()
     assert "Which tokens survive: model, selective" in page and page.count("2 of 16") == 2
+
+
+def test_a_policy_of_one_s_own_is_searched_with_and_found_again_by_its_file(folder, capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from inference_budget import OldestFirst\n"
+        "class Newest(OldestFirst):\n"
+        "    name = 'newest'\n"
+        "    def priority(self, held):\n"
+        "        return -super().priority(held)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    budgets = tmp_path / "budgets.json"
+    shown = output_of(capsys, *search(folder, "--policy=mine:Newest", "--target-perplexity=1e9", f"--output={budgets}"))
+    assert "mine:Newest: 8.00x fewer tokens, budgets [2, 2]" in shown
+    found = read_budgets_file(budgets, SearchFile)["found"]["perplexity"]
+    shown = output_of(capsys, "evaluate", f"--budgets={budgets}", "--split=train")
+    assert float(re.search(r"mine:Newest.*: perplexity ([0-9.]+)", shown)[1]) == pytest.approx(found, rel=1e-6)
+    assert output_of(capsys, "generate", f"--budgets={budgets}", "--prompt=the", "--tokens=3").startswith("the")
+    assert "model, mine:Newest" in output_of(capsys, "report", str(budgets), f"--output={tmp_path}/page.html")
