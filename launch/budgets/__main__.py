@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--windows", type=_positive, default=64, help="training windows that the search measures on")
     add.add_argument("--validation-windows", type=_positive, default=256, help="windows that the result is measured on")
     add.add_argument("--lazy", action="store_true", help="measure fewer layers; the choices may differ from greedy's")
+    add.add_argument("--exchange", action="store_true", help="then move budget between layers while that pays")
     add.set_defaults(run=run_search, interrupted="the same command goes on from the journal beside its output")
     for name, run, text in (
         ("evaluate", run_evaluate, "measure budgets"),

@@ -83,9 +83,12 @@ class SearchFile(BudgetsFile):
     windows: dict[str, int]
     memory_factor: float
     search: Options
+    chosen: NotRequired[str]  # of what was tried, "greedy", "uniform" or "exchange", the one that found it
+    evaluations: NotRequired[dict[str, int]]  # by what needed them, budgets that nothing before had measured
     found: PointJson
     validation: HeldOut
     curve: list[PointJson]
+    exchange: NotRequired[list[PointJson]]  # what the exchange pass went through
     baselines: dict[str, list[PointJson]]
 
 
@@ -120,11 +123,15 @@ def cache_size(model: Transformer, budgets: Budgets, policy: EvictionPolicy) -> 
 class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
     """Losses that were measured, in a file that an interrupted search is resumed from.
 
+    Attributes:
+      asked: the budgets that this search wanted to know of, whether it measured them or an interrupted one had.
+
     Raises:
       InputError: the file is of a search for something else, or cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
+        self.asked: set[tuple[int, ...]] = set()
         self._path, self._losses = path, dict[tuple[int, ...], tuple[float, float]]()
         header = json.dumps(identity, sort_keys=True)
         try:
@@ -156,6 +163,7 @@ class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
             raise InputError(f"{self._path}: no space left for it; make some, the same command then goes on")
 
     def __getitem__(self, budgets: tuple[int, ...]) -> tuple[float, float]:
+        self.asked.add(budgets)
         return self._losses[budgets]
 
     def __setitem__(self, budgets: tuple[int, ...], losses: tuple[float, float]) -> None:

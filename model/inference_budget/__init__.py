@@ -19,7 +19,7 @@ from .policies import (
     policy_name,
 )
 from .prefill import prefill
-from .search import Found, Point, baselines, search
+from .search import Found, Point, baselines, best_point, exchange, search, uniform
 
 __all__ = [
     "H2O",
@@ -41,8 +41,10 @@ __all__ = [
     "SinksAndWindow",
     "Windows",
     "baselines",
+    "best_point",
     "cache_bytes",
     "eviction_times",
+    "exchange",
     "find_policy",
     "generate",
     "init_pruned_cache",
@@ -53,4 +55,5 @@ __all__ = [
     "prefill",
     "save_budgets",
     "search",
+    "uniform",
 ]

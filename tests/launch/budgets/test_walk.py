@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from inference_budget import Budgets, Found, Point
 from inference_budget.interchange import read_budgets_file
 from launch.budgets.__main__ import main
 from launch.budgets.result import Journal, SearchFile
@@ -84,3 +85,42 @@ def test_a_policy_of_one_s_own_is_searched_with_and_found_again_by_its_file(fold
     assert float(re.search(r"mine:Newest.*: perplexity ([0-9.]+)", shown)[1]) == pytest.approx(found, rel=1e-6)
     assert output_of(capsys, "generate", f"--budgets={budgets}", "--prompt=the", "--tokens=3").startswith("the")
     assert "model, mine:Newest" in output_of(capsys, "report", str(budgets), f"--output={tmp_path}/page.html")
+
+
+def stops_at(*tokens):
+    """A search that goes from full budgets to others at once, which it takes to cost a nat less than they do."""
+
+    def search(evaluator, *, known, **options):
+        budgets = [Budgets.full(2, 16), Budgets(tokens, 16)]
+        for one, losses in zip(budgets, evaluator.losses(budgets), strict=True):
+            known[one.tokens] = losses.mean - 1, float(losses.last_quarter.mean())
+        return Found(tuple(Point(one, *known[one.tokens]) for one in budgets))
+
+    return search
+
+
+def test_an_exchange_is_resumed_to_the_same_file_which_counts_every_evaluation_once(
+    folder, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("launch.budgets.search.search", stops_at(4, 10))
+    monkeypatch.setattr("launch.budgets.search.uniform", lambda *arguments, **options: ())
+    output, journal = tmp_path / "x.json", tmp_path / "x.json.journal"
+    command = search(folder, "--target-perplexity=1e9", "--exchange", f"--output={output}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        main(command)
+    before, lines = output.read_text(), journal.read_text().splitlines(keepends=True)
+    content = read_budgets_file(output, SearchFile)
+    counts = content["evaluations"]
+    assert (content["chosen"], content["budgets"]) == ("exchange", [2, 2])
+    assert counts == {"greedy": 2, "uniform": 0, "exchange": len(lines) - 3 - counts["baselines"]} | counts
+    journal.write_text("".join(lines[:5]))  # its first line says what it is about
+    assert f"greedy 2, uniform 0, exchange {counts['exchange']}" in output_of(capsys, *command)
+    assert output.read_text() == before
+
+
+def test_the_better_of_greedy_and_uniform_budgets_is_kept_and_named(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("launch.budgets.search.search", stops_at(16, 2))
+    output_of(capsys, *search(folder, "--target-perplexity=1e9", f"--output={tmp_path}/x.json"))
+    content = read_budgets_file(tmp_path / "x.json", SearchFile)
+    assert (content["chosen"], content["budgets"]) == ("uniform", [2, 2])
