@@ -6,14 +6,14 @@
     python -m launch.budgets report budgets.json ... --output report.html
 
 A checkpoint is a training run's workdir, or a folder of `selective_attention.export_safetensors`. Exit codes: 0 done, 2
-a mistake, which one line names.
+a mistake, which one line names, 130 interrupted, 141 nobody read on.
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
 
 import jax
 
@@ -22,19 +22,39 @@ from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPoli
 from inference_budget.interchange import budgets_of, read_budgets_file
 from selective_attention import Transformer
 
-from .inputs import InputError, check_vocabulary, load_model, read_windows
+from .inputs import InputError, check_output, check_vocabulary, load_model, read_windows
 from .report import table, write_report
-from .result import SearchFile, cache_size, read_search
+from .result import SearchFile, UsableFile, cache_size
 from .search import run_search
+
+EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141  # the last two are a shell's for SIGINT and SIGPIPE
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _leave(EXIT_UNREAD)
+    except KeyboardInterrupt:
+        _leave(EXIT_INTERRUPTED, f"interrupted; {options.interrupted}")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(EXIT_MISTAKE, f"error: {error}")
+    except OSError as error:
+        _leave(
+            EXIT_MISTAKE, f"error: {error.filename or 'the output'}: {error.strerror or error}; see to it and try again"
+        )
+
+
+def _leave(code: int, line: str = "") -> NoReturn:
+    if line:
+        print(line, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # or Python would try once more at its end, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def _keep_programs() -> None:
@@ -45,8 +65,8 @@ def _keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _load(options: argparse.Namespace) -> tuple[SearchFile, Transformer, Dataset, Budgets, EvictionPolicy]:
-    content = cast(SearchFile, read_budgets_file(options.budgets))  # one of `save_budgets` has no data and windows
+def _load(options: argparse.Namespace) -> tuple[UsableFile, Transformer, Dataset, Budgets, EvictionPolicy]:
+    content = read_budgets_file(options.budgets, UsableFile)
     model = load_model(options.checkpoint or content["checkpoint"]["path"])
     budgets, policy = budgets_of(content, model_fingerprint(model))
     if options.data is None and "data" not in content:
@@ -69,7 +89,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     full = Budgets.full(model.config.num_layers, windows.length)
     unpruned, pruned = Evaluator(model, windows, policy).losses([full, budgets])
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
-    print(f"{policy.name}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
+    print(f"{content['policy']}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
     print(cache_size(model, budgets, policy))
     print(f"full budgets: perplexity {unpruned.perplexity:.6f}")
     difference, error = pruned.minus(unpruned)
@@ -80,7 +100,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     _, model, dataset, budgets, policy = _load(options)
-    text = sys.stdin.read() if options.prompt is None else options.prompt
+    try:
+        text = sys.stdin.read() if options.prompt is None else options.prompt
+        text.encode()  # what is no text comes from a command line as surrogates
+    except UnicodeError as error:
+        raise InputError(f"the prompt is not UTF-8 ({error}); convert it, such as with iconv") from error
     if not text:
         raise InputError("the prompt is empty; give --prompt, or text on standard input")
     tokenizer = dataset.tokenizer()
@@ -114,7 +138,8 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    searches = [read_search(path) for path in options.files]
+    check_output(options.output)
+    searches = [read_budgets_file(path, SearchFile) for path in options.files]
     write_report(searches, options.output)
     for row in table(searches):
         print(" | ".join(row))
@@ -130,6 +155,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
+    policies = f"{', '.join(POLICIES)}, or a class of your own as module:Class"
     commands = parser.add_subparsers(required=True, metavar="command")
     add = commands.add_parser("search", help="find budgets that meet a target")
     add.add_argument("--checkpoint", required=True, help="the model")
@@ -138,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--target-checkpoint", help="a model whose perplexity, on the same windows, is the target")
     target.add_argument("--target-perplexity", type=_perplexity, help="the target itself")
     add.add_argument("--output", required=True, help="file to write, such as budgets.json")
-    add.add_argument("--policy", default="selective", choices=POLICIES, help="who leaves a full layer")
+    add.add_argument("--policy", default="selective", help=f"who leaves a full layer: {policies}")
     add.add_argument("--context", type=_positive, help="tokens of a window; by default the model's context")
     add.add_argument(
         "--step", type=_positive, help="tokens by which a budget is lowered; by default 1/32 of the context"
@@ -147,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--windows", type=_positive, default=64, help="training windows that the search measures on")
     add.add_argument("--validation-windows", type=_positive, default=256, help="windows that the result is measured on")
     add.add_argument("--lazy", action="store_true", help="measure fewer layers; the choices may differ from greedy's")
-    add.set_defaults(run=run_search)
+    add.add_argument("--exchange", action="store_true", help="then move budget between layers while that pays")
+    add.set_defaults(run=run_search, interrupted="the same command goes on from the journal beside its output")
     for name, run, text in (
         ("evaluate", run_evaluate, "measure budgets"),
         ("generate", run_generate, "continue a prompt"),
@@ -156,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         add.add_argument("--budgets", required=True, help="file of `search`")
         add.add_argument("--checkpoint", help="the model; by default where the search found it")
         add.add_argument("--data", help="dataset folder; by default where the search found it")
-        add.set_defaults(run=run)
+        add.set_defaults(run=run, interrupted="the same command begins anew")
         if name == "evaluate":
             add.add_argument("--split", default="validation", help="train or validation")
             add.add_argument("--windows", type=_positive, help="windows to measure on; by default the search's number")
@@ -171,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("report", help="one HTML page about several searches")
     add.add_argument("files", nargs="+", help="files of `search`")
     add.add_argument("--output", required=True, help="HTML file to write")
-    add.set_defaults(run=run_report)
+    add.set_defaults(run=run_report, interrupted="the same command begins anew")
     return parser
 
 

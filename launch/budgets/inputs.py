@@ -1,5 +1,6 @@
-"""What the commands read: a model, and windows of a dataset."""
+"""What the commands read, a model and windows of a dataset, and where they write."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,23 @@ from trainer.errors import ResumeError
 
 class InputError(ValueError):
     """A file or an option that cannot be used; the message says which and what to do."""
+
+
+def check_output(path: str | Path) -> None:
+    """Tries whether a file can be written, before hours are spent on what shall be in it.
+
+    Raises:
+      InputError: it cannot.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"--output={path} is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"--output={path}: there is no folder {path.parent}; make it")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"--output={path} cannot be written: {error.strerror}; give another folder") from error
 
 
 def load_model(path: str | Path) -> Transformer:

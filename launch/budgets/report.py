@@ -18,11 +18,12 @@ from .inputs import InputError, load_model, read_windows
 from .result import PointJson, SearchFile
 
 SAMPLE = 96  # tokens of the sample that are shown
-LINES = {  # of a search: how they are drawn, and what they are
-    "found": ("-", "found greedily"),
-    "uniform": ("--", "uniform budgets"),
-    "pyramid": (":", "PyramidKV's line"),
+LINES = {  # of a search: how matplotlib and CSS draw them, and what they are
+    "found": ("-", "solid", "found greedily"),
+    "uniform": ("--", "dashed", "uniform budgets"),
+    "pyramid": (":", "dotted", "PyramidKV's line"),
 }
+CHOSEN = {"uniform": ", uniform budgets", "exchange": ", after exchanges"}
 HEADINGS = [
     "model, policy",
     "factor found",
@@ -38,11 +39,17 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   background: var(--back); color: var(--ink) }
 h2 { margin-top: 2.5rem } h4 { margin: 1rem 0 .2rem } p.note { color: var(--soft) }
-.scroll { overflow-x: auto } svg { display: block; width: 100%; min-width: 640px }
+.chart { display: flex; flex-wrap: wrap; gap: 0 2rem } .chart svg { display: block; flex: 1 1 340px; max-width: 600px }
+.legend { list-style: none; margin: .5rem 0; padding: 0; font-size: .85rem } .legend i { display: inline-block;
+  width: 2rem; margin-right: .6rem; vertical-align: middle; border-top: 2px solid var(--soft) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 td:nth-child(-n + 2), th:nth-child(-n + 2) { text-align: left; white-space: nowrap }
 td:first-child, th:first-child { padding-left: 0 }
+@media (max-width: 48rem) {
+  table, tbody, tr, td { display: block } tr:first-child { display: none } tr { margin-bottom: 1.2rem }
+  td, td:nth-child(-n + 2) { display: flex; justify-content: space-between; padding: .1rem 0 }
+  td:empty { display: none } td::before { content: attr(data-heading); color: var(--soft) } }
 .tokens { font: 13px/1.7 ui-monospace, monospace; word-break: break-all } .tokens span { border-radius: 2px }
 """
 
@@ -54,12 +61,7 @@ def write_report(searches: Sequence[SearchFile], output: str | Path) -> None:
       searches: contents of files of `search`. The first's tokens are shown as a sample, if its model and data are
         still there.
       output: HTML file.
-
-    Raises:
-      InputError: the folder of `output` does not exist.
     """
-    if not Path(output).parent.is_dir():
-        raise InputError(f"--output={output}: there is no folder {Path(output).parent}")
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Memory budgets</title>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
@@ -83,8 +85,14 @@ def _model(search: SearchFile) -> str:
     return path.parent.parent.name if path.parent.name == "export" else path.name  # an exported step: its run's name
 
 
+def _name(search: SearchFile) -> str:
+    return ", ".join(dict.fromkeys([_model(search), search["policy"]]))  # a model may be called as its policy
+
+
 def _colour(search: SearchFile) -> str:
-    return charts.SERIES[list(POLICIES).index(search["policy"])]
+    """Of its policy; those of your own share the last one's."""
+    names = list(POLICIES)
+    return charts.SERIES[names.index(search["policy"]) if search["policy"] in names else -1]
 
 
 def table(searches: Sequence[SearchFile]) -> list[list[str]]:
@@ -96,7 +104,7 @@ def table(searches: Sequence[SearchFile]) -> list[list[str]]:
         holding = held_out.get("largest_at_target")
         rows.append(
             [
-                f"{_model(search)}, {search['policy']}",
+                _name(search),
                 f"{search['memory_factor']:.2f}",
                 f"{held_out['full']['perplexity']:.2f}",
                 f"{held_out['pruned']['perplexity']:.2f}",
@@ -111,10 +119,11 @@ def table(searches: Sequence[SearchFile]) -> list[list[str]]:
 
 def _table_html(searches: Sequence[SearchFile]) -> str:
     names = [["model", "policy"], *([_model(search), search["policy"]] for search in searches)]
-    head, *rows = (map(escape, [*name, *row[1:]]) for name, row in zip(names, table(searches), strict=True))
-    parts = ["<h2>At the target, on held-out windows</h2><div class=scroll><table><tr><th>", "<th>".join(head)]
-    parts += ["<tr><td>" + "<td>".join(row) for row in rows]
-    return "".join(parts) + "</table></div>"
+    head, *rows = ([*map(escape, [*name, *row[1:]])] for name, row in zip(names, table(searches), strict=True))
+    parts = ["<h2>At the target, on held-out windows</h2><table><tr><th>", "<th>".join(head)]
+    for row in rows:
+        parts += ["<tr>", *(f"<td data-heading='{th}'>{td}" for th, td in zip(head, row, strict=True))]
+    return "".join(parts) + "</table>"
 
 
 def _by_model(searches: Sequence[SearchFile]) -> dict[str, list[SearchFile]]:
@@ -135,6 +144,8 @@ def _curves(searches: Sequence[SearchFile]) -> str:
     most = max(point["memory_factor"] for point in everything)
     low = min(point["perplexity"] for point in everything)
     high = max(point["perplexity"] for search in searches for point in search["curve"])
+    target = max(search["search"]["target_perplexity"] for search in searches)
+    high = min(high, target + max(2 * (target - low), 0.1 * low))  # what misses by far would flatten all else
     margin = 0.03 * (high - low or high)
     return "".join(
         f"<h3>{escape(model)}</h3>{_chart(model, of_model, most, (low - margin, high + margin))}"
@@ -143,32 +154,36 @@ def _curves(searches: Sequence[SearchFile]) -> str:
 
 
 def _chart(model: str, searches: Sequence[SearchFile], most: float, limits: tuple[float, float]) -> str:
-    figure = charts.new_figure(900, 360)
-    axes = charts.add_axes(figure, (64, 10, 700, 310), "memory factor: context over mean budget", "perplexity")
+    figure = charts.new_figure(460, 300)
+    axes = charts.add_axes(figure, (56, 10, 446, 258), "memory factor: context over mean budget", "perplexity")
     axes.set_xscale("log", base=2)
     axes.set(xlim=(1, max(most, 2)), ylim=limits)
     powers = [2**n for n in range(int(math.log2(most)) + 1)]
     axes.set_xticks(powers, [f"{power}x" for power in powers])
     axes.locator_params(axis="y", nbins=6)
-    for target in sorted({round(search["search"]["target_perplexity"], 6) for search in searches}):
+    legend = []
+    for target in sorted({round(search["search"]["target_perplexity"], 2) for search in searches}):
         if limits[0] <= target <= limits[1]:
             axes.axhline(target, color=charts.INK, linewidth=1, clip_on=False)
-            axes.text(1, target, " target", color=charts.INK, size=12, va="bottom")
+            legend.append(_legend_line("solid", "ink", f"target {target:.2f}"))
     for search in searches:
         colour, found = _colour(search), search["found"]
         for name, points in _lines(search).items():
             ordered = sorted(points, key=lambda point: point["memory_factor"])
             factors = [point["memory_factor"] for point in ordered]
-            perplexities = np.minimum([point["perplexity"] for point in ordered], limits[1])
+            perplexities = np.array([point["perplexity"] for point in ordered])
+            perplexities[perplexities > limits[1]] = np.nan  # the line ends there
             axes.plot(factors, perplexities, LINES[name][0], color=colour, linewidth=2, clip_on=False)
         title = f"{search['policy']}: {found['memory_factor']:.2f}x, perplexity {found['perplexity']:.2f}"
         charts.add_dot(axes, found["memory_factor"], found["perplexity"], 10, colour, title=title)
-    for search in searches:
-        axes.plot([], [], color=_colour(search), linewidth=6, label=search["policy"])
-    for style, what in LINES.values():
-        axes.plot([], [], style, color=charts.SOFT, linewidth=2, label=what)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1.02), frameon=False, labelcolor=charts.INK, fontsize=13)
-    return f"<div class=scroll>{charts.svg(figure, f'Perplexity of {model} against its memory factor')}</div>"
+        legend.append(_legend_line("solid", f"s{charts.SERIES.index(colour)}", search["policy"]))
+    legend += [_legend_line(style, "soft", what) for _, style, what in LINES.values()]
+    chart = charts.svg(figure, f"Perplexity of {model} against its memory factor")
+    return f"<div class=chart>{chart}<ul class=legend>{''.join(dict.fromkeys(legend))}</ul></div>"
+
+
+def _legend_line(style: str, colour: str, text: str) -> str:
+    return f"<li><i style='border-top-style:{style};border-color:var(--{colour})'></i>{escape(text)}"
 
 
 def _bars(searches: Sequence[SearchFile]) -> str:
@@ -176,15 +191,15 @@ def _bars(searches: Sequence[SearchFile]) -> str:
     for model, of_model in _by_model(searches).items():
         parts.append(f"<h3>{escape(model)}</h3>")
         for search in of_model:
-            title = f"{search['policy']}: {search['memory_factor']:.2f}x"
-            parts.append(f"<h4>{escape(title)}</h4><div class=scroll>{_bar_chart(search, title)}</div>")
+            title = f"{search['policy']}: {search['memory_factor']:.2f}x{CHOSEN.get(search.get('chosen', ''), '')}"
+            parts.append(f"<h4>{escape(title)}</h4><div class=chart>{_bar_chart(search, title)}</div>")
     return "".join(parts)
 
 
 def _bar_chart(search: SearchFile, title: str) -> str:
     budgets, length = search["budgets"], search["context_length"]
-    figure, layers = charts.new_figure(900, 20 * len(budgets) + 4), range(len(budgets))
-    axes = charts.add_axes(figure, (70, 2, 810, 20 * len(budgets) + 2))
+    figure, layers = charts.new_figure(460, 20 * len(budgets) + 4), range(len(budgets))
+    axes = charts.add_axes(figure, (56, 2, 360, 20 * len(budgets) + 2))
     axes.grid(False)
     axes.set(xlim=(0, length), ylim=(len(budgets) - 0.5, -0.5), xticks=[])
     axes.barh(layers, [length] * len(budgets), height=0.7, color=charts.LINE)
@@ -208,7 +223,7 @@ def _survivors(search: SearchFile) -> str:
     middle_1N = inputs[len(inputs) // 2][None]
     hidden_at = np.asarray(eviction_times(model, jnp.asarray(middle_1N), budgets, policy)[0])
     rows = hidden_at.shape[1]
-    name = ", ".join(dict.fromkeys([_model(search), search["policy"]]))  # a model may be called as its policy
+    name = _name(search)
     note = " (its first key/value head)" if rows > 1 else ""
     parts = [
         f"<h2>Which tokens survive: {escape(name)}{note}</h2><p class=note>The first {SAMPLE} tokens ",

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 from inference_budget import Budgets, EvictionPolicy, Point, cache_bytes, init_pruned_cache, memory_factor
-from inference_budget.interchange import BudgetsFile, Source, read_budgets_file
+from inference_budget.interchange import BudgetsFile, Source
 from selective_attention import Transformer
 
 from .inputs import InputError
@@ -83,18 +83,20 @@ class SearchFile(BudgetsFile):
     windows: dict[str, int]
     memory_factor: float
     search: Options
+    chosen: NotRequired[str]  # of what was tried, "greedy", "uniform" or "exchange", the one that found it
+    evaluations: NotRequired[dict[str, int]]  # by what needed them, budgets that nothing before had measured
     found: PointJson
     validation: HeldOut
     curve: list[PointJson]
+    exchange: NotRequired[list[PointJson]]  # what the exchange pass went through
     baselines: dict[str, list[PointJson]]
 
 
-def read_search(path: str | Path) -> SearchFile:
-    """Raises BudgetsError or InputError for what is not a file of `search`."""
-    content = read_budgets_file(path)
-    if missing := sorted(SearchFile.__required_keys__ - content.keys()):
-        raise InputError(f"{path} lacks {', '.join(missing)}; make it with `search`")
-    return cast(SearchFile, content)
+class UsableFile(BudgetsFile):
+    """What `evaluate` and `generate` need; a file of `save_budgets` says no more than the budgets."""
+
+    data: NotRequired[Source]
+    windows: NotRequired[dict[str, int]]
 
 
 def point_json(point: Point) -> PointJson:
@@ -121,35 +123,52 @@ def cache_size(model: Transformer, budgets: Budgets, policy: EvictionPolicy) -> 
 class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
     """Losses that were measured, in a file that an interrupted search is resumed from.
 
+    Attributes:
+      asked: the budgets that this search wanted to know of, whether it measured them or an interrupted one had.
+
     Raises:
-      InputError: the file is of a search for something else.
+      InputError: the file is of a search for something else, or cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
+        self.asked: set[tuple[int, ...]] = set()
         self._path, self._losses = path, dict[tuple[int, ...], tuple[float, float]]()
         header = json.dumps(identity, sort_keys=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and lines[0] != header:
-            raise InputError(f"{path} is of another search; remove it, or give another --output")
-        for line in lines[1:]:
+        try:
+            text = path.read_text() if path.exists() else ""
+            first, *lines = text.splitlines() or [""]
+            if first != header and (lines or not header.startswith(first)):  # or the disk was full before it was whole
+                raise InputError(f"{path} is of another search; remove it, or give another --output")
+            self._stream = path.open("ab" if first == header else "wb", buffering=0)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the journal {path} cannot be used ({error}); give another --output") from error
+        for line in lines:
             try:
                 budgets, mean, last_quarter = json.loads(line)
-            except ValueError:  # the line that was being written when the search was killed
+                self._losses[tuple(budgets)] = mean, last_quarter
+            except (ValueError, TypeError):  # the line that was being written when the search was killed
                 continue
-            self._losses[tuple(budgets)] = mean, last_quarter
-        self._stream = path.open("a")
-        if not lines:
-            self._stream.write(header + "\n")
-        elif not path.read_text().endswith("\n"):
-            self._stream.write("\n")
+        if first != header:
+            self._append(header + "\n")
+        elif not text.endswith("\n"):
+            self._append("\n")
+
+    def _append(self, text: str) -> None:
+        content = text.encode()
+        try:
+            whole = self._stream.write(content) == len(content)
+        except OSError as error:
+            raise InputError(f"{self._path}: {error.strerror}; see to it, the same command then goes on") from error
+        if not whole:
+            raise InputError(f"{self._path}: no space left for it; make some, the same command then goes on")
 
     def __getitem__(self, budgets: tuple[int, ...]) -> tuple[float, float]:
+        self.asked.add(budgets)
         return self._losses[budgets]
 
     def __setitem__(self, budgets: tuple[int, ...], losses: tuple[float, float]) -> None:
         self._losses[budgets] = losses
-        self._stream.write(json.dumps([budgets, *losses]) + "\n")
-        self._stream.flush()
+        self._append(json.dumps([budgets, *losses]) + "\n")
 
     def remove(self) -> None:
         """The search is done, and what it found is written."""

@@ -5,9 +5,21 @@ from .cache import PrunedLayerCache, cache_bytes, init_pruned_cache, memory_fact
 from .generation import Decoder, generate
 from .interchange import load_budgets, model_fingerprint, save_budgets
 from .perplexity import Evaluator, Losses, Windows, eviction_times
-from .policies import H2O, POLICIES, TOVA, EvictionPolicy, Held, OldestFirst, Random, Selective, SinksAndWindow
+from .policies import (
+    H2O,
+    POLICIES,
+    TOVA,
+    EvictionPolicy,
+    Held,
+    OldestFirst,
+    Random,
+    Selective,
+    SinksAndWindow,
+    find_policy,
+    policy_name,
+)
 from .prefill import prefill
-from .search import Found, Point, baselines, search
+from .search import Found, Point, baselines, best_point, exchange, search, uniform
 
 __all__ = [
     "H2O",
@@ -29,14 +41,19 @@ __all__ = [
     "SinksAndWindow",
     "Windows",
     "baselines",
+    "best_point",
     "cache_bytes",
     "eviction_times",
+    "exchange",
+    "find_policy",
     "generate",
     "init_pruned_cache",
     "load_budgets",
     "memory_factor",
     "model_fingerprint",
+    "policy_name",
     "prefill",
     "save_budgets",
     "search",
+    "uniform",
 ]

@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import reprlib
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 import jax
 import numpy as np
@@ -21,7 +23,7 @@ from flax import nnx
 from selective_attention import Transformer
 
 from .budgets import Budgets, BudgetsError, check_budgets
-from .policies import POLICIES, EvictionPolicy, check_policy
+from .policies import EvictionPolicy, check_policy, find_policy, policy_name
 
 FORMAT = "inference_budget.Budgets/1"
 EXECUTION = ("remat", "scan_layers", "attention")  # fields of a config that say how to compute, not what
@@ -43,6 +45,9 @@ class BudgetsFile(TypedDict):
     budgets: list[int]
 
 
+File = TypeVar("File", bound=BudgetsFile)
+
+
 def save_budgets(
     path: str | Path, model: Transformer, budgets: Budgets, policy: EvictionPolicy, *, checkpoint: str | Path
 ) -> None:
@@ -55,14 +60,15 @@ def save_budgets(
       checkpoint: the folder of the model, for people and programs that read the file.
 
     Raises:
-      BudgetsError: budgets for another number of layers, or a policy that is not defined on the model.
+      BudgetsError: budgets for another number of layers, or a policy that is not defined on the model, or that no name
+        stands for (see `policy_name`).
     """
     check_budgets(budgets, model.config)
     check_policy(policy, model.config)
     content: BudgetsFile = {
         "checkpoint": {"path": str(checkpoint), "fingerprint": model_fingerprint(model)},
         "context_length": budgets.context_length,
-        "policy": policy.name,
+        "policy": policy_name(policy),
         "budgets": list(budgets.tokens),
     }
     write_budgets_file(path, content)
@@ -74,7 +80,7 @@ def load_budgets(path: str | Path, model: Transformer) -> tuple[Budgets, Evictio
     Raises:
       BudgetsError: no such file, another model's budgets, or a file that was changed to what cannot be used.
     """
-    budgets, policy = budgets_of(read_budgets_file(path), model_fingerprint(model))
+    budgets, policy = budgets_of(read_budgets_file(path, BudgetsFile), model_fingerprint(model))
     check_budgets(budgets, model.config)
     check_policy(policy, model.config)
     return budgets, policy
@@ -97,35 +103,75 @@ def model_fingerprint(model: Transformer) -> str:
 
 
 def write_budgets_file(path: str | Path, content: Mapping[str, object]) -> None:
-    """Writes a BudgetsFile and whatever else `content` has, at once: an interruption leaves no half of it."""
+    """Writes a BudgetsFile and whatever else `content` has, at once: an interruption leaves no half of it.
+
+    Raises:
+      OSError: it cannot be written; a file that is there stays.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def read_budgets_file(path: str | Path) -> BudgetsFile:
-    """Raises BudgetsError for what is not such a file; `budgets_of` checks what it says."""
+def read_budgets_file(path: str | Path, kind: type[File]) -> File:
+    """What a file says, which is all that `kind` does: BudgetsFile or a TypedDict of more.
+
+    Raises:
+      BudgetsError: it is not such a file; `budgets_of` checks whether what it says can be used.
+    """
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise BudgetsError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise BudgetsError(f"{path} cannot be read: {error.strerror}; give a file of `search`") from error
+    except ValueError as error:
+        raise BudgetsError(f"{path} cannot be read: {error}; make it with `search`") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BudgetsError(f"{path} does not say that its format is {FORMAT!r}; make it with `search`")
-    return cast(BudgetsFile, content)
+    for mistake in _mistakes(content, kind, ""):
+        raise BudgetsError(f"{path}: {mistake}; make it with `search`")
+    return cast(File, content)
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _mistakes(value: Any, hint: Any, name: str) -> Iterator[str]:
+    """Where what was read from JSON is not of a type: a TypedDict, `T | None`, or of lists, dicts, numbers and text."""
+    kind: Any = get_origin(hint) or (dict if is_typeddict(hint) else hint)
+    if kind in (Union, types.UnionType):
+        (hint,) = set(get_args(hint)) - {types.NoneType}
+        yield from () if value is None else _mistakes(value, hint, name)
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):  # which Python takes for a number
+        yield f"{name} is {reprlib.repr(value)}, not {_WORDS[kind]}"
+    elif is_typeddict(hint):
+        hints = get_type_hints(hint)
+        yield from (f"{name or 'the file'} lacks {key!r}" for key in sorted(hint.__required_keys__ - value.keys()))
+        for key in filter(value.__contains__, hints):
+            yield from _mistakes(value[key], hints[key], f"{name}.{key}".lstrip("."))
+    elif kind in (list, dict):
+        for key, item in value.items() if kind is dict else enumerate(value):
+            yield from _mistakes(item, get_args(hint)[-1], f"{name}[{key!r}]")
 
 
 def budgets_of(content: BudgetsFile, fingerprint: str) -> tuple[Budgets, EvictionPolicy]:
-    """Raises BudgetsError if the file is another model's, or has been changed to what cannot be used."""
-    try:
-        checkpoint, length = content["checkpoint"], content["context_length"]
-        tokens, policy = tuple(content["budgets"]), POLICIES[content["policy"]]
-        found_for, path = checkpoint["fingerprint"], checkpoint["path"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BudgetsError(f"the budgets file lacks, or does not know, {error}; make it with `search`") from error
+    """Raises BudgetsError if the file is another model's, or says what cannot be used."""
+    checkpoint, found_for = content["checkpoint"], content["checkpoint"]["fingerprint"]
     if found_for != fingerprint:
         raise BudgetsError(
-            f"these budgets were found for another model, {path} ({found_for[:12]}, not {fingerprint[:12]}); search "
-            "again for this one"
+            f"these budgets were found for another model, {checkpoint['path']} ({found_for[:12]}, not "
+            f"{fingerprint[:12]}); search again for this one"
         )
-    return Budgets(tokens, length), policy
+    return Budgets(tuple(content["budgets"]), content["context_length"]), find_policy(content["policy"])

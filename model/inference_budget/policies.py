@@ -10,6 +10,7 @@ Shape letters: README.md. A policy that evicts per head has a row for each key/v
 """
 
 import dataclasses
+import importlib
 from typing import ClassVar, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class EvictionPolicy(Protocol):
 
     @property
     def name(self) -> str:
-        """What the command line and files call it."""
+        """What people call it; `policy_name` is what the command line and files do."""
         ...
 
     @property
@@ -175,6 +176,59 @@ _ALL: tuple[EvictionPolicy, ...] = (
     Random(),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
+_MEMBERS = ("name", "keeps_score", "per_head", "priority", "observe")  # of an EvictionPolicy
+
+
+def find_policy(name: str) -> EvictionPolicy:
+    """One of POLICIES, or `module:Class`, a class of your own that is called without arguments.
+
+    The module is imported, which runs its code.
+
+    Raises:
+      BudgetsError: there is no such policy, module or class, or it does not make an EvictionPolicy.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in POLICIES:
+            raise BudgetsError(
+                f"there is no policy {name!r}; take {', '.join(POLICIES)}, or a class of your own as module:Class"
+            )
+        return POLICIES[name]
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError) as error:  # ValueError: it has no name
+        raise BudgetsError(
+            f"policy {name!r}: {error}; run from the module's folder, or name that in PYTHONPATH"
+        ) from error
+    if not isinstance(found, type):
+        raise BudgetsError(f"policy {name!r}: {module} has no class {attribute!r}; name one as module:Class")
+    if missing := [member for member in _MEMBERS if not hasattr(found, member)]:
+        raise BudgetsError(
+            f"policy {name!r} is no EvictionPolicy: it lacks {', '.join(missing)}; add them to the class"
+        )
+    try:
+        hash(policy := found())
+    except TypeError as error:
+        raise BudgetsError(
+            f"policy {name!r}: {error}; write a frozen dataclass whose fields all have defaults"
+        ) from error
+    return policy
+
+
+def policy_name(policy: EvictionPolicy) -> str:
+    """The name that `find_policy` finds this very policy by.
+
+    Raises:
+      BudgetsError: there is none, since the policy has other fields than its class gives it by default.
+    """
+    if POLICIES.get(policy.name) == policy:
+        return policy.name
+    name = f"{type(policy).__module__}:{type(policy).__name__}"
+    if name.startswith("__main__:") or find_policy(name) != policy:  # __main__ is another module the next time
+        raise BudgetsError(
+            f"no name stands for {policy!r} in a file; make it what a class in a module of yours defaults to"
+        )
+    return name
 
 
 def check_policy(policy: EvictionPolicy, config: TransformerConfig) -> None:

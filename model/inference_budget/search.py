@@ -1,13 +1,14 @@
 """Greedy search for per-layer budgets (section 2 of the paper), and what it is compared with.
 
 From full budgets, each iteration lowers the budget of the one layer whose cut costs least perplexity, by a constant
-step, ties to the lowest layer. Greedy promises no optimum. Perplexity need not rise along the way, so the whole curve
-is kept, and what meets a target is the point of the largest memory factor that does.
+step, ties to the lowest layer. Greedy promises no optimum: uniform budgets may do better, and `exchange` mends what it
+regrets. Perplexity need not rise along the way, so the whole curve is kept, and what meets a target is the point of the
+largest memory factor that does.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 
 from .budgets import MIN_BUDGET, Budgets
 from .perplexity import Evaluator
@@ -38,9 +39,14 @@ class Found:
     missed: int = 0  # of those, the ones in which the lazy order would have taken another layer
 
     def best(self, target_nll: float) -> Point | None:
-        """The point of the largest memory factor at or below the target; None if not even full budgets are."""
-        meets = [point for point in self.curve if point.nll <= target_nll]
-        return max(meets, key=lambda point: point.budgets.memory_factor, default=None)
+        """As `best_point` of the curve; None if not even full budgets meet the target."""
+        return best_point(self.curve, target_nll)
+
+
+def best_point(points: Iterable[Point], target_nll: float) -> Point | None:
+    """Of the points at or below the target that of the largest memory factor, and among equals of the least loss."""
+    meets = [point for point in points if point.nll <= target_nll]
+    return max(meets, key=lambda point: (point.budgets.memory_factor, -point.nll), default=None)
 
 
 class _Measure:
@@ -120,6 +126,81 @@ def search(
         curve.append(point)
         progress(point)
     return Found(tuple(curve), choose.full_sweeps, choose.missed)
+
+
+def uniform(
+    evaluator: Evaluator,
+    total: int,
+    *,
+    target_nll: float,
+    step: int,
+    patience: int = 3,
+    known: Known | None = None,
+) -> tuple[Point, ...]:
+    """Uniform budgets of `total` tokens over all layers, and of `step` fewer each time until the target is missed.
+
+    Args:
+      evaluator, target_nll, patience, known: as of `search`.
+      total: tokens of what a search found, which these may beat.
+      step: tokens by which the total is lowered at a time.
+    """
+    length, num_layers = evaluator.windows.length, evaluator.config.num_layers
+    measure = _Measure(evaluator, {} if known is None else known)
+    points, misses = list[Point](), 0
+    while misses <= patience and total >= MIN_BUDGET * num_layers:
+        points += measure([Budgets.uniform(num_layers, length, total)])
+        misses = misses + 1 if points[-1].nll > target_nll else 0
+        total -= step
+    return tuple(points)
+
+
+def exchange(
+    evaluator: Evaluator,
+    start: Point,
+    *,
+    target_nll: float,
+    step: int,
+    known: Known | None = None,
+    progress: Callable[[Point], object] = lambda point: None,
+) -> tuple[Point, ...]:
+    """Mends what a search regrets: moves budget from one layer to another for as long as the loss falls.
+
+    Each move is the one of all pairs of layers that lowers the loss most, ties to the lowest layers. Where none helps
+    and the target is met, the cheapest cut follows, and moves again; it ends where they do not bring the loss back to
+    the target. With L layers a move costs at most L (L - 1) evaluations. As exact and as resumable as `search`.
+
+    Args:
+      evaluator, target_nll, known, progress: as of `search`.
+      start: where to begin, such as `Found.best`.
+      step: tokens that are moved or cut at a time.
+
+    Returns:
+      The points that it went through, `start` first.
+    """
+    measure, path = _Measure(evaluator, {} if known is None else known), [start]
+    while True:
+        point = path[-1]
+        measure.base(point.budgets)
+        moved = [moved for moves in _moves(point.budgets, step) for moved in measure(moves)]
+        following = min(moved, key=lambda moved: moved.nll, default=point)
+        if following.nll >= point.nll:
+            cuts = list(_cuts(point.budgets, step).values())
+            if point.nll > target_nll or not cuts:
+                return tuple(path)
+            following = min(measure(cuts), key=lambda cut: cut.nll)
+        path.append(following)
+        progress(following)
+
+
+def _moves(budgets: Budgets, step: int) -> Iterator[list[Budgets]]:
+    """By the layer that gives, what it can give to each of the others: not so many at once that memory runs out."""
+    for giver, least in enumerate(budgets.tokens):
+        moves = []
+        for taker, most in enumerate(budgets.tokens):
+            tokens = min(step, least - MIN_BUDGET, budgets.context_length - most)
+            if taker != giver and tokens > 0:
+                moves.append(budgets.replaced(giver, least - tokens).replaced(taker, most + tokens))
+        yield moves
 
 
 def _cuts(budgets: Budgets, step: int) -> dict[int, Budgets]:

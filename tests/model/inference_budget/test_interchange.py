@@ -1,11 +1,24 @@
 """What budgets.json keeps, and which files are refused."""
 
+import importlib
 import json
+import sys
 
 import pytest
 
-from inference_budget import POLICIES, Budgets, BudgetsError, load_budgets, model_fingerprint, save_budgets
-from inference_budget.interchange import budgets_of, read_budgets_file, write_budgets_file
+from inference_budget import (
+    POLICIES,
+    Budgets,
+    BudgetsError,
+    Random,
+    SinksAndWindow,
+    find_policy,
+    load_budgets,
+    model_fingerprint,
+    policy_name,
+    save_budgets,
+)
+from inference_budget.interchange import BudgetsFile, budgets_of, read_budgets_file, write_budgets_file
 from tests.support.small_model import LENGTH, make_model
 
 CONTENT = {
@@ -14,11 +27,32 @@ CONTENT = {
     "budgets": [8, 4],
     "policy": "tova",
 }
+OWN_POLICY = """
+import dataclasses
+from inference_budget import OldestFirst
+
+OWN = OldestFirst()
+
+@dataclasses.dataclass(frozen=True)
+class NewestFirst(OldestFirst):
+    name = "newest"
+    def priority(self, held):
+        return -super().priority(held)
+
+class Nothing: pass
+
+class Thawed(OldestFirst):
+    __hash__ = None
+
+@dataclasses.dataclass(frozen=True)
+class Asking(OldestFirst):
+    sinks: int
+"""
 
 
 def test_budgets_survive_the_file(tmp_path):
     write_budgets_file(tmp_path / "budgets.json", CONTENT)
-    budgets, policy = budgets_of(read_budgets_file(tmp_path / "budgets.json"), "a" * 64)
+    budgets, policy = budgets_of(read_budgets_file(tmp_path / "budgets.json", BudgetsFile), "a" * 64)
     assert (budgets.tokens, budgets.context_length, policy.name) == ((8, 4), 64, "tova")
 
 
@@ -37,7 +71,7 @@ def test_a_fingerprint_is_of_what_a_model_computes_and_not_of_how():
 def test_a_file_of_another_format_is_refused(tmp_path):
     (tmp_path / "budgets.json").write_text(json.dumps(CONTENT))
     with pytest.raises(ValueError, match=r"does not say that its format is 'inference_budget\.Budgets/1'"):
-        read_budgets_file(tmp_path / "budgets.json")
+        read_budgets_file(tmp_path / "budgets.json", BudgetsFile)
 
 
 def test_budgets_that_were_saved_are_loaded_for_the_same_model_alone(tmp_path):
@@ -49,6 +83,52 @@ def test_budgets_that_were_saved_are_loaded_for_the_same_model_alone(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"budgets": 8}, {"budgets": ["a"]}, {"context_length": None}, {"checkpoint": 1}])
-def test_a_file_that_says_what_cannot_be_is_refused(changes):
-    with pytest.raises(BudgetsError, match=r"lacks, or does not know|must be a whole number"):
-        budgets_of(CONTENT | changes, "a" * 64)
+def test_a_file_that_says_what_cannot_be_is_refused(changes, tmp_path):
+    write_budgets_file(tmp_path / "budgets.json", CONTENT | changes)
+    with pytest.raises(BudgetsError, match=r" is .*, not .*; make it with `search`"):
+        read_budgets_file(tmp_path / "budgets.json", BudgetsFile)
+
+
+@pytest.fixture
+def newest(tmp_path, monkeypatch):
+    """A module with a policy of one's own, and with what is none."""
+    (tmp_path / "newest_first.py").write_text(OWN_POLICY)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("newest_first")
+    del sys.modules["newest_first"]
+
+
+def test_a_policy_of_one_s_own_is_found_again_by_its_module_and_class(newest, tmp_path):
+    model, path = make_model(), tmp_path / "budgets.json"
+    save_budgets(path, model, Budgets((3, 9), LENGTH), newest.NewestFirst(), checkpoint="/runs/one")
+    assert json.loads(path.read_text())["policy"] == "newest_first:NewestFirst"
+    assert load_budgets(path, model)[1] == newest.NewestFirst()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_called_as_files_call_it(name):
+    assert policy_name(find_policy(name)) == name
+
+
+@pytest.mark.parametrize("policy", [SinksAndWindow(sinks=8), Random(seed=1)])
+def test_a_policy_that_no_name_stands_for_is_not_saved_as_another(policy, tmp_path):
+    with pytest.raises(BudgetsError, match=r"no name stands for \w+\(s\w+=\d\) in a file"):
+        save_budgets(tmp_path / "x.json", make_model(), Budgets((3, 9), LENGTH), policy, checkpoint="/runs/one")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lru", "there is no policy 'lru'; take selective, h2o, .*, or a class of your own as module:Class"),
+        ("nowhere:Class", "'nowhere:Class': No module named 'nowhere'; run from the module's folder, or name that in"),
+        (":Class", "':Class': .*; run from the module's folder, or name that in PYTHONPATH"),
+        ("newest_first:Newest", "newest_first has no class 'Newest'; name one as module:Class"),
+        ("newest_first:OWN", "newest_first has no class 'OWN'; name one as module:Class"),
+        ("newest_first:Nothing", "is no EvictionPolicy: it lacks name, keeps_score, per_head, priority, observe; add"),
+        ("newest_first:Thawed", "unhashable type: 'Thawed'; write a frozen dataclass whose fields all have defaults"),
+        ("newest_first:Asking", "'sinks'; write a frozen dataclass whose fields all have defaults"),
+    ],
+)
+def test_what_is_no_policy_is_refused_by_name(newest, name, message):
+    with pytest.raises(BudgetsError, match=message):
+        find_policy(name)

@@ -7,7 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from inference_budget import POLICIES, Budgets, Evaluator, Found, Windows, eviction_times, search
+from inference_budget import (
+    POLICIES,
+    Budgets,
+    Evaluator,
+    Found,
+    Windows,
+    best_point,
+    eviction_times,
+    exchange,
+    search,
+    uniform,
+)
 from inference_budget.perplexity import Losses
 from inference_budget.search import Point
 from tests.support.small_model import LENGTH, STANDARD, make_model, make_tokens
@@ -85,6 +96,60 @@ def test_the_best_point_is_the_smallest_cache_that_meets_the_target_also_after_a
     found = Found(tuple(Point(Budgets((k, k), LENGTH), value, value) for k, value in nll.items()))
     assert found.best(1.2).budgets.tokens == (8, 8)
     assert found.best(0.9) is None
+
+
+def measured_point(evaluator, tokens):
+    losses = evaluator.losses([Budgets(tokens, LENGTH)])[0]
+    return Point(Budgets(tokens, LENGTH), losses.mean, float(losses.last_quarter.mean()))
+
+
+def test_an_exchange_moves_to_where_brute_force_finds_no_better_move_and_then_cuts():
+    model, windows, evaluator = make_evaluator(num_layers=3)
+    start = measured_point(evaluator, (2, 20, 8))
+    path = exchange(evaluator, start, target_nll=start.nll, step=3)
+    assert path[0] == start and best_point(path, start.nll).budgets.memory_factor > start.budgets.memory_factor
+    for before, after in itertools.pairwise(path):
+        moves = [
+            before.budgets.replaced(a, before.budgets.tokens[a] - n).replaced(b, before.budgets.tokens[b] + n)
+            for a, b in itertools.permutations(range(3), 2)
+            if (n := min(3, before.budgets.tokens[a] - 2, LENGTH - before.budgets.tokens[b])) > 0
+        ]
+        cuts = [before.budgets.replaced(n, max(k - 3, 2)) for n, k in enumerate(before.budgets.tokens) if k > 2]
+        losses = {budgets: brute_force_nll(model, windows, budgets, "selective") for budgets in [*moves, *cuts]}
+        best_move = min(losses[budgets] for budgets in moves)
+        if after.budgets.total == before.budgets.total:
+            assert losses[after.budgets] < min(best_move + 1e-7, before.nll)
+        else:
+            assert before.nll <= min(best_move + 1e-7, start.nll)
+            assert losses[after.budgets] < min(losses[budgets] for budgets in cuts) + 1e-7
+
+
+def test_an_interrupted_exchange_goes_on_from_what_was_measured():
+    _, _, evaluator = make_evaluator(num_layers=3)
+    start, known = measured_point(evaluator, (2, 20, 8)), {}
+    whole = exchange(evaluator, start, target_nll=start.nll, step=3, known=known)
+    half = dict(list(known.items())[: len(known) // 2])
+    measured = []
+    losses = evaluator.losses
+    evaluator.losses = lambda candidates: measured.extend(candidates) or losses(candidates)
+    resumed = exchange(evaluator, start, target_nll=start.nll, step=3, known=half)
+    assert [point.budgets for point in resumed] == [point.budgets for point in whole]
+    assert len(measured) == len(known) - len(known) // 2
+
+
+def test_uniform_budgets_go_down_until_the_target_is_missed_more_often_than_patience_allows():
+    _, _, evaluator = make_evaluator()
+    points = uniform(evaluator, 41, target_nll=-math.inf, step=4, patience=2)
+    assert [point.budgets.tokens for point in points] == [(21, 20), (19, 18), (17, 16)]
+    points = uniform(evaluator, 12, target_nll=math.inf, step=5)
+    assert [point.budgets.tokens for point in points] == [(6, 6), (4, 3)]
+
+
+def test_among_equal_factors_the_best_point_costs_least():
+    points = [Point(Budgets(tokens, LENGTH), nll, nll) for tokens, nll in (((8, 4), 1.1), ((6, 6), 1.0), ((9, 9), 0.5))]
+    assert best_point(points, 1.2) == points[1]
+    assert best_point(points[::-1], 1.2) == points[1]
+    assert best_point(points, 0.4) is None
 
 
 def test_differences_are_paired():
