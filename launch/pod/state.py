@@ -124,7 +124,8 @@ class State:
     granted: float | None = None
     unready: float | None = None
     ending_since: float | None = None  # the service is taking the slice away
-    unlocked: float | None = None
+    unlocked: float | None = None  # the bucket could not be read while the request could
+    looked: float = 0.0
     set_up: bool = False
     tried: bool = False  # a slice of this watcher was set up
     setup_began: float | None = None
