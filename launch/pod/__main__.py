@@ -89,7 +89,7 @@ def _run(given: Options, temporary: Path) -> int:
         case "logs":
             return show.logs(gcloud, run, given)
         case "ssh":
-            return show.ssh(run, given)
+            return show.ssh(gcloud, run, given)
         case "tensorboard":
             return show.tensorboard(gcloud, run)
         case "stop":

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 from .gcloud import Answer, Gcloud, Kind, seconds
 from .record import Run
-from .state import ABSENT, DEFAULT_VALID, UNKNOWN, Nodes
+from .state import ABSENT, DEFAULT_VALID, SETTLE, UNKNOWN, Nodes
 from .terminal import UsageError, one_line
 
 LABEL = "run-id"
@@ -88,6 +89,16 @@ def look(gcloud: Gcloud, run: Run) -> Request:
         )
     except (ValueError, KeyError, AttributeError, TypeError):
         return Request(UNKNOWN, trouble="cannot see the slice: gcloud's answer is not understood")
+
+
+def look_surely(gcloud: Gcloud, run: Run, asked: bool) -> Request:
+    """As `look`; where a request was `asked` for and never seen, finding nothing counts only again and again."""
+    for _ in range(SETTLE if asked else 0):
+        request = look(gcloud, run)
+        if request.state != ABSENT:
+            return request
+        time.sleep(seconds("POLL", 30))
+    return look(gcloud, run)
 
 
 def _not_seen(answer: Answer) -> Request:

@@ -29,6 +29,7 @@ class Setup(enum.StrEnum):
 
 
 ABSENT, UNKNOWN = "ABSENT", "UNKNOWN"  # beside the states that the service names
+SETTLE = 4  # looks for which a request that was just made may not be found
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
 DEAD = ("SUSPENDED", "FAILED")
 FOR_GOOD = {
@@ -85,7 +86,7 @@ class Limits:
     @property
     def settle(self) -> float:
         """How long a request that was just made may not be found yet."""
-        return 4 * self.poll
+        return SETTLE * self.poll
 
     @property
     def valid(self) -> float:

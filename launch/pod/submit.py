@@ -55,10 +55,10 @@ def submit(given: Options, temporary: Path) -> int:
     lock = Lock(gcloud, run.url, run.name)
     lock.take(given.take_over)
     (run.local / "watching").touch()
-    _claim_name(gcloud, run, temporary)
-    (record.STATE / "last").write_text(f"{run.name}\n")
     history = History(gcloud, run)
     history.load()
+    _claim_name(gcloud, run, temporary, history.asked)
+    (record.STATE / "last").write_text(f"{run.name}\n")
     resubmitted = _same_flags(gcloud, run, given) if history.attempt else True
     if history.last == "finished" and resubmitted:
         return _finished_already(gcloud, run, lock, history)
@@ -141,7 +141,7 @@ def _finished_already(gcloud: Gcloud, run: Run, lock: Lock, history: History) ->
     return 0
 
 
-def _claim_name(gcloud: Gcloud, run: Run, temporary: Path) -> None:
+def _claim_name(gcloud: Gcloud, run: Run, temporary: Path, asked: bool) -> None:
     """The record is made once for all machines: a name that is in use elsewhere would mean two slices for one run."""
     file, url = temporary / "run", f"{run.url}/run"
     file.write_text(run.text())
@@ -159,16 +159,16 @@ def _claim_name(gcloud: Gcloud, run: Run, temporary: Path) -> None:
         file.write_text(run.text())
         for key in ("project", "zone", "type", "slices"):
             if getattr(old, key) != getattr(run, key):
-                _old_place_is_empty(gcloud, old, key)
+                _old_place_is_empty(gcloud, old, key, asked)
         answer = gcloud.put_surely(file, url)
         if not answer.ok:
             raise BlockedError(f"cannot write to {run.url}: {answer.reason}")
     shutil.copy(file, run.local / "run")
 
 
-def _old_place_is_empty(gcloud: Gcloud, old: Run, key: str) -> None:
+def _old_place_is_empty(gcloud: Gcloud, old: Run, key: str, asked: bool) -> None:
     """A run may move to another slice, since its checkpoints fit any; but only when the old slice is surely gone."""
-    request = queued.look(gcloud, old)
+    request = queued.look_surely(gcloud, old, asked)
     if request.trouble:
         raise BlockedError(f"cannot tell whether the run's slice in {old.zone} is gone: {request.trouble}")
     if request.state != ABSENT and request.ours:
@@ -185,7 +185,7 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
       UsageError: the slice under this name is not the run's.
     """
     for attempt in range(int(os.environ.get("TPU_POD_DELETE_TRIES", "60"))):
-        request = queued.look(gcloud, run)
+        request = queued.look_surely(gcloud, run, history.asked and not attempt)
         if request.state == ABSENT:
             if history.slice_is_up:
                 history.add("gone")

@@ -78,13 +78,12 @@ class Watcher:
         self._gcloud, self._run, self._lock, self._history = gcloud, run, lock, history
         self._limits, self._resubmitted = limits_of(run, watch), resubmitted
         events = history.events
-        last_ask = next((e.name for e in reversed(events) if e.name in ("attempt", "ready", "dropped", "gone")), "")
         self._state = State(
             attempt=history.attempt,
             uncounted=uncounted(events),
             stages=failed_stages(events),
             # A request that the watcher before made at its end may not be found yet.
-            asked=now() if last_ask == "attempt" else None,
+            asked=now() if history.asked else None,
         )
         self._job: hosts.Job | None = None
         self._log = hosts.Log(gcloud, run, 0)
