@@ -81,7 +81,7 @@ def asked_for(state: State, action: Create, kind: Kind, reason: str, now: float,
 
 def dropped(state: State, ending: Ending, now: float, limits: Limits) -> State:
     """The state after a slice that was dropped is gone."""
-    refusals = state.refusals + 1 if ending.uncounted else 0
+    refusals = 0 if state.served else state.refusals + 1
     rounds = refusals // limits.places  # another place is tried at once
     wait = min(limits.backoff, limits.poll * 2 ** min(rounds, 10)) if rounds else 0.0
     return State(
@@ -130,8 +130,8 @@ def _note(look: Observation, state: State, now: float, limits: Limits) -> State:
     )
     if seen:
         state = dataclasses.replace(state, asked=None, refused=Kind.OK, refusal="")
-    if granted:
-        state = dataclasses.replace(state, refusals=0)
+    if active and look.nodes is Nodes.READY:
+        state = dataclasses.replace(state, refusals=0, served=True)
     if look.setup is Setup.DONE and not state.set_up:
         return dataclasses.replace(state, set_up=True, tried=True, beat=now, has_beaten=False)
     if state.set_up and (look.beating or look.nodes is Nodes.WAIT):

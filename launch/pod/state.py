@@ -117,7 +117,8 @@ class State:
     asked: float | None = None  # when the request was made, until it has been seen
     refused: Kind = Kind.OK  # what gcloud said to that
     refusal: str = ""
-    refusals: int = 0  # in a row
+    refusals: int = 0  # in a row, with slices that never came up
+    served: bool = False  # the nodes of this slice were ready
     next_ask: float = 0.0
     absences: int = 0  # looks in a row that found nothing
     gone: int = 0  # looks in a row that found a node gone

@@ -289,6 +289,9 @@ class Watcher:
                 return False
             self._log.restart()
             self._beats, self._stale = set(), set()
+        # The machine may have slept since the look, and somebody else have the run by now, in another zone.
+        if self._lock.look() != OURS:
+            return False
         run = self._run
         script = queued.write_startup_script(run, run.max_hours * 3600 - self._billed)
         answer = self._gcloud.call(*queued.create_command(run, str(script)), limit=seconds("CREATE", 600))
