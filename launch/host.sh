@@ -10,6 +10,8 @@ umask 077
 verb=$1 name=$2
 home=$HOME/runs/$name unit=trainer-$name
 
+value_of() { sed -n "s/^$1=//p" "$home/run"; }
+
 setup() {
   local run_url=$1 tree=$2 attempt=$3 host=$4 code
   code=$home/code-$tree
@@ -23,6 +25,7 @@ setup() {
     echo "ERROR: host $host cannot write to $run_url: its service account needs the role Storage Object Admin" >&2
     return 1
   }
+  [ "$host" != 0 ] || may_delete_itself
   install_packages "$code"
   # What apt reads is read by all.
   (umask 022 && install_gcsfuse)
@@ -38,6 +41,18 @@ setup() {
   sudo systemctl daemon-reload
   # After a reboot, as maintenance does, the worker comes back by itself.
   sudo systemctl enable --quiet "$unit"
+}
+
+# A slice that may not delete itself would bill for as long as nobody watches. Nothing has the name that is asked for, and
+# the service looks at the role before it looks for that.
+may_delete_itself() {
+  local said
+  said=$(timeout 120 gcloud compute tpus queued-resources delete "$name-$(value_of RUN_ID)" --quiet \
+    "--project=$(value_of PROJECT)" "--zone=$(value_of ZONE)" 2>&1) || true
+  if [[ $said == *PERMISSION_DENIED* || $said == *"ermission '"* ]]; then
+    echo "ERROR: this slice may not delete itself when nobody watches: its service account needs the role TPU Admin" >&2
+    return 1
+  fi
 }
 
 # A Python of its own, since the image's is older than 3.11; made anew only when the pinned versions change.
@@ -80,6 +95,7 @@ Wants=network-online.target
 [Service]
 User=$(id -un)
 WorkingDirectory=$home/current
+Environment="PATH=$PATH"
 ExecStart=/bin/bash $home/current/launch/worker.sh $home
 KillMode=mixed
 TimeoutStopSec=180

@@ -155,7 +155,7 @@ def _host(run: Run, given: Options) -> int:
 
 
 def ssh(gcloud: Gcloud, run: Run, given: Options) -> int:
-    """Only into the run's own slice. With --forward a port of the host is one of this machine too, for as long as the session lasts."""
+    """Only into the run's own slice. With --forward a port of the host is one of this machine too, while that lasts."""
     if not re.fullmatch("[1-9][0-9]{0,4}|", given.forward):
         raise UsageError(f"--forward={quoted(given.forward)} must be a port's number, e.g. 9012 of the profiler")
     request = queued.look(gcloud, run)

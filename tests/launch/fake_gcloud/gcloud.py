@@ -27,7 +27,11 @@ def main(arguments):
         with open(f"{CLOUD}/refused", "a") as refused:
             refused.write(reason + "\n")
         fail(f"ERROR: (gcloud) unrecognized arguments: {reason}", 2)
+    if "HOME" not in os.environ:
+        fail("ERROR: (gcloud) cannot find its configuration")
     command, rest = flags.split(arguments)
+    if os.environ.get("FAKE_NO_TPU_ROLE") and "tpus" in command:  # of a host
+        fail("ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.delete' denied on 'projects/p'")
     options = dict(a.partition("=")[::2] for a in rest if a.startswith("-"))
     positionals = [a for a in rest if not a.startswith("-")]
     with Locked():
