@@ -44,7 +44,8 @@ The others take --name NAME (by default the last one submitted) and, on another 
 
 def main(arguments: list[str]) -> int:
     command, *rest = arguments or ["help"]
-    if command in ("help", "--help", "-h"):
+    typed = rest[: rest.index("--")] if "--" in rest else rest
+    if command in ("help", "--help", "-h") or {"--help", "-h"} & set(typed):
         print(USAGE)
         return 0
     try:
