@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -204,7 +205,9 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
 
 
 # What the watcher's gcloud needs, and a service of the user or a server of tmux that runs already has not got.
-_KEPT = re.compile(r"(PATH|HOME|XDG_STATE_HOME|CLOUDSDK_.*|GOOGLE_.*|TPU_POD_.*|.*_proxy|.*_PROXY|FAKE_.*)")
+_KEPT = re.compile(
+    r"PATH|HOME|XDG_STATE_HOME|CLOUDSDK_.*|GOOGLE_.*|TPU_POD_.*|.*_proxy|.*_PROXY|SSH_AUTH_SOCK|SSL_CERT_.*|REQUESTS_CA_BUNDLE|FAKE_.*"
+)
 
 
 def _detach(given: Options, run: Run) -> int:
@@ -212,11 +215,18 @@ def _detach(given: Options, run: Run) -> int:
     at = given.arguments.index("--") if "--" in given.arguments else len(given.arguments)
     own = ["--watch" if argument == "--detach" else argument for argument in given.arguments[:at]]
     own += [] if given.yes else ["--yes"]  # asked here
-    kept = [f"{key}={value}" for key, value in os.environ.items() if _KEPT.fullmatch(key)]
+    kept = {key: value for key, value in os.environ.items() if _KEPT.fullmatch(key)}
     log, ended, watching = run.local / "watcher.log", run.local / "watcher.ended", run.local / "watching"
-    command = ["env", *kept, f"PYTHON={checks.trainer_python()}"]
-    command += ["bash", "-c", '"$@" >>"$0" 2>&1; echo $? >"${0%.log}.ended"', str(log)]
-    command += ["bash", str(ROOT / "launch/tpu_pod.sh"), "submit", *own, *given.arguments[at:]]
+    submit = shlex.join(["bash", str(ROOT / "launch/tpu_pod.sh"), "submit", *own, *given.arguments[at:]])
+    # In a file that only this person reads: systemd would expand $ in words, and everybody sees those of a process.
+    script = run.local / "detached.sh"
+    script.unlink(missing_ok=True)
+    lines = [
+        f"export {key}={shlex.quote(value)}" for key, value in (kept | {"PYTHON": checks.trainer_python()}).items()
+    ]
+    lines += [f"{submit} >>{shlex.quote(str(log))} 2>&1", f"echo $? >{shlex.quote(str(ended))}"]
+    script.write_text("\n".join(['rm -- "$0"', *lines, ""]))
+    command = ["bash", str(script)]
     for file in (ended, watching):
         file.unlink(missing_ok=True)
     unit = f"tpu-pod-{run.name}"
