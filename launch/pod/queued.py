@@ -135,6 +135,11 @@ def look_at_nodes(gcloud: Gcloud, run: Run) -> tuple[Nodes, str]:
 
 
 def delete(gcloud: Gcloud, run: Run) -> Answer:
-    """Deletes the request and its nodes. The caller has seen that it is ours, and looks until it is gone."""
+    """Deletes the request and its nodes, if it is ours still: since the caller's look the machine may have slept."""
+    request = look(gcloud, run)
+    if request.state == ABSENT:
+        return Answer(Kind.OK)
+    if not request.ours:
+        return Answer(Kind.CONFLICT, error=request.trouble or foreign(run))
     answer = gcloud.call(*delete_command(run), limit=seconds("DELETE", 900))
     return Answer(Kind.OK) if answer.kind is Kind.ABSENT else answer

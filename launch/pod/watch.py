@@ -241,6 +241,8 @@ class Watcher:
                 return True
             case Delete():
                 self._end_job()
+                if self._look_at_lock() is HeldLock.LOST:  # the slice may be another one by now
+                    return True
                 answer = queued.delete(self._gcloud, self._run)
                 if not answer.ok:
                     say(f"deleting failed, trying again: {answer.reason}")
@@ -257,6 +259,8 @@ class Watcher:
 
     def _next_place(self) -> None:
         """The next zone and type to try: only now, when the request in the one before is surely gone."""
+        if self._lock.look() != OURS:  # the record is another watcher's by now
+            return
         run, places = self._run, self._run.places
         here = places.index((run.zone, run.type)) if (run.zone, run.type) in places else -1
         before = run.zone, run.type

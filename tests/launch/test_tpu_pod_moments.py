@@ -22,6 +22,18 @@ def test_watcher_that_lost_the_run_after_its_look_asks_for_no_slice(cloud):
     assert created(cloud) == 0
 
 
+def test_slice_that_a_colleague_made_after_the_look_is_not_deleted(cloud):
+    cloud.attempts(["FAILED 8 There is no more capacity in the zone"])
+    cloud.hold("/events gs://", skip=2)  # what is written between the look that found it failed and the delete
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(cloud.held)
+    cloud.somebody_elses(**{"run-id": "0123456789abcdef"})
+    cloud.release()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "that this run did not make" in output, output
+    assert "run" in cloud.state()["requests"] and not cloud.calls("queued-resources delete")
+
+
 def test_delete_between_the_reading_and_the_taking_of_the_lock_keeps_it(cloud, monkeypatch):
     monkeypatch.setenv("PATH", cloud.environment["PATH"])
     for name in ("FAKE_CLOUD", "FAKE_PYTHON", "HOME"):
