@@ -64,8 +64,9 @@ install_packages() {
     command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$code/constraints.txt" uv
     export PATH=$HOME/.local/bin:$PATH
     uv venv --quiet --clear --python 3.11 "$venv"
+    # What builds the packages is pinned as they are.
     uv pip install --quiet --python "$venv/bin/python" --constraint "$code/constraints.txt" \
-      "$code/model/selective_attention" "$code/model/inference_budget" "${code}[tpu,gcs]"
+      --build-constraints "$code/constraints.txt" "$code/model/selective_attention" "$code/model/inference_budget" "${code}[tpu,gcs]"
     touch "$venv/complete"
   fi
   ln -sfn "$venv" "$home/venv"
