@@ -22,7 +22,7 @@ def asked(cloud):
     return cloud
 
 
-@pytest.mark.parametrize("command", [["delete", "--yes"], ["stop"]])
+@pytest.mark.parametrize("command", [["delete", "--yes"], pytest.param(["stop"], marks=pytest.mark.slow)])
 def test_request_that_is_not_found_yet_is_deleted_all_the_same(asked, command):
     code, output = asked.run(*command)
     assert code == 0 and "nothing bills" in output, output
@@ -35,7 +35,7 @@ def test_run_does_not_move_while_its_request_may_not_be_found_yet(asked):
     assert created(asked) == 1
 
 
-@pytest.mark.parametrize("command", [["delete", "--yes"], ["stop"]])
+@pytest.mark.parametrize("command", [["delete", "--yes"], pytest.param(["stop"], marks=pytest.mark.slow)])
 def test_slice_that_a_watcher_elsewhere_has_in_another_zone_is_deleted_there(asked, command):
     asked.change(lambda state: state["requests"]["run"].update(hidden=0, zone="europe-west4-a"))
     asked.put("run", asked.object("run").replace("ZONE=us-central2-b", "ZONE=europe-west4-a"))
