@@ -10,6 +10,8 @@ umask 077
 verb=$1 name=$2
 home=$HOME/runs/$name unit=trainer-$name
 
+value_of() { sed -n "s/^$1=//p" "$home/run"; }
+
 setup() {
   local run_url=$1 tree=$2 attempt=$3 host=$4 code
   code=$home/code-$tree
@@ -23,6 +25,7 @@ setup() {
     echo "ERROR: host $host cannot write to $run_url: its service account needs the role Storage Object Admin" >&2
     return 1
   }
+  [ "$host" != 0 ] || may_delete_itself
   install_packages "$code"
   # What apt reads is read by all.
   (umask 022 && install_gcsfuse)
@@ -40,6 +43,18 @@ setup() {
   sudo systemctl enable --quiet "$unit"
 }
 
+# A slice that may not delete itself would bill for as long as nobody watches. Nothing has the name that is asked for, and
+# the service looks at the role before it looks for that.
+may_delete_itself() {
+  local said
+  said=$(timeout 120 gcloud compute tpus queued-resources delete "$name-$(value_of RUN_ID)" --quiet \
+    "--project=$(value_of PROJECT)" "--zone=$(value_of ZONE)" 2>&1) || true
+  if [[ $said == *PERMISSION_DENIED* || $said == *"ermission '"* ]]; then
+    echo "ERROR: this slice may not delete itself when nobody watches: its service account needs the role TPU Admin" >&2
+    return 1
+  fi
+}
+
 # A Python of its own, since the image's is older than 3.11; made anew only when the pinned versions change.
 install_packages() {
   local code=$1 key venv
@@ -49,8 +64,9 @@ install_packages() {
     command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$code/constraints.txt" uv
     export PATH=$HOME/.local/bin:$PATH
     uv venv --quiet --clear --python 3.11 "$venv"
+    # What builds the packages is pinned as they are.
     uv pip install --quiet --python "$venv/bin/python" --constraint "$code/constraints.txt" \
-      "$code/model/selective_attention" "$code/model/inference_budget" "${code}[tpu,gcs]"
+      --build-constraints "$code/constraints.txt" "$code/model/selective_attention" "$code/model/inference_budget" "${code}[tpu,gcs]"
     touch "$venv/complete"
   fi
   ln -sfn "$venv" "$home/venv"
@@ -80,6 +96,7 @@ Wants=network-online.target
 [Service]
 User=$(id -un)
 WorkingDirectory=$home/current
+Environment="PATH=$PATH"
 ExecStart=/bin/bash $home/current/launch/worker.sh $home
 KillMode=mixed
 TimeoutStopSec=180

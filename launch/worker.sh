@@ -179,6 +179,19 @@ judge() {
   fi
 }
 
+# Only the run's own, by its label: the name may be somebody else's by now.
+delete_slice() {
+  local request label
+  request=("$(value_of NAME)" "--project=$(value_of PROJECT)" "--zone=$(value_of ZONE)")
+  label=$(timeout 120 gcloud compute tpus queued-resources describe "${request[@]}" \
+    '--format=value(tpu.nodeSpec[0].node.labels.run-id)' 2>>"$log") || return 1
+  if [ "$label" != "$(value_of RUN_ID)" ]; then
+    say "the request $(value_of NAME) is not this run's; leaving it alone"
+    return
+  fi
+  timeout 600 gcloud compute tpus queued-resources delete "${request[@]}" --force --quiet --async >>"$log" 2>&1
+}
+
 # The end of this worker. A slice on which nothing runs deletes itself after a while, should nobody be watching.
 leave() {
   say "$state${detail:+: $detail} (exit code $code)"
@@ -188,9 +201,7 @@ leave() {
   wait $!
   [ -z "$stop_why" ] || exit 0
   say "nobody deleted the slice in $idle_seconds s; deleting it"
-  gcloud compute tpus queued-resources delete "$(value_of NAME)" "--project=$(value_of PROJECT)" \
-    "--zone=$(value_of ZONE)" --force --quiet --async >>"$log" 2>&1 ||
-    say "this machine may not delete its slice: it needs the role TPU Admin"
+  delete_slice || say "this machine may not delete its slice: it needs the role TPU Admin"
   ship
   exit 0
 }

@@ -44,7 +44,8 @@ The others take --name NAME (by default the last one submitted) and, on another 
 
 def main(arguments: list[str]) -> int:
     command, *rest = arguments or ["help"]
-    if command in ("help", "--help", "-h"):
+    typed = rest[: rest.index("--")] if "--" in rest else rest
+    if command in ("help", "--help", "-h") or {"--help", "-h"} & set(typed):
         print(USAGE)
         return 0
     try:
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="tpu_pod.", ignore_cleanup_errors=True) as folder:
             return _run(given, Path(folder))
     except Interrupted as interrupted:
-        return _interrupted(command, given.name, str(interrupted))
+        return _interrupted(given, str(interrupted))
     except UsageError as mistake:
         if str(mistake):
             print(f"error: {mistake}", file=sys.stderr)
@@ -89,7 +90,7 @@ def _run(given: Options, temporary: Path) -> int:
         case "logs":
             return show.logs(gcloud, run, given)
         case "ssh":
-            return show.ssh(run, given)
+            return show.ssh(gcloud, run, given)
         case "tensorboard":
             return show.tensorboard(gcloud, run)
         case "stop":
@@ -104,14 +105,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(signal.Signals(number).name.removeprefix("SIG"))
 
 
-def _interrupted(command: str, name: str, number: str) -> int:
-    if command in ("submit", "attach"):
+def _interrupted(given: Options, number: str) -> int:
+    if given.command in ("submit", "attach") and not given.dry_run:
         print()
         say(
             f"interrupted ({number}). The run and its slice go on, and BILL if the slice is up; "
             "a queued request may still be granted."
         )
-        say(f"Goes on: the same submit. Ends the billing: launch/tpu_pod.sh delete --name {name}")
+        say(f"Goes on: the same submit. Ends the billing: launch/tpu_pod.sh delete --name {given.name}")
+    elif given.command in ("stop", "delete"):
+        say(f"interrupted ({number}). The slice MAY STILL BILL; run launch/tpu_pod.sh delete --name {given.name}")
     return 130
 
 

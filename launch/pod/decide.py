@@ -50,7 +50,7 @@ def decide(look: Observation, state: State, now: float, limits: Limits) -> tuple
     present = look.request not in (ABSENT, UNKNOWN)
     if present and not look.ours:
         return state, End("foreign", code=2)
-    state = _note(look, state, now)
+    state = _note(look, state, now, limits)
     if state.ending is None:
         state = dataclasses.replace(state, ending=_judge(look, state, now, limits))
     if look.lock is Lock.UNKNOWN and not _limits_passed(look, state, now, limits):
@@ -81,7 +81,7 @@ def asked_for(state: State, action: Create, kind: Kind, reason: str, now: float,
 
 def dropped(state: State, ending: Ending, now: float, limits: Limits) -> State:
     """The state after a slice that was dropped is gone."""
-    refusals = state.refusals + 1 if ending.uncounted else 0
+    refusals = 0 if state.served else state.refusals + 1
     rounds = refusals // limits.places  # another place is tried at once
     wait = min(limits.backoff, limits.poll * 2 ** min(rounds, 10)) if rounds else 0.0
     return State(
@@ -106,13 +106,14 @@ def _undo(look: Observation, state: State, now: float, limits: Limits) -> Action
     return Delete() if look.ours else End("lost")
 
 
-def _note(look: Observation, state: State, now: float) -> State:
+def _note(look: Observation, state: State, now: float, limits: Limits) -> State:
     """Counts how long what is seen has been so."""
 
     def since(before: float | None, true: bool) -> float | None:
         return None if not true else now if before is None else before
 
     seen, active = look.request not in (ABSENT, UNKNOWN), look.request == "ACTIVE"
+    slept = now - state.looked  # since the last look
     granted = active or look.request == "PROVISIONING"
     waits = active and (look.nodes is Nodes.WAIT or (look.nodes is Nodes.UNKNOWN and state.unready is not None))
     state = dataclasses.replace(
@@ -123,16 +124,20 @@ def _note(look: Observation, state: State, now: float) -> State:
         granted=since(state.granted, granted or state.granted is not None),  # once granted it stays so
         unready=since(state.unready, waits),
         ending_since=since(state.ending_since, seen and not granted and look.request not in (*QUEUED, *DEAD)),
-        unlocked=since(state.unlocked, look.lock is Lock.UNKNOWN),
+        # Of the bucket alone: without network or login nothing is known of it, nor after a sleep of the machine.
+        unlocked=since(None if slept >= limits.repair else state.unlocked, look.lock is Lock.UNKNOWN and seen),
+        looked=now,
     )
     if seen:
         state = dataclasses.replace(state, asked=None, refused=Kind.OK, refusal="")
-    if granted:
-        state = dataclasses.replace(state, refusals=0)
+    if active and look.nodes is Nodes.READY:
+        state = dataclasses.replace(state, refusals=0, served=True)
     if look.setup is Setup.DONE and not state.set_up:
         return dataclasses.replace(state, set_up=True, tried=True, beat=now, has_beaten=False)
     if state.set_up and (look.beating or look.nodes is Nodes.WAIT):
         return dataclasses.replace(state, beat=now, has_beaten=state.has_beaten or look.beating)
+    if look.result == "unknown":  # hosts of which nothing can be read are not silent
+        return dataclasses.replace(state, beat=state.beat + slept)
     return state
 
 

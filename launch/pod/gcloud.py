@@ -113,9 +113,11 @@ class Processes:
             try:
                 out, error = process.communicate(timeout=limit)
             except subprocess.TimeoutExpired:
+                # Also after the process itself: what it left behind may hold its output open.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 return -1, "", f"gcloud did not answer within {limit:.0f} s"
             finally:
-                # Also after the process itself: what it left behind may hold its output open.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     if process.poll() is None:
                         os.killpg(process.pid, signal.SIGKILL)
@@ -151,7 +153,8 @@ class Gcloud:
         return self._again(lambda: self.call(*arguments), (1, 2, 4, 8))
 
     def put(self, file: Path, url: str, *flags: str) -> Answer:
-        return self.call("storage", "cp", "--quiet", *flags, str(file), url, limit=5 * self._limit)
+        slow = file.stat().st_size / 1e5  # seconds
+        return self.call("storage", "cp", "--quiet", *flags, str(file), url, limit=self._limit + slow)
 
     def put_surely(self, file: Path, url: str) -> Answer:
         """Again and again for a while: losing it would lose the run's history."""
@@ -160,16 +163,11 @@ class Gcloud:
     def cat(self, url: str, *flags: str) -> Answer:
         return self.ask("storage", "cat", *flags, url)
 
-    def fetch(self, url: str, file: Path) -> Answer:
-        answer = self.cat(url)
-        if answer.ok:
-            file.write_text(answer.out + "\n")
-        return answer
-
     def _again(self, call: Callable[[], Answer], waits: tuple[int, ...]) -> Answer:
+        end = time.monotonic() + self._limit  # a slice is not kept by calls that hang one after another
         for wait in waits:
             answer = call()
-            if answer.kind not in (Kind.NETWORK, Kind.RATE):
+            if answer.kind not in (Kind.NETWORK, Kind.RATE) or time.monotonic() >= end:
                 return answer
             time.sleep(self._retry * wait)
         return call()

@@ -69,6 +69,11 @@ class History:
     def slice_is_up(self) -> bool:
         return slice_is_up(self.events)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a request was made of which nothing was seen since: the service may not find it yet."""
+        return next((e.name == "attempt" for e in reversed(self.events) if e.name != "submitted"), False)
+
     def billed(self, now: float) -> float:
         return billed(self.events, now)
 

@@ -52,14 +52,12 @@ class Job:
     def __init__(self, run: Run, attempt: int, *verbs: str) -> None:
         self.failure = ""
         self._run, self._attempt = run, attempt
-        self._gcloud, self._ended = Gcloud(), threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(verbs,), daemon=True)
-        self._thread.start()
+        self._gcloud, self._ended, self._done = Gcloud(), threading.Event(), threading.Event()
+        threading.Thread(target=self._work, args=(verbs,), daemon=True).start()
 
     def wait(self, limit: float | None) -> bool:
         """Whether it is done, after `limit` seconds at most."""
-        self._thread.join(limit)
-        return not self._thread.is_alive()
+        return self._done.wait(limit)  # not join, after which a signal lets a thread at work look as if it had ended
 
     def end(self) -> None:
         """Ends what still runs."""
@@ -74,6 +72,8 @@ class Job:
                     self._on_all(verb)
         except Exception as error:  # what is not foreseen is a failure too, not a job without an end
             self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._done.set()
 
     def _on_all(self, verb: str) -> None:
         # gcloud makes its key at the first call, and several at once would overwrite each other's.
@@ -108,8 +108,11 @@ def _last_words(log: Path) -> str:
 def save(run: Run, attempt: int) -> bool:
     """Lets the trainers save and stop, for as long as that may take."""
     job = Job(run, attempt, "stop")
-    if not job.wait(seconds("STOP", LIMITS["stop"])):
+    try:
+        done = job.wait(seconds("STOP", LIMITS["stop"]))
+    finally:  # Ctrl-C does not wait for hosts that hang
         job.end()
+    if not done:
         say("not every host has stopped in time")
         return False
     if job.failure:

@@ -47,7 +47,7 @@ BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]*)
 FOLDER = rf"{BUCKET}|(/[A-Za-z0-9_.-]+)+"
 PRICE = r"[0-9]{1,4}(\.[0-9]{1,6})?"
 DURATION = r"([0-9]{1,5}[smhd])+"
-ZONES, TYPES = rf"{ZONE}(,{ZONE})*", r"[a-z0-9]+-[0-9]+(,[a-z0-9]+-[0-9]+)*"
+ZONES, TYPES = rf"{ZONE}(,{ZONE})*", r"[a-z0-9-]+(,[a-z0-9-]+)*"
 NETWORK = r"[a-z][a-z0-9/_.-]*"
 RUNTIME = r"[a-z0-9][a-z0-9._-]*"
 EMAIL = r"[A-Za-z0-9][A-Za-z0-9._-]*@[a-z0-9.-]+"
@@ -127,6 +127,8 @@ def parse(command: str, arguments: list[str]) -> Options:
             if not words:
                 raise UsageError(f"{option} needs a value")
             value = words.pop(0)
+        if option == "--config" or option.startswith("--config."):
+            raise UsageError(f"{quoted(word)} is the trainer's; its flags follow --, after all of {command}'s")
         if option not in ALLOWED[command].split():
             raise UsageError(f"{command} has no option {quoted(option)}; see launch/tpu_pod.sh help")
         _set(options, option, value)
@@ -196,13 +198,13 @@ def check(options: Options) -> None:
     if not options.name:
         raise UsageError("--name is missing; give the run a name, e.g. --name c4-d12")
     check_name(options.name)
-    try:
-        for name in (options.type, *(options.types.split(",") if options.types else ())):
+    for name in options.types.split(",") if options.types else [options.type]:
+        try:
             slices.find(name)
-    except ValueError as error:
-        raise UsageError(
-            f"--type={quoted(options.type)} is not a slice type; e.g. v4-8, v4-32, v5p-16, v5litepod-16 or v6e-16"
-        ) from error
+        except ValueError as error:
+            raise UsageError(
+                f"--type={quoted(name)} is not a slice type; e.g. v4-8, v4-32, v5p-16, v5litepod-16 or v6e-16"
+            ) from error
     for field, pattern, words in (*_NEEDED, *_OPTIONAL):
         value = getattr(options, field)
         optional = (field, pattern, words) in _OPTIONAL
@@ -253,7 +255,7 @@ def _check_trainer(arguments: list[str]) -> str:
             raise UsageError(f"{quoted(argument)} holds a control character; give each flag on one line")
         flag, equals, value = argument.partition("=")
         if not flag.startswith("--") or not equals:
-            raise UsageError(f"{quoted(argument)} is not a flag of the trainer; write --config.key=value")
+            raise UsageError(f"{quoted(argument)} is not a flag of the trainer; write --flag=value, in one word")
         if flag == "--config":
             config = value.partition(":")[0]
         elif flag == "--workdir":

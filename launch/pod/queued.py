@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 from .gcloud import Answer, Gcloud, Kind, seconds
 from .record import Run
-from .state import ABSENT, DEFAULT_VALID, UNKNOWN, Nodes
+from .state import ABSENT, DEFAULT_VALID, SETTLE, UNKNOWN, Nodes
 from .terminal import UsageError, one_line
 
 LABEL = "run-id"
@@ -90,6 +91,16 @@ def look(gcloud: Gcloud, run: Run) -> Request:
         return Request(UNKNOWN, trouble="cannot see the slice: gcloud's answer is not understood")
 
 
+def look_surely(gcloud: Gcloud, run: Run, asked: bool) -> Request:
+    """As `look`; where a request was `asked` for and never seen, finding nothing counts only again and again."""
+    for _ in range(SETTLE if asked else 0):
+        request = look(gcloud, run)
+        if request.state != ABSENT:
+            return request
+        time.sleep(seconds("POLL", 30))
+    return look(gcloud, run)
+
+
 def _not_seen(answer: Answer) -> Request:
     if "Invalid choice: 'queued-resources'" in answer.error:
         raise UsageError("this gcloud is too old: 467.0.0 or newer is needed; gcloud components update")
@@ -124,6 +135,11 @@ def look_at_nodes(gcloud: Gcloud, run: Run) -> tuple[Nodes, str]:
 
 
 def delete(gcloud: Gcloud, run: Run) -> Answer:
-    """Deletes the request and its nodes. The caller has seen that it is ours, and looks until it is gone."""
+    """Deletes the request and its nodes, if it is ours still: since the caller's look the machine may have slept."""
+    request = look(gcloud, run)
+    if request.state == ABSENT:
+        return Answer(Kind.OK)
+    if not request.ours:
+        return Answer(Kind.CONFLICT, error=request.trouble or foreign(run))
     answer = gcloud.call(*delete_command(run), limit=seconds("DELETE", 900))
     return Answer(Kind.OK) if answer.kind is Kind.ABSENT else answer

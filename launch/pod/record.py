@@ -22,7 +22,7 @@ PATTERNS = {
     "ZONE": options.ZONE,
     "TYPE": "[a-z0-9]+-[0-9]+",
     "ZONES": f"({options.ZONES})?",
-    "TYPES": f"({options.TYPES})?",
+    "TYPES": "([a-z0-9]+-[0-9]+(,[a-z0-9]+-[0-9]+)*)?",
     "SLICES": "[1-9][0-9]{0,4}",
     "TIER": "|".join(options.TIERS),
     "BUCKET": options.BUCKET,

@@ -5,6 +5,7 @@ import re
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 from . import checks, hosts, options, queued, record
 from .gcloud import Gcloud, Kind, seconds
@@ -31,17 +32,28 @@ def choose_run(gcloud: Gcloud, given: Options) -> Run:
     file = runs / given.name / "run"
     if given.bucket:
         options.check_bucket(given.bucket)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        answer = gcloud.fetch(f"{given.bucket}/runs/{given.name}/run", file)
-        if not answer.ok:
-            raise UsageError(
-                f"there is no run {given.name} in {given.bucket} ({answer.kind}); list shows those of this machine"
-            )
-    if not file.exists():
+    elif not file.exists():
         raise UsageError(
             f"no run {given.name} was submitted from this machine; list shows those that were, or add --bucket"
         )
-    return record.load(file)
+    return _recorded_run(gcloud, given.name, given.bucket or record.load(file).bucket, file)
+
+
+def _recorded_run(gcloud: Gcloud, name: str, bucket: str, file: Path) -> Run:
+    """The bucket's record, since a watcher elsewhere may have moved the run; this machine's where that is not read."""
+    url = f"{bucket}/runs/{name}/run"
+    answer = gcloud.cat(url)
+    if not answer.ok and (not file.exists() or (known := record.load(file)).bucket != bucket):
+        raise UsageError(f"there is no run {name} in {bucket} ({answer.kind}); list shows those of this machine")
+    if not answer.ok:
+        say(f"cannot read {url} ({answer.kind}); by this machine's record the run is in {known.zone}")
+        return known
+    run = record.parse(answer.out, url)
+    if (run.name, run.bucket) != (name, bucket):
+        raise UsageError(f"the record {url} is of another run, {run.name} in {run.bucket}; delete that file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(run.text())
+    return run
 
 
 def status(gcloud: Gcloud, run: Run) -> int:
@@ -50,7 +62,8 @@ def status(gcloud: Gcloud, run: Run) -> int:
     request = queued.look(gcloud, run)
     trouble = f" ({request.trouble})" if request.trouble else ""
     print(f"run       {run.name}: {run.slices} x {run.type} ({run.tier}) in {run.zone}, project {run.project}")
-    print(f"slice     {request.state}{trouble}")
+    owner = "" if request.ours or request.state in (ABSENT, UNKNOWN) else ", of somebody else"
+    print(f"slice     {request.state}{owner}{trouble}")
     print(f"attempts  {history.attempt} of {run.max_attempts}")
     answer = gcloud.cat(f"{run.url}/watch")
     print(f"watcher   {shown(answer.out) if answer.ok else f'none ({answer.kind})'}")
@@ -141,10 +154,15 @@ def _host(run: Run, given: Options) -> int:
     return int(given.host or 0)
 
 
-def ssh(run: Run, given: Options) -> int:
-    """With --forward a port of the host is one of this machine too, for as long as the session lasts."""
+def ssh(gcloud: Gcloud, run: Run, given: Options) -> int:
+    """Only into the run's own slice. With --forward a port of the host is one of this machine too, while that lasts."""
     if not re.fullmatch("[1-9][0-9]{0,4}|", given.forward):
         raise UsageError(f"--forward={quoted(given.forward)} must be a port's number, e.g. 9012 of the profiler")
+    request = queued.look(gcloud, run)
+    if request.state == UNKNOWN:
+        raise BlockedError(request.trouble)
+    if request.state != ABSENT and not request.ours:
+        raise UsageError(queued.foreign(run))
     port = ["--", "-L", f"{given.forward}:localhost:{given.forward}"] if given.forward else []
     return subprocess.run(["gcloud", *hosts.node_ssh(run, _host(run, given)), *port]).returncode
 
@@ -180,7 +198,7 @@ def tensorboard(gcloud: Gcloud, run: Run) -> int:
 def stop(gcloud: Gcloud, run: Run) -> int:
     """Ends the watcher first, which would otherwise make a new slice."""
     history = _seize(gcloud, run, "stopped")
-    request = queued.look(gcloud, run)
+    request = queued.look_surely(gcloud, run, history.asked)
     if request.state == UNKNOWN:
         raise BlockedError(f"{request.trouble}; the watcher was ended, delete ends the billing")
     if request.state == ABSENT:

@@ -29,6 +29,7 @@ class Setup(enum.StrEnum):
 
 
 ABSENT, UNKNOWN = "ABSENT", "UNKNOWN"  # beside the states that the service names
+SETTLE = 4  # looks for which a request that was just made may not be found
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
 DEAD = ("SUSPENDED", "FAILED")
 FOR_GOOD = {
@@ -85,7 +86,7 @@ class Limits:
     @property
     def settle(self) -> float:
         """How long a request that was just made may not be found yet."""
-        return 4 * self.poll
+        return SETTLE * self.poll
 
     @property
     def valid(self) -> float:
@@ -116,7 +117,8 @@ class State:
     asked: float | None = None  # when the request was made, until it has been seen
     refused: Kind = Kind.OK  # what gcloud said to that
     refusal: str = ""
-    refusals: int = 0  # in a row
+    refusals: int = 0  # in a row, with slices that never came up
+    served: bool = False  # the nodes of this slice were ready
     next_ask: float = 0.0
     absences: int = 0  # looks in a row that found nothing
     gone: int = 0  # looks in a row that found a node gone
@@ -124,7 +126,8 @@ class State:
     granted: float | None = None
     unready: float | None = None
     ending_since: float | None = None  # the service is taking the slice away
-    unlocked: float | None = None
+    unlocked: float | None = None  # the bucket could not be read while the request could
+    looked: float = 0.0
     set_up: bool = False
     tried: bool = False  # a slice of this watcher was set up
     setup_began: float | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,10 +56,10 @@ def submit(given: Options, temporary: Path) -> int:
     lock = Lock(gcloud, run.url, run.name)
     lock.take(given.take_over)
     (run.local / "watching").touch()
-    _claim_name(gcloud, run, temporary)
-    (record.STATE / "last").write_text(f"{run.name}\n")
     history = History(gcloud, run)
     history.load()
+    _claim_name(gcloud, run, temporary, history.asked)
+    (record.STATE / "last").write_text(f"{run.name}\n")
     resubmitted = _same_flags(gcloud, run, given) if history.attempt else True
     if history.last == "finished" and resubmitted:
         return _finished_already(gcloud, run, lock, history)
@@ -141,7 +142,7 @@ def _finished_already(gcloud: Gcloud, run: Run, lock: Lock, history: History) ->
     return 0
 
 
-def _claim_name(gcloud: Gcloud, run: Run, temporary: Path) -> None:
+def _claim_name(gcloud: Gcloud, run: Run, temporary: Path, asked: bool) -> None:
     """The record is made once for all machines: a name that is in use elsewhere would mean two slices for one run."""
     file, url = temporary / "run", f"{run.url}/run"
     file.write_text(run.text())
@@ -159,16 +160,16 @@ def _claim_name(gcloud: Gcloud, run: Run, temporary: Path) -> None:
         file.write_text(run.text())
         for key in ("project", "zone", "type", "slices"):
             if getattr(old, key) != getattr(run, key):
-                _old_place_is_empty(gcloud, old, key)
+                _old_place_is_empty(gcloud, old, key, asked)
         answer = gcloud.put_surely(file, url)
         if not answer.ok:
             raise BlockedError(f"cannot write to {run.url}: {answer.reason}")
     shutil.copy(file, run.local / "run")
 
 
-def _old_place_is_empty(gcloud: Gcloud, old: Run, key: str) -> None:
+def _old_place_is_empty(gcloud: Gcloud, old: Run, key: str, asked: bool) -> None:
     """A run may move to another slice, since its checkpoints fit any; but only when the old slice is surely gone."""
-    request = queued.look(gcloud, old)
+    request = queued.look_surely(gcloud, old, asked)
     if request.trouble:
         raise BlockedError(f"cannot tell whether the run's slice in {old.zone} is gone: {request.trouble}")
     if request.state != ABSENT and request.ours:
@@ -185,7 +186,7 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
       UsageError: the slice under this name is not the run's.
     """
     for attempt in range(int(os.environ.get("TPU_POD_DELETE_TRIES", "60"))):
-        request = queued.look(gcloud, run)
+        request = queued.look_surely(gcloud, run, history.asked and not attempt)
         if request.state == ABSENT:
             if history.slice_is_up:
                 history.add("gone")
@@ -204,7 +205,9 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
 
 
 # What the watcher's gcloud needs, and a service of the user or a server of tmux that runs already has not got.
-_KEPT = re.compile(r"(PATH|HOME|XDG_STATE_HOME|CLOUDSDK_.*|GOOGLE_.*|TPU_POD_.*|.*_proxy|.*_PROXY|FAKE_.*)")
+_KEPT = re.compile(
+    r"PATH|HOME|XDG_STATE_HOME|CLOUDSDK_.*|GOOGLE_.*|TPU_POD_.*|.*_proxy|.*_PROXY|SSH_AUTH_SOCK|SSL_CERT_.*|REQUESTS_CA_BUNDLE|FAKE_.*"
+)
 
 
 def _detach(given: Options, run: Run) -> int:
@@ -212,11 +215,18 @@ def _detach(given: Options, run: Run) -> int:
     at = given.arguments.index("--") if "--" in given.arguments else len(given.arguments)
     own = ["--watch" if argument == "--detach" else argument for argument in given.arguments[:at]]
     own += [] if given.yes else ["--yes"]  # asked here
-    kept = [f"{key}={value}" for key, value in os.environ.items() if _KEPT.fullmatch(key)]
+    kept = {key: value for key, value in os.environ.items() if _KEPT.fullmatch(key)}
     log, ended, watching = run.local / "watcher.log", run.local / "watcher.ended", run.local / "watching"
-    command = ["env", *kept, f"PYTHON={checks.trainer_python()}"]
-    command += ["bash", "-c", '"$@" >>"$0" 2>&1; echo $? >"${0%.log}.ended"', str(log)]
-    command += ["bash", str(ROOT / "launch/tpu_pod.sh"), "submit", *own, *given.arguments[at:]]
+    submit = shlex.join(["bash", str(ROOT / "launch/tpu_pod.sh"), "submit", *own, *given.arguments[at:]])
+    # In a file that only this person reads: systemd would expand $ in words, and everybody sees those of a process.
+    script = run.local / "detached.sh"
+    script.unlink(missing_ok=True)
+    lines = [
+        f"export {key}={shlex.quote(value)}" for key, value in (kept | {"PYTHON": checks.trainer_python()}).items()
+    ]
+    lines += [f"{submit} >>{shlex.quote(str(log))} 2>&1", f"echo $? >{shlex.quote(str(ended))}"]
+    script.write_text("\n".join(['rm -- "$0"', *lines, ""]))
+    command = ["bash", str(script)]
     for file in (ended, watching):
         file.unlink(missing_ok=True)
     unit = f"tpu-pod-{run.name}"

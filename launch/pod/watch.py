@@ -78,13 +78,12 @@ class Watcher:
         self._gcloud, self._run, self._lock, self._history = gcloud, run, lock, history
         self._limits, self._resubmitted = limits_of(run, watch), resubmitted
         events = history.events
-        last_ask = next((e.name for e in reversed(events) if e.name in ("attempt", "ready", "dropped", "gone")), "")
         self._state = State(
             attempt=history.attempt,
             uncounted=uncounted(events),
             stages=failed_stages(events),
             # A request that the watcher before made at its end may not be found yet.
-            asked=now() if last_ask == "attempt" else None,
+            asked=now() if history.asked else None,
         )
         self._job: hosts.Job | None = None
         self._log = hosts.Log(gcloud, run, 0)
@@ -242,6 +241,8 @@ class Watcher:
                 return True
             case Delete():
                 self._end_job()
+                if self._look_at_lock() is HeldLock.LOST:  # the slice may be another one by now
+                    return True
                 answer = queued.delete(self._gcloud, self._run)
                 if not answer.ok:
                     say(f"deleting failed, trying again: {answer.reason}")
@@ -258,6 +259,8 @@ class Watcher:
 
     def _next_place(self) -> None:
         """The next zone and type to try: only now, when the request in the one before is surely gone."""
+        if self._lock.look() != OURS:  # the record is another watcher's by now
+            return
         run, places = self._run, self._run.places
         here = places.index((run.zone, run.type)) if (run.zone, run.type) in places else -1
         before = run.zone, run.type
@@ -290,6 +293,9 @@ class Watcher:
                 return False
             self._log.restart()
             self._beats, self._stale = set(), set()
+        # The machine may have slept since the look, and somebody else have the run by now, in another zone.
+        if self._lock.look() != OURS:
+            return False
         run = self._run
         script = queued.write_startup_script(run, run.max_hours * 3600 - self._billed)
         answer = self._gcloud.call(*queued.create_command(run, str(script)), limit=seconds("CREATE", 600))

@@ -6,43 +6,46 @@
 # The worker touches ~/runs/NAME/beat while a trainer runs. What it deletes is the request that this machine belongs to:
 # the run's own, by its label.
 set -u
+# A unit of root's has no HOME, which gcloud looks into, and gcloud is a snap on some images.
+export HOME=${HOME:-/root} PATH=$PATH:/snap/bin
 name=@NAME@ run_id=@RUN_ID@ place=(--project=@PROJECT@ --zone=@ZONE@)
 # Seconds: that the slice may be up, without a trainer at work, for a save at its end, between looks.
 max_seconds=@MAX_SECONDS@ max_hours=@MAX_HOURS@ idle_seconds=${WATCHDOG_IDLE_SECONDS:-3600} save_seconds=${WATCHDOG_SAVE_SECONDS:-240}
 look_seconds=${WATCHDOG_LOOK_SECONDS:-60}
-state=${WATCHDOG_STATE:-/var/lib/tpu-pod} homes=${WATCHDOG_HOMES:-/home}
+# This script is kept in memory, so that a full disk does not end it.
+state=${WATCHDOG_STATE:-/var/lib/tpu-pod} script=${WATCHDOG_STATE:-/run/tpu-pod}/watchdog.sh homes=${WATCHDOG_HOMES:-/home}
 
 say() { printf 'watchdog: %s\n' "$*"; }
 
-# What is left of the hours is counted from the first boot, idle time from the last one.
-now() { date +%s; }
-up=$(cut -d . -f 1 /proc/uptime)
-mkdir -p "$state"
-[ -s "$state/born" ] || now >"$state/born"
-booted=${WATCHDOG_BOOTED:-$(($(now) - up))}
+# Seconds since the boot. The date is not asked for: it may be wrong, and be set at any time.
+now() { cut -d . -f 1 /proc/uptime; }
 
-last_beat() {
-  local newest=$booted beat
-  for beat in "$homes"/*/runs/"$name"/beat; do
-    [ -e "$beat" ] || continue
-    beat=$(date -r "$beat" +%s)
-    # A clock that was set meanwhile does not keep the slice.
-    if [ "$beat" -gt "$newest" ] && [ "$beat" -le "$(now)" ]; then newest=$beat; fi
-  done
-  printf '%s\n' "$newest"
+# How long the slice was up before this boot too, as far as that could be kept, and when a beat was last another one.
+up=0 looked=$(now) heard=$looked beats=''
+look() {
+  local at kept last=$beats
+  at=$(now) kept=$(cat "$state/up" 2>/dev/null)
+  if [[ $kept =~ ^[0-9]{1,9}$ ]] && [ "$kept" -gt "$up" ]; then up=$kept; fi
+  up=$((up + at - looked)) looked=$at
+  { mkdir -p "$state" && printf '%s\n' "$up" >"$state/up.new" && mv "$state/up.new" "$state/up"; } 2>/dev/null
+  beats=$(stat -c %y "$homes"/*/runs/"$name"/beat 2>/dev/null)
+  [ "$beats" = "$last" ] || heard=$at
 }
 
 # A later submit may have given the run more hours, or fewer.
 may_be_up() {
-  local hours
-  hours=$(sed -n 's/^MAX_HOURS=\([1-9][0-9]*\)$/\1/p' "$homes"/*/runs/"$name"/run 2>/dev/null | head -n 1)
+  local run newest='' hours=''
+  for run in "$homes"/*/runs/"$name"/run; do
+    if [ -e "$run" ] && { [ -z "$newest" ] || [ "$run" -nt "$newest" ]; }; then newest=$run; fi
+  done
+  [ -z "$newest" ] || hours=$(sed -n 's/^MAX_HOURS=\([1-9][0-9]*\)$/\1/p' "$newest" 2>/dev/null | head -n 1)
   printf '%s\n' $((max_seconds + (${hours:-$max_hours} - max_hours) * 3600))
 }
 
 why() {
-  if [ $(($(now) - $(<"$state/born"))) -ge "$(may_be_up)" ]; then
+  if [ "$up" -ge "$(may_be_up)" ]; then
     printf 'the hours of the run are used up'
-  elif [ $(($(now) - $(last_beat))) -ge "$idle_seconds" ]; then
+  elif [ $((looked - heard)) -ge "$idle_seconds" ]; then
     printf 'no trainer was at work for %s s' "$idle_seconds"
   fi
 }
@@ -61,6 +64,7 @@ delete() {
 watch() {
   local reason
   while :; do
+    look
     reason=$(why)
     if [ -n "$reason" ]; then
       say "$reason; deleting the slice"
@@ -74,8 +78,8 @@ watch() {
 case ${1:-start} in
   watch) watch ;;
   *)
-    install -m 700 "$0" "$state/watchdog.sh"
+    install -D -m 700 "$0" "$script"
     systemd-run --quiet --collect --unit=tpu-pod-watchdog --property=Restart=always --property=RestartSec=60 \
-      bash "$state/watchdog.sh" watch
+      bash "$script" watch
     ;;
 esac

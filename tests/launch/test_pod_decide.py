@@ -1,6 +1,7 @@
 """The state machine of a run, in a small model of the cloud in which anything may happen at any time."""
 
 import dataclasses
+import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,6 +319,22 @@ def test_state_that_nobody_knows_is_not_waited_for_without_end():
     world = World()
     world.step()
     world.apply(("state", "A_NEW_STATE"))
-    for _ in range(14):
+    for _ in range(18):
         world.step()
     assert world.created == 2
+
+
+def test_slices_that_are_taken_back_before_they_come_up_are_asked_for_more_and_more_slowly():
+    world = World()
+    asked = []
+    for _ in range(200):
+        before = world.created
+        if world.request == "CREATING":
+            world.apply(("state", "PROVISIONING"))
+        elif world.request == "PROVISIONING":
+            world.apply(("failed", "13", MESSAGES[3]))
+        world.step()
+        if world.created > before:
+            asked.append(world.now)
+    waits = [after - before for before, after in itertools.pairwise(asked)]
+    assert waits[0] < waits[1] < waits[2] and world.created == LIMITS.max_attempts

@@ -1,8 +1,11 @@
 """What errors of gcloud are taken for."""
 
+import time
+from pathlib import Path
+
 import pytest
 
-from launch.pod.gcloud import Kind, classify
+from launch.pod.gcloud import Kind, Processes, classify
 from launch.pod.history import Event, billed
 
 REFRESH = "There was a problem refreshing your current auth tokens: "
@@ -31,3 +34,12 @@ def test_clock_that_was_put_back_takes_no_hours_away():
     events = [Event(1_000_000, "ready"), Event(100_000, "gone"), Event(200_000, "ready"), Event(203_600, "gone")]
     assert billed(events, 50_000) == 3600
     assert billed([Event(1_000_000, "ready")], 50_000) == 0
+
+
+def test_what_a_call_leaves_behind_ends_with_its_time(tmp_path):
+    command = f"sleep 600 & echo $! >{tmp_path}/pid"  # and the shell ends, but its output stays open
+    assert Processes().run(["bash", "-c", command], limit=1) == (-1, "", "gcloud did not answer within 1 s")
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    while state.exists() and state.read_text().split()[2] not in "ZX":
+        time.sleep(0.1)  # for ever, if it was not ended

@@ -59,6 +59,13 @@ def test_dry_run_of_two_slices_prints_the_hosts_of_both(cloud):
 BAD = {
     "no name": (SUBMIT[2:], TRAINER, "--name is missing"),
     "name that is a command": (replaced("--name", "a;reboot"), TRAINER, "must be 1 to 40 of"),
+    "unknown type of several": ([*SUBMIT, "--types", "v4-16,v99"], TRAINER, "--type='v99' is not a slice type"),
+    "trainer's flag too early": (
+        [*SUBMIT, "--config=configs/demo.py"],
+        [],
+        "its flags follow --, after all of submit's",
+    ),
+    "flag in two words": (SUBMIT, ["--", "--config", "configs/demo.py"], "write --flag=value, in one word"),
     "unknown type": (replaced("--type", "v4-33"), TRAINER, "is not a slice type"),
     "not a zone": (replaced("--zone", "$(id)"), TRAINER, "is not a zone"),
     "not a project": (replaced("--project", "P!"), TRAINER, "is not a project id"),
@@ -85,6 +92,10 @@ def test_bad_input_is_one_line_before_anything_is_created(cloud, name):
     assert code == 2 and words in output and output.count("error: ") == 1, output
     assert [line for line in output.splitlines() if not line.startswith("error: ") and "git" not in line] == []
     assert not cloud.calls("create") and cloud.state()["created"] == 0
+
+
+def test_help_is_given_wherever_it_is_asked_for(cloud):
+    assert cloud.run("submit", "--help") == cloud.run("help")
 
 
 def test_not_logged_in_is_said(cloud):

@@ -48,6 +48,48 @@ def test_detached_watcher_that_cannot_begin_is_no_success(detached):
     assert code == 1 and "the watcher did not begin" in output and "process 4711 on office" in output
 
 
+SYSTEMD = {
+    "systemctl": "exit 0",
+    # The words are seen by everybody, and what looks like a variable in them is the manager's, which has not got it.
+    "systemd-run": """printf '%s\\n' "$@" >"$FAKE_CLOUD/words"
+while [ "$1" != -- ]; do shift; done
+words=()
+for word in "${@:2}"; do words+=("$(sed 's/[$]{[^}]*}//g' <<<"$word")"); done
+env -i PATH=/usr/bin:/bin setsid "${words[@]}" </dev/null >/dev/null 2>&1 &
+""",
+}
+
+
+def test_words_of_a_detached_watcher_are_nobody_elses_and_stay_what_they_are(cloud, tmp_path):
+    cloud.trainer("-")
+    for name, text in SYSTEMD.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / f"bin/{name}").write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / f"bin/{name}").chmod(0o700)
+    cloud.environment["PATH"] = f"{tmp_path}/bin:{cloud.environment['PATH']}"
+    note = "--config.note=${HOME} 'a' & $(id) $HOME"
+    code, output = cloud.run("submit", "--detach", *SUBMIT, *TRAINER, note, https_proxy="http://me:secret@proxy:1")
+    assert code == 0 and "watching as the user unit tpu-pod-run" in output, output
+    cloud.wait_for(lambda: created(cloud) == 1)
+    assert note in cloud.object("trainer.args").splitlines()
+    assert "secret" not in (cloud.folder / "words").read_text()
+    pid = cloud.object("watch").split()[2]
+    with open(f"/proc/{pid}/environ") as file:
+        assert "https_proxy=http://me:secret@proxy:1" in file.read().split("\0")
+    os.kill(int(pid), signal.SIGTERM)
+
+
+def test_packages_of_a_host_and_what_builds_them_have_the_versions_of_the_code(cloud):
+    cloud.trainer("-")
+    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    cloud.wait_for(lambda: "started" in cloud.object("events"))
+    process.kill()
+    process.communicate()
+    install = (cloud.folder / "hosts/run-0/uv").read_text().splitlines()[1].split()
+    for option in ("--constraint", "--build-constraints"):
+        assert install[install.index(option) + 1].endswith("/constraints.txt")
+
+
 def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     cloud.trainer("-")
     process = cloud.start("submit", "--watch", *SUBMIT, "--internal-ips", "--network", "n", *TRAINER)

@@ -33,6 +33,14 @@ def test_hosts_that_cannot_write_to_the_bucket_end_the_run_after_two_slices(clou
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+def test_slice_that_may_not_delete_itself_is_not_trained_on(cloud):
+    cloud.host(FAKE_NO_TPU_ROLE=1)
+    code, output = cloud.submit()
+    assert code == 1 and "two slices in a row failed at setting up the hosts" in output, output
+    assert "may not delete itself when nobody watches: its service account needs the role TPU Admin" in output
+    assert cloud.state() == {"requests": {}, "created": 2} and not (cloud.folder / "starts-0").exists()
+
+
 def test_stock_outs_are_no_attempts(cloud):
     cloud.attempts([STOCK_OUT], [STOCK_OUT], [STOCK_OUT], ["ACTIVE"])
     cloud.trainer("0")

@@ -100,7 +100,7 @@ def test_watcher_killed_at_any_moment_leaves_nothing_that_is_made_twice(cloud, m
 
 def test_network_errors_of_every_call_are_outlived(cloud):
     cloud.trainer("0")
-    calls = ["runs/run/events", "objects describe", "tpu-vm describe", "tpu-vm ssh", "queued-resources delete"]
+    calls = ["runs/run/events", "objects describe", "tpu-vm describe", "tpu-vm ssh", "queued-resources delete run "]
     for call in [*calls, "queued-resources describe", "host-*.status", "storage cat"]:
         cloud.error(call, NETWORK)
     code, output = cloud.submit()

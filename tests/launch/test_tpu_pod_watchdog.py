@@ -1,5 +1,6 @@
 """The slice's own watchdog, which every host starts at boot: nothing bills for long when nobody watches."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,7 +37,6 @@ def boot(cloud, **environment) -> None:
         "PATH": f"{FAKE}/host_bin:{FAKE}:{os.environ['PATH']}",
         "WATCHDOG_STATE": str(home / "state"),
         "WATCHDOG_HOMES": str(home / "homes"),
-        "WATCHDOG_BOOTED": str(int(time.time())),
         "WATCHDOG_LOOK_SECONDS": "0.2",
         "WATCHDOG_IDLE_SECONDS": "3",
     }
@@ -70,8 +70,40 @@ def test_slice_on_which_a_trainer_is_at_work_stays_until_its_hours_are_used_up(g
         (run / "beat").touch()
         time.sleep(0.2)
     assert "run" in granted.state()["requests"]
-    born = granted.folder / "hosts/run-0/state/born"
-    born.write_text(str(int(time.time()) - 720 * 3600))
+    up = granted.folder / "hosts/run-0/state/up"
+
+    def gone() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # the host is gone
+            up.write_text(str(720 * 3600))  # again and again: it counts on, and writes that down
+        return granted.state()["requests"] == {}
+
+    granted.wait_for(gone, 20)
+
+
+def test_clock_of_the_machine_says_nothing_about_a_trainer_at_work(granted, tmp_path):
+    (tmp_path / "date").write_text("#!/bin/bash\necho $((1000000000 + RANDOM * 3600))\n")
+    (tmp_path / "date").chmod(0o700)
+    run = granted.folder / "hosts/run-0/homes/me/runs/run"
+    run.mkdir(parents=True)
+    boot(granted, WATCHDOG_IDLE_SECONDS=2, PATH=f"{tmp_path}:{FAKE}/host_bin:{FAKE}:{os.environ['PATH']}")
+    for second in range(15):
+        (run / "beat").touch()
+        os.utime(run / "beat", (second, second))  # 1970
+        time.sleep(0.2)
+    assert "run" in granted.state()["requests"]
+    granted.wait_for(lambda: granted.state()["requests"] == {}, 20)  # it has stopped
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kept", ["a b", *(pytest.param(text, marks=SLOW) for text in ("", "-1", 20 * "9"))])
+def test_damaged_count_of_hours_does_not_end_the_watchdog(granted, kept):
+    state = granted.folder / "hosts/run-0/state"
+    state.mkdir(parents=True)
+    for name in ("up", "born"):
+        (state / name).write_text(kept)
+    boot(granted, WATCHDOG_IDLE_SECONDS=1)
     granted.wait_for(lambda: granted.state()["requests"] == {}, 20)
 
 

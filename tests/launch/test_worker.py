@@ -9,7 +9,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.cloud import FAKE
 
-RUN = "NAME=run\nPROJECT=my-project\nZONE=us-central2-b\nDATA=gs://bucket/data/demo\nWORKDIR=gs://bucket/runs/run/workdir\n"
+RUN = "NAME=run\nRUN_ID=0123456789abcdef\nPROJECT=my-project\nZONE=us-central2-b\nDATA=gs://bucket/data/demo\nWORKDIR=gs://bucket/runs/run/workdir\n"
 
 
 class Worker:
@@ -174,7 +174,14 @@ def test_worker_that_comes_back_after_a_reboot_knows_how_it_ended(cloud):
 
 
 def test_idle_slice_that_nobody_deletes_deletes_itself(cloud):
-    cloud.change(lambda s: s["requests"].update(run={"states": ["ACTIVE"], "hosts": 1, "port": 1, "nodes": {}}))
+    cloud.somebody_elses(**{"run-id": "0123456789abcdef"})
     cloud.trainer("0")
     Worker(cloud, WORKER_IDLE_SECONDS="1").run_to("nobody deleted the slice in 1 s")
     cloud.wait_for(lambda: cloud.state()["requests"] == {})
+
+
+def test_idle_worker_does_not_delete_a_slice_that_is_not_its_runs(cloud):
+    cloud.somebody_elses(**{"run-id": "fedcba9876543210"})
+    cloud.trainer("0")
+    Worker(cloud, WORKER_IDLE_SECONDS="1").run_to("the request run is not this run's; leaving it alone")
+    assert "run" in cloud.state()["requests"]

@@ -96,6 +96,18 @@ class Cloud:
         self.script["errors"].append({"match": match, "text": "", "times": times, "after": after, "hang": True})
         self.write("script.json", self.script)
 
+    def hold(self, match: str, skip: int = 0) -> None:
+        """A later call that holds `match` does what it is for, and gives its answer when the test says `release`."""
+        trouble = {"match": match, "text": "", "times": 1, "after": True, "hang": True, "hold": True, "skip": skip}
+        self.script["errors"].append(trouble)
+        self.write("script.json", self.script)
+
+    def held(self) -> bool:
+        return any(error.get("hold") and error["times"] == 0 for error in self.script_now()["errors"])
+
+    def release(self) -> None:
+        (self.folder / "released").touch()
+
     def somebody_elses(self, name: str = "run", state: str = "ACTIVE", **labels: str) -> None:
         """A colleague makes a slice under the name, with this tool or by hand."""
         request = {"states": [state], "hosts": 2, "port": 1, "nodes": {name: "READY"}, "labels": labels}
