@@ -31,7 +31,8 @@ class SealedCache(CacheInterface):
     file, by which the next process knows what a dead one was running.
     """
 
-    def __init__(self, folder: epath.Path, suspects_file: Path) -> None:
+    def __init__(self, folder: epath.Path, suspects_file: Path | None) -> None:
+        """Without a file, processes may share the folder at once, and nothing is held against one that died."""
         self._path, self._suspects_file = folder, suspects_file
         self._suspects: list[str] = []
         self._lock = threading.Lock()  # programs are compiled in several threads
@@ -55,9 +56,10 @@ class SealedCache(CacheInterface):
             logger.warning("%s is damaged: removing it, and compiling that program anew", path)
             self._remove(path)
             return None
-        with self._lock, contextlib.suppress(OSError):  # a workdir that cannot be written to is for others to report
-            self._suspects.append(key)
-            self._suspects_file.write_text("\n".join(self._suspects))
+        if self._suspects_file is not None:
+            with self._lock, contextlib.suppress(OSError):  # a workdir that cannot be written is for others to report
+                self._suspects.append(key)
+                self._suspects_file.write_text("\n".join(self._suspects))
         return program
 
     def put(self, key: str, value: bytes) -> None:
@@ -75,13 +77,15 @@ class SealedCache(CacheInterface):
 
     def prove(self) -> None:
         """All programs loaded so far have run, or this process ends for another reason."""
-        if self._suspects:
+        if self._suspects and self._suspects_file is not None:
             with self._lock, contextlib.suppress(OSError):
                 self._suspects.clear()
                 self._suspects_file.unlink(missing_ok=True)
 
     def _take_suspects(self) -> set[str]:
         keys = set[str]()
+        if self._suspects_file is None:
+            return keys
         with contextlib.suppress(OSError):  # mostly there is no file
             keys.update(self._suspects_file.read_text(errors="replace").split())
         if keys:
@@ -122,19 +126,19 @@ def open_cache(folder: str, workdir: str) -> None:
     own = _own_folder(workdir)
     state = distributed.global_state
     given = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = given or f"{own}/compilation_cache"
-    cache = _cache = SealedCache(epath.Path(folder), own / f".unproven_programs-{state.process_id}")
-    compilation_cache.get_file_cache = lambda path: (cache, path)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # XLA's own caches lie in the folder, and their path would be part of every key: of a run that was moved none would
-    # be found.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    _cache = _use(given or f"{own}/compilation_cache", own / f".unproven_programs-{state.process_id}")
     # JAX lets process 0 alone write. On TPU all hosts share a key; on CPU a key holds the process's own topology, so
     # that the others would compile at every restart, and process 0 would wait for them.
     is_shared = given is not None or own == Path(workdir)
     if state.num_processes > 1 and (jax.default_backend() == "cpu" or not is_shared):
         _let_every_process_write()
+
+
+def open_shared_cache() -> None:
+    """The same for commands, of which several may run at once: in the user's cache folder, or where
+    JAX_COMPILATION_CACHE_DIR says.
+    """
+    _use(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_users_folder() / "compiled"), None)
 
 
 def prove() -> None:
@@ -159,11 +163,25 @@ def _seal(key: str, program: bytes) -> bytes:
 def _own_folder(workdir: str) -> Path:
     if "://" not in workdir:
         return Path(workdir)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder /= f"selective-attention-trainer/{hashlib.sha256(workdir.encode()).hexdigest()[:16]}"
+    folder = _users_folder() / hashlib.sha256(workdir.encode()).hexdigest()[:16]
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _users_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "selective-attention-trainer")
+
+
+def _use(folder: str, suspects_file: Path | None) -> SealedCache:
+    cache = SealedCache(epath.Path(folder), suspects_file)
+    compilation_cache.get_file_cache = lambda path: (cache, path)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # XLA's own caches lie in the folder, and their path would be part of every key: of a run that was moved none would
+    # be found.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    return cache
 
 
 def _let_every_process_write() -> None:

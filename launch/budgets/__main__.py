@@ -12,7 +12,6 @@ a mistake, which one line names, 130 interrupted, 141 nobody read on.
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -21,6 +20,7 @@ from data import Dataset, open_dataset
 from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
 from selective_attention import Transformer
+from trainer.compilation_cache import open_shared_cache
 
 from .inputs import InputError, check_output, check_vocabulary, load_model, read_windows
 from .report import table, write_report
@@ -55,14 +55,6 @@ def _leave(code: int, line: str = "") -> NoReturn:
     except OSError:  # or Python would try once more at its end, and say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
-
-
-def _keep_programs() -> None:
-    """What one command has compiled, the next one need not, unless JAX_COMPILATION_CACHE_DIR says where instead."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches, "selective-attention", "compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _load(options: argparse.Namespace) -> tuple[UsableFile, Transformer, Dataset, Budgets, EvictionPolicy]:
@@ -217,5 +209,5 @@ def _perplexity(text: str) -> float:
 
 
 if __name__ == "__main__":
-    _keep_programs()
+    open_shared_cache()
     main()

@@ -198,3 +198,23 @@ def test_programs_of_a_run_in_a_bucket_stay_on_the_host(tmp_path):
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.split()[0]).is_relative_to(tmp_path)
     assert list(tmp_path.rglob("*.sealed"))
+
+
+def test_commands_that_run_at_once_share_sealed_programs_and_blame_none_another(tmp_path):
+    program = PROGRAM.replace("compilation_cache.open_cache(folder, workdir)", "compilation_cache.open_shared_cache()")
+    command = [sys.executable, "-c", program, "", "", ""]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def run() -> tuple[int, str]:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[1]), done.stderr
+
+    assert run() == (0, "")
+    (entry,) = (tmp_path / "selective-attention-trainer" / "compiled").iterdir()  # and no list of suspects
+    assert run() == (1, "")
+    content = bytearray(entry.read_bytes())
+    content[-1] ^= 1
+    entry.write_bytes(content)
+    hits, said = run()
+    assert hits == 0 and "is damaged" in said
