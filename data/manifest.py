@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -166,7 +167,7 @@ def _check_names(split: str, names: list[str]) -> None:
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
             raise DataError(f"the shard's name {name!r} in split {split!r} is no plain file name; prepare again")
-    for name, following in zip(names, names[1:], strict=False):
+    for name, following in itertools.pairwise(names):
         if name >= following:
             raise DataError(f"shard {following} stands behind {name} in split {split!r}, out of order; prepare again")
 

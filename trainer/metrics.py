@@ -103,7 +103,7 @@ class StepLog:
         self._writer.write(step, {f"train/{name}": value for name, value in (metrics | times).items()})
         self._writer.write(step, {f"data/{name}": value for name, value in data_seconds.items()})
         if self._started_at and self._is_main:
-            logger.info("first step done %.1f s after the process began", time.time() - self._started_at)
+            logger.info("first step done %.1f s after the process began", time.monotonic() - self._started_at)
             self._started_at = 0.0
         self._bar.n = step
         self._bar.set_postfix(loss=f"{metrics['loss']:.3f}")
