@@ -84,24 +84,25 @@ def is_gone(folder: epath.Path, retry_seconds: float) -> bool:
 def gone_message(folder: epath.Path) -> str:
     """What to say then."""
     return (
-        f"{folder} is gone: the workdir was moved, removed or unmounted during the run. Nothing was written in its place; "
-        "bring it back and run the same command again, or give --workdir where it is now"
+        f"{folder} is gone: the workdir was moved, removed or unmounted during the run. It is not made anew; bring it "
+        "back and run the same command again, or give --workdir where it is now"
     )
 
 
-def write_file(path: epath.Path, text: str) -> None:
+def write_file(path: epath.Path, content: str | bytes) -> None:
     """Writes a small file at once: whoever reads it, even after the power was cut, finds all of it, or what was there
     before. Object storage does so by itself.
 
     Raises:
       OSError: nothing is changed.
     """
+    content = content.encode() if isinstance(content, str) else content
     if "://" in os.fspath(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     temporary = path.parent / f"{path.name}.tmp"
-    with open(temporary, "w") as stream:
-        stream.write(text)
+    with open(temporary, "wb") as stream:
+        stream.write(content)
         stream.flush()
         _sync(stream.fileno())
     temporary.replace(path)

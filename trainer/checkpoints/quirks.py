@@ -30,6 +30,6 @@ def put_right() -> None:
 
 
 def _says_more_than_ours(record: logging.LogRecord) -> bool:
-    """False for Orbax's tracebacks of what storage refused: a dozen for one failure, which the saver tells in a line."""
+    """False for Orbax's tracebacks of what storage refused: a dozen for one failure, which has a line of ours."""
     error = record.exc_info[1] if record.exc_info else None
     return not ("orbax" in record.pathname and error is not None and of_storage(error))

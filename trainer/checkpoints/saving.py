@@ -80,10 +80,12 @@ class BackgroundSaver:
         if step == self.saved_step:
             return
         self.status = "saving"
-        mine = [(self._folder / str(step)).exists(), self._is_unfinished(), is_gone(self._folder, self._retry_seconds)]
+        # Not only the folder, which a save that was going on when it was moved may have made again.
+        known = self._folder if self.saved_step is None else self._folder / str(self.saved_step)
+        mine = [(self._folder / str(step)).exists(), self._is_unfinished(), is_gone(known, self._retry_seconds)]
         there, unfinished, gone = zip(*self._hosts.gather(mine), strict=True)
         if any(gone):
-            raise ResumeError(gone_message(self._folder))
+            raise ResumeError(gone_message(known))
         if any(unfinished):
             self._count_failure(step, f"the save before has not ended on host {unfinished.index(True)}")
             self.status = "failed"
