@@ -19,11 +19,13 @@ def put_right() -> None:
     build = tensorstore_utils.build_kvstore_tspec
     cached = functools.lru_cache(maxsize=16)(build)
 
-    def build_once(directory: str, name: str | None = None, **options: Any) -> dict[str, Any]:
-        try:
-            return copy.deepcopy(cached(directory, name, **options))
-        except TypeError:  # options that are no key
-            return build(directory, name, **options)
+    def build_once(
+        directory: str, name: str | None = None, *, use_ocdbt: bool = True, **options: Any
+    ) -> dict[str, Any]:
+        if not use_ocdbt:
+            return build(directory, name, use_ocdbt=False, **options)
+        spec = copy.deepcopy(cached(directory, **options))
+        return spec if name is None else spec | {"path": name}
 
     tensorstore_utils.build_kvstore_tspec = build_once
     tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0

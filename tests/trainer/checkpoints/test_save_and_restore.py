@@ -234,7 +234,7 @@ def test_a_save_keeps_no_memory(config, tmp_path):
         return sys.getallocatedblocks()
 
     before = blocks_after(range(1, 7))  # what is kept once is there then
-    assert (blocks_after(range(7, 19)) - before) / 12 < 150
+    assert (blocks_after(range(7, 19)) - before) / 12 < 100
     checkpoints.close()
 
 
