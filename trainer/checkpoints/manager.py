@@ -202,7 +202,7 @@ class Checkpoints:
         """Before newer checkpoints are renamed: a run that is killed in between misses none."""
         problems = self._on_first_host(lambda: write_reached(self._folder.parent, step))
         if problems:
-            raise ResumeError(f"{self._folder.parent} cannot be written to: {problems[0]}")
+            raise StorageError(f"{self._folder.parent} cannot be written to: {problems[0]}")
 
     def _check_files(self, folder: epath.Path) -> tuple[Seal | None, dict[str, Any]]:
         """The checkpoint's seal and metadata. Each host reads its share of the files; all raise DamagedError or

@@ -212,7 +212,8 @@ def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, smal
         save(checkpoints, 2, state)
         assert checkpoints.poll() == "failed" and checkpoints.failures_in_a_row == number
         assert "disk of" in checkpoints.failure and "is full" in checkpoints.failure
-    assert [record.name for record in caplog.records] == ["trainer"] * 2  # without Orbax's tracebacks
+    traced = [record for record in caplog.records if record.exc_info and "No space left" in str(record.exc_info[1])]
+    assert "is full" in caplog.text and not traced  # one line, without Orbax's dozen of tracebacks
     assert not list((small_disk / "checkpoints").glob("*tmp*"))
     assert checkpoints.saved_step == checkpoints.restore(abstract).step == 1
     filler.unlink()
