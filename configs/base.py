@@ -110,6 +110,9 @@ class Faults:
     exit_seconds: Free[Positive[float]] = 25.0  # from SIGTERM to exit at most, saving included; TPU VMs give 30
     peer_timeout_seconds: Free[Positive[int]] = 30  # silence after which a host counts as lost
     start_timeout_seconds: Free[Positive[int]] = 300  # for all hosts to join, at the start
+    storage_retry_seconds: Free[NotNegative[float]] = (
+        30.0  # to try again what storage refuses to read, or to start with
+    )
     step_timeout_seconds: Free[Positive[float]] = 60.0  # a step may take this long, or
     step_timeout_factor: Free[Positive[float]] = 20.0  # this times the median step, before the host counts as hanging
     first_step_timeout_seconds: Free[Positive[float]] = 1_800.0  # compiling, and the first step, eval batch and save

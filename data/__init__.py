@@ -2,8 +2,17 @@
 
 from data.batches import EvalBatches, TrainBatches
 from data.dataset import Dataset, open_dataset
-from data.errors import DataError
+from data.errors import DataError, UnreachableError
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer
 
-__all__ = ["DataError", "Dataset", "EvalBatches", "Manifest", "Tokenizer", "TrainBatches", "open_dataset"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "EvalBatches",
+    "Manifest",
+    "Tokenizer",
+    "TrainBatches",
+    "UnreachableError",
+    "open_dataset",
+]

@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from data.errors import DataError
+from data.errors import DataError, UnreachableError
+from data.files import file_size, read_file, retried
 from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, file_crc32
 from data.tokenizer import Tokenizer
 
@@ -27,9 +27,10 @@ _VERIFIED_BYTES = 256 << 20
 class Dataset:
     """A prepared dataset in a local (or mounted) folder; made by `open_dataset`. Safe to read from several threads."""
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path, manifest: Manifest, retry_seconds: float):
         self.path = path
         self.manifest = manifest
+        self._retry_seconds = retry_seconds
         self._splits = {
             name: _SplitReader(path, split.shards, manifest.record_length, manifest.record_dtype)
             for name, split in manifest.splits.items()
@@ -42,9 +43,11 @@ class Dataset:
         """Token ids `[len(records), record_length]`, in the manifest's `record_dtype`.
 
         Raises:
-          DataError: the split is unknown; a record cannot be read, or has another length.
+          UnreachableError: storage did not give a shard for as long as `open_dataset` was told.
+          DataError: the split is unknown; a shard is damaged, or a record has another length.
         """
-        return self._splits[self.check_split(split)].read(records)
+        reader = self._splits[self.check_split(split)]
+        return retried(lambda: reader.read(records), self._retry_seconds)
 
     def check_shards(self) -> None:
         """Checks that each shard is what the manifest says, as far as its size and its last record tell.
@@ -60,9 +63,13 @@ class Dataset:
         """Reads all of a shard, telling `progress` the bytes of each read.
 
         Raises:
-          DataError: its checksum is wrong.
+          DataError: its checksum is wrong, or it cannot be read.
         """
-        if file_crc32(self.path / shard.file, progress) != shard.crc32:
+        try:
+            crc32 = file_crc32(self.path / shard.file, progress)
+        except OSError as error:
+            raise UnreachableError(f"shard {self.path / shard.file} cannot be read: {error.strerror}") from None
+        if crc32 != shard.crc32:
             raise DataError(
                 f"shard {self.path / shard.file} does not have the checksum that the manifest says: it is damaged; "
                 "prepare again or copy it anew"
@@ -75,8 +82,10 @@ class Dataset:
         return split
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, retry_seconds: float = 0.0) -> Dataset:
     """Opens the dataset in the folder `path`, after checking the manifest against what is there.
+
+    While storage does not give a file it is tried again for `retry_seconds`, here and whenever records are read.
 
     Checked: every shard's existence, size in bytes, number of records and the length of its last record; the vocabulary
     against the record type; the tokenizer's hash; and the checksums, if the shards have no more than 256 MiB together.
@@ -84,22 +93,26 @@ def open_dataset(path: str | Path) -> Dataset:
     error when it is read.
 
     Raises:
-      DataError: something is not what the manifest says, or `path` is no dataset on this machine.
+      UnreachableError: a file cannot be read, or is not there.
+      DataError: something is not what the manifest says, or `path` is no folder on this machine.
     """
     if "://" in str(path):
         raise DataError(f"{path} is not a folder on this machine; mount the bucket, see docs/data.md")
-    path = Path(path)
+    return retried(lambda: _open(Path(path), retry_seconds), retry_seconds)
+
+
+def _open(path: Path, retry_seconds: float) -> Dataset:
     try:
-        text = (path / MANIFEST_FILE).read_text()
-    except OSError as error:
-        raise DataError(
-            f"no dataset in {path} ({MANIFEST_FILE}: {error.strerror}); make one with `python -m data.prepare`"
+        text = read_file(path / MANIFEST_FILE).decode(errors="replace")
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"no dataset in {path} ({error}); mount it, or make one with `python -m data.prepare`"
         ) from None
     try:
         manifest = Manifest.from_json(text)
     except DataError as error:
         raise DataError(f"{path / MANIFEST_FILE}: {error}") from None
-    dataset = Dataset(path, manifest)
+    dataset = Dataset(path, manifest, retry_seconds)
     tokenizer = dataset.tokenizer()
     if tokenizer.identity != manifest.tokenizer or tokenizer.vocab_size != manifest.vocab_size:
         raise DataError(f"{path / TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} describes; prepare again")
@@ -141,9 +154,9 @@ class _SplitReader:
         shard = self.shards[index]
         path = self._path / shard.file
         try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise DataError(f"shard {path} cannot be read: {error.strerror}; prepare again or copy it anew") from None
+            size = file_size(path)
+        except UnreachableError as error:
+            raise UnreachableError(f"shard {error}; prepare again or copy it anew") from None
         if size != shard.bytes:
             raise DataError(
                 f"shard {path} has {size:,} bytes, but the manifest says {shard.bytes:,}: it is "
@@ -173,8 +186,9 @@ class _SplitReader:
         try:
             records = self._reader(index).read(positions)
         except (RuntimeError, IndexError) as error:
-            path = self._path / self.shards[index].file
-            raise DataError(f"shard {path} cannot be read: {error}; prepare again or copy it anew") from None
+            with self._lock:
+                self._readers.pop(index, None)  # it may hold a file that is no more
+            raise self._judged(index, f"cannot be read: {error}") from None
         size = self._record_length * self._dtype.itemsize
         for position, record in zip(positions, records, strict=True):
             if len(record) != size:
@@ -192,9 +206,24 @@ class _SplitReader:
         reader = array_record_module.ArrayRecordReader(str(self._path / shard.file), options=_READER_OPTIONS)
         # A missing or foreign file is no error to ArrayRecord, only one of zero records.
         if not reader.ok() or reader.num_records() != shard.records:
-            raise DataError(
-                f"shard {self._path / shard.file} holds {reader.num_records():,} readable records, but the manifest "
-                f"says {shard.records:,}; prepare again or copy it anew"
-            )
+            found = reader.num_records()
+            message = f"holds {found:,} readable records, but the manifest says {shard.records:,}"
+            raise self._judged(index, message) if not found else self._damaged(index, message)
         with self._lock:
             return self._readers.setdefault(index, reader)
+
+    def _judged(self, index: int, message: str) -> DataError:
+        """The error for a shard that could not be read: it is damaged, or storage refused what is whole."""
+        path = self._path / self.shards[index].file
+        try:
+            file_size(path)
+            if file_crc32(path) != self.shards[index].crc32:
+                return self._damaged(index, message)
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+        except UnreachableError as error:
+            return error
+        return UnreachableError(f"shard {path} {message}")
+
+    def _damaged(self, index: int, message: str) -> DataError:
+        return DataError(f"shard {self._path / self.shards[index].file} {message}; prepare again or copy it anew")

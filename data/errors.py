@@ -14,6 +14,10 @@ class DataError(ValueError):
     """Text, a dataset or a batch request that cannot be used; the message says which and what to do."""
 
 
+class UnreachableError(DataError):
+    """Storage does not give a file now: a mount that is not there yet, a server that does not answer. It may pass."""
+
+
 class WorkError(DataError):
     """Work that was given up although nothing was asked wrongly: a full disk, a worker that died."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -137,6 +138,8 @@ class Manifest:
                 )
                 for name, split in content["splits"].items()
             }
+            for name, split in splits.items():
+                _check_names(name, [shard.file for shard in split.shards])
             identity = {key: value for key, value in content["tokenizer"].items() if key != "file"}
             manifest = cls(
                 content["source"],
@@ -157,6 +160,16 @@ class Manifest:
                 "its fingerprint does not match its contents: it was changed after it was written; prepare again"
             )
         return manifest
+
+
+def _check_names(split: str, names: list[str]) -> None:
+    """The fingerprint leaves names out, so that a renamed dataset stays the same; but in their order they stand."""
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+            raise DataError(f"the shard's name {name!r} in split {split!r} is no plain file name; prepare again")
+    for name, following in itertools.pairwise(names):
+        if name >= following:
+            raise DataError(f"shard {following} stands behind {name} in split {split!r}, out of order; prepare again")
 
 
 def record_dtype(vocab_size: int) -> str:

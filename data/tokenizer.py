@@ -15,6 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from data.errors import DataError
+from data.files import read_file
 from data.manifest import TokenizerIdentity
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
@@ -52,10 +53,9 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
+        model = read_file(Path(path))
         try:
-            return cls(Path(path).read_bytes())
-        except OSError as error:
-            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+            return cls(model)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 

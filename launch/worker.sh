@@ -174,7 +174,7 @@ judge() {
   detail=$(printf '%s\n' "$output" | grep -E '^(error:|[A-Za-z_.]*(Error|Exception):)|RESOURCE_EXHAUSTED' | tail -n 1)
   if [ -z "$detail" ] && [ "$code" -gt 128 ]; then detail="ended by SIG$(kill -l "$code" 2>/dev/null)"; fi
   # The trainer's own words for a disk or bucket that is full are RESOURCE_EXHAUSTED too, and mean something else.
-  if [ "$state" = out_of_memory ] && [ "$code" != 3 ] && [[ $detail == *"No space left"* || $detail == *uota* ]]; then
+  if [ "$state" = out_of_memory ] && [ "$code" != 3 ] && [[ $detail == *"No space left"* || $detail == *uota* || $detail == *"is full"* ]]; then
     state=crashed
   fi
 }

@@ -14,7 +14,7 @@ from trainer.hosts.interrupt import Interrupt
 
 
 def main() -> None:
-    started_at, interrupt = time.time(), Interrupt()
+    started_at, interrupt = time.monotonic(), Interrupt()
     interrupt.install()  # before anything imports JAX, and before these slow imports
     from absl import app, flags
 

@@ -11,7 +11,7 @@ import jax
 from absl import app
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data import DataError
+from data import DataError, UnreachableError
 from trainer import compilation_cache
 from trainer.errors import (
     EXIT_DIVERGED,
@@ -40,7 +40,7 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
 
     Args:
       interrupt: Installed.
-      started_at: When the process began, seconds since the epoch.
+      started_at: When the process began, seconds of the monotonic clock, which nobody sets.
       argv: What is left of the command when the flags are taken out.
     """
     if len(argv) > 1:
@@ -56,12 +56,12 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         compilation_cache.open_cache(settings.compilation_cache, str(WORKDIR.value))
         with logging_redirect_tqdm():
             code = train(settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at)
+    except (LeaseError, StorageError, ReplicaError, UnreachableError) as error:
+        code = _say(f"error: {error}", EXIT_FAILED)
     except (ConfigError, ResumeError, DataError) as error:
         code = _say(f"error: {error}", EXIT_MISTAKE)
     except DivergedError as error:
         code = _say(f"error: {error}", EXIT_DIVERGED)
-    except (LeaseError, StorageError, ReplicaError) as error:
-        code = _say(f"error: {error}", EXIT_FAILED)
     except Exception as error:
         last_words.say(traceback.format_exc().rstrip())
         code = EXIT_FAILED

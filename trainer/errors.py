@@ -49,7 +49,7 @@ class LeaseError(RuntimeError):
 
 
 class StorageError(RuntimeError):
-    """Checkpoints cannot be written."""
+    """What the workdir holds cannot be read or written now."""
 
 
 class DivergedError(RuntimeError):

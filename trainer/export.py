@@ -21,7 +21,7 @@ from flax import nnx
 from selective_attention import Transformer, TransformerConfig, export_safetensors
 from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
-from trainer.errors import ResumeError
+from trainer.errors import ResumeError, StorageError
 from trainer.settings import Settings, read_saved
 from trainer.state import TrainState, init_state, model_graph
 
@@ -34,6 +34,7 @@ def load_model(workdir: str) -> tuple[Transformer, Settings, int]:
 
     Raises:
       ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
+      OSError, StorageError: storage does not give one.
     """
     reasons = []
     for step in sorted(list_steps(checkpoint_folder(workdir)), reverse=True):
@@ -99,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         print(export(options.workdir, options.output))
-    except (ResumeError, OSError) as error:
+    except (ResumeError, StorageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

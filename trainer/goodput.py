@@ -5,12 +5,15 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
+from trainer.checkpoints.disk import write_file
 from trainer.hosts.watchdog import Watchdog
 
 logger = logging.getLogger("trainer")
@@ -39,23 +42,30 @@ class Goodput:
     """
 
     def __init__(self, workdir: str, started_at: float, is_main: bool) -> None:
-        """`started_at`: when this process began, seconds since the epoch. Goes on from the workdir's file."""
+        """`started_at`: when this process began, seconds of the monotonic clock. Goes on from the workdir's file; one
+        that cannot be read is renamed, with a warning, and counting begins anew.
+        """
         self._path = epath.Path(workdir) / GOODPUT_FILE
-        self._is_main = is_main
+        self._is_main, self._started_at = is_main, started_at
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=100)
-        self._first_started_at, self._highest_step, self._starts = started_at, 0, 1
+        self._first_started_at = time.time() - (time.monotonic() - started_at)
+        self._highest_step, self._starts = 0, 1
         self._last_loss: float | None = None
         self._last_write = 0.0
-        if self._path.exists():
-            try:
-                saved = json.loads(self._path.read_text())
-                self._seconds.update({cause: saved["seconds"][cause] for cause in CAUSES if cause != "other"})
+        try:
+            if (saved := _read(self._path)) is not None:
+                # Only between processes is there no other clock than the wall's, which may have been set back.
+                down = max(0.0, self._first_started_at - saved["updated_at"])
+                self._seconds |= saved["seconds"]
+                self._seconds["down"] += down
                 self._first_started_at, self._highest_step = saved["first_started_at"], saved["highest_step"]
                 self._starts, self._last_loss = saved["starts"] + 1, saved["loss"]
-                self._seconds["down"] += max(0.0, started_at - saved["updated_at"])
-            except (ValueError, KeyError):  # killed while writing on a file system without atomic renames
-                self._seconds = dict.fromkeys(CAUSES, 0.0)
+        except (OSError, ValueError) as error:
+            if is_main:
+                self._set_aside(error)
+        self._seconds_before = sum(self._seconds.values())
+        self._seconds["other"] = 0.0  # is what the others leave
 
     @contextlib.contextmanager
     def span(self, cause: str) -> Iterator[None]:
@@ -85,7 +95,7 @@ class Goodput:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every cause until now."""
-        total = time.time() - self._first_started_at
+        total = self._seconds_before + time.monotonic() - self._started_at
         return self._seconds | {"other": max(0.0, total - sum(self._seconds.values()))}
 
     def scalars(self) -> dict[str, float]:
@@ -108,21 +118,51 @@ class Goodput:
             "first_started_at": self._first_started_at,
             "updated_at": time.time(),
         }
-        temporary = self._path.with_name(f".{GOODPUT_FILE}")
         try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            temporary.replace(self._path)
+            write_file(self._path, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             logger.warning("%s cannot be written for now: %s", self._path, error)
+
+    def _set_aside(self, error: Exception) -> None:
+        aside = self._path.with_name(f"{GOODPUT_FILE}.damaged-{time.time_ns()}")
+        try:
+            self._path.rename(aside)
+        except OSError as refusal:
+            logger.warning("%s cannot be read (%s), nor renamed (%s); counting anew", self._path, error, refusal)
+        else:
+            logger.warning("%s cannot be read (%s); it is now %s; counting anew", self._path, error, aside.name)
 
     def summary(self) -> str:
         """One line for people."""
         seconds = self.seconds()
-        total = sum(seconds.values())
+        total = max(sum(seconds.values()), 1e-9)
         causes = sorted((c for c in CAUSES[1:] if seconds[c] >= 0.005 * total), key=lambda c: -seconds[c])
         lost = ", ".join(f"{cause.replace('_', ' ')} {seconds[cause] / total:.0%}" for cause in causes)
         starts = f"{total / 3600:.2f} h in {self._starts} start{'s' if self._starts > 1 else ''}"
         return f"goodput {seconds['steps'] / total:.0%} of {starts}; the rest: {lost}"
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    """What `Goodput.write` wrote; None if there is no file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is something else.
+    """
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    try:
+        numbers = [*(saved["seconds"][cause] for cause in CAUSES), saved["highest_step"], saved["starts"]]
+        numbers += [saved["first_started_at"], saved["updated_at"]]
+        if not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
+            raise ValueError("a number is missing, negative or not finite")
+        if not isinstance(saved["loss"], (float, int, type(None))):
+            raise ValueError(f"its loss is {saved['loss']!r}")
+        return saved | {"seconds": {cause: saved["seconds"][cause] for cause in CAUSES}}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"not what this trainer wrote: {type(error).__name__}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Job:
     checkpoints: Checkpoints
     phases: Phases
     interrupt: Interrupt
-    started_at: float  # when this process began, seconds since the epoch
+    started_at: float  # when this process began, seconds of the monotonic clock
     is_main: bool  # whether this host speaks for all
 
     @property
@@ -64,18 +64,19 @@ def open_job(
     arguments.
 
     Raises:
-      ConfigError, ResumeError, LeaseError, data.DataError: nothing was overwritten.
+      ConfigError, ResumeError, StorageError, LeaseError, data.DataError: nothing was overwritten.
     """
     is_main = jax.process_index() == 0
-    dataset = open_dataset(settings.data.path)
+    dataset = open_dataset(settings.data.path, settings.faults.storage_retry_seconds)
     check_dataset(settings, dataset.manifest)
     mesh = make_mesh(settings.mesh)
     check_batch(settings, mesh.shape)
     state_shape = abstract_state(settings, mesh)
-    check_workdir(workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shape)))
+    checkpoint_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shape))
+    check_workdir(workdir, checkpoint_bytes, settings.faults.storage_retry_seconds)
     lease.take(workdir)
     goodput = Goodput(workdir, started_at, is_main)
-    goodput.add("start_up", time.time() - started_at)
+    goodput.add("start_up", time.monotonic() - started_at)
     checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume)
     if is_main:
         counts = settings.transformer.parameter_counts()

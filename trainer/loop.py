@@ -12,8 +12,9 @@ from etils import epath
 
 from data import TrainBatches
 from trainer.batches import batch_sharding
+from trainer.checkpoints.disk import explain, gone_message, retried, write_file
 from trainer.checkpoints.manager import Restored
-from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ResumeError, StorageError
 from trainer.evaluate import Evaluation
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.replicas import make_replica_check
@@ -44,7 +45,7 @@ def train(
 
     Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `goodput.json` and at the end `result.json` into
     `workdir`. `override_resume` names config fields that may differ from the checkpoint's; `started_at` is when this
-    process began, in seconds since the epoch.
+    process began, in seconds of the monotonic clock.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
@@ -55,12 +56,12 @@ def train(
     """
     interrupt = interrupt or Interrupt()
     with Lease(interrupt.on_exit) as lease:
-        return _start(open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.time()))
+        return _start(open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.monotonic()))
 
 
 def _start(job: Job) -> int:
     settings, workdir = job.settings, job.workdir
-    finished = job.checkpoints.latest_step() == settings.steps and epath.Path(workdir, RESULT_FILE).exists()
+    finished = job.checkpoints.latest_step() == settings.steps and has_result(workdir)
     with jax.set_mesh(job.mesh), job.phases("work outside of steps"):
         # The checkpoint is read while the compiler works, and a mistake in the config, which shows there, is not kept
         # waiting for it.
@@ -79,6 +80,15 @@ def _start(job: Job) -> int:
         compiler.shutdown(wait=False)
         with jax.transfer_guard("disallow"):  # a copy to or from the devices that nobody meant would keep them waiting
             return run.run()
+
+
+def has_result(workdir: str) -> bool:
+    """Whether the run's result is there; one that cannot be read is not."""
+    try:
+        result = json.loads(epath.Path(workdir, RESULT_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(result, dict) and "loss" in result
 
 
 class Run:
@@ -221,5 +231,12 @@ class Run:
                 "perplexity": final.perplexity,
                 "tokens": final.tokens,
             }
-            epath.Path(self.job.workdir, RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+            path = epath.Path(self.job.workdir, RESULT_FILE)
+            try:
+                retried(lambda: write_file(path, json.dumps(result, indent=2) + "\n"))
+            except FileNotFoundError as error:
+                raise ResumeError(gone_message(path.parent)) from error
+            except OSError as error:
+                why = explain(error, path.parent)
+                raise StorageError(f"{path} cannot be written: {why}. The same command computes it again") from error
             logger.info("finished: validation perplexity %.3f over %d tokens", final.perplexity, final.tokens)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
+from trainer.events import EventFile, mend
 from trainer.goodput import Goodput
 from trainer.outcomes import Outcome
 
@@ -26,9 +26,13 @@ class MetricsWriter:
     def __init__(self, directory: str, first_step: int, enabled: bool = True) -> None:
         """`first_step`: as `withdraw`, of what earlier processes wrote."""
         self._directory, self._enabled = directory, enabled
-        self._writer: EventFileWriter | None = None
-        self._refused_at = 0  # seconds of the clock
+        self._writer: EventFile | None = None
         self._kept: collections.deque[Event] = collections.deque(maxlen=_MOST_KEPT)  # not known to be in the file
+        if enabled:
+            try:
+                mend(directory)
+            except OSError as error:
+                logger.warning("TensorBoard's events cannot be looked at for damage: %s", error)
         self.withdraw(first_step)  # even from step 1: an earlier process may have died before its first checkpoint
         self.flush()
 
@@ -48,15 +52,12 @@ class MetricsWriter:
         try:
             if self._writer is None:
                 # A file of its own: the one before may end in the middle of an event, where readers stop. What of these
-                # events is in there already is withdrawn, so that no point is doubled. Readers take files by name: the
-                # second of their opening, then numbers as text, 10 before 9.
-                while int(time.time()) == self._refused_at:
-                    time.sleep(0.01)
-                writer = EventFileWriter(self._directory)
+                # events is in there already is withdrawn, so that no point is doubled.
+                writer = EventFile(self._directory)
                 start = min(event.step for event in self._kept)
-                writer.add_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+                writer.add(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
                 for event in self._kept:
-                    writer.add_event(event)
+                    writer.add(event)
                 self._writer = writer
             self._writer.flush()
             self._kept.clear()
@@ -75,13 +76,13 @@ class MetricsWriter:
         self._kept.append(event)
         try:
             if self._writer:
-                self._writer.add_event(event)
+                self._writer.add(event)
         except OSError as error:
             self._refused(error)
 
     def _refused(self, error: OSError) -> None:
         logger.warning("TensorBoard's events cannot be written for now, and are kept: %s", error)
-        self._writer, self._refused_at = None, int(time.time())
+        self._writer = None
 
 
 class StepLog:
@@ -103,7 +104,7 @@ class StepLog:
         self._writer.write(step, {f"train/{name}": value for name, value in (metrics | times).items()})
         self._writer.write(step, {f"data/{name}": value for name, value in data_seconds.items()})
         if self._started_at and self._is_main:
-            logger.info("first step done %.1f s after the process began", time.time() - self._started_at)
+            logger.info("first step done %.1f s after the process began", time.monotonic() - self._started_at)
             self._started_at = 0.0
         self._bar.n = step
         self._bar.set_postfix(loss=f"{metrics['loss']:.3f}")

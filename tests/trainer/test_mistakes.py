@@ -37,6 +37,7 @@ def test_config_that_does_not_fit_is_refused(tiny_config, tmp_path, field, value
         tiny_config.mesh.update(value)
     else:
         tiny_config.update_from_flattened_dict({field: value})
+    tiny_config.faults.storage_retry_seconds = 0.0
     with pytest.raises((ConfigError, DataError), match=f"(?s){message}"):
         train(read_settings(tiny_config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -83,6 +84,7 @@ def _damaged(dataset_path: Path, folder: Path, damage: str) -> Path:
 )
 def test_damaged_dataset_is_refused(tiny_config, dataset_path, tmp_path, damage):
     tiny_config.data.path = str(_damaged(dataset_path, tmp_path, damage))
+    tiny_config.faults.storage_retry_seconds = 0.0
     with pytest.raises(DataError):
         train(read_settings(tiny_config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ PROGRAM = """
 import contextlib, sys, time
 from trainer.goodput import Goodput, Phases
 from trainer.hosts.watchdog import Watchdog
-goodput = Goodput(sys.argv[1], time.time(), is_main=True)
+goodput = Goodput(sys.argv[1], time.monotonic(), is_main=True)
 phases = Phases(Watchdog(least_seconds=2, factor=1, first_seconds=2), goodput)
 """
 

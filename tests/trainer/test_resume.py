@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.runs import losses
 from trainer.hosts.interrupt import EXIT_PREEMPTED
+from trainer.loop import train
+from trainer.settings import read_settings
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,16 @@ def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, tmp_pat
     code, output = finish(start_trainer(tmp_path, steps=5))
     assert code == 0 and "already finished" in output
     assert (tmp_path / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("spoilt", ["", '{"steps": 2, '])
+def test_finished_run_whose_result_cannot_be_read_computes_it_again(tiny_config, tmp_path, spoilt):
+    tiny_config.steps = 2
+    assert train(read_settings(tiny_config), str(tmp_path)) == 0
+    result = (tmp_path / "result.json").read_text()
+    (tmp_path / "result.json").write_text(spoilt)
+    assert train(read_settings(tiny_config), str(tmp_path)) == 0
+    assert (tmp_path / "result.json").read_text() == result
 
 
 @pytest.mark.slow

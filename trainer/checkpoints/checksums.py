@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from trainer.checkpoints.disk import retried, root_cause
+from trainer.checkpoints.disk import retried, root_cause, write_file
 
 SUFFIX = ".checksums.json"
 _CHUNK_BYTES = 1 << 20
@@ -70,13 +70,7 @@ def write_seal(folder: epath.Path, seal: Seal) -> None:
     """
     body = json.dumps({"loss": seal.loss, "files": {name: list(c) for name, c in seal.files.items()}}, sort_keys=True)
     path = seal_path(folder)
-    temporary = path.parent / f"{path.name}.tmp"
-
-    def write() -> None:
-        temporary.write_text(json.dumps({"crc32": zlib.crc32(body.encode()), "body": body}))
-        temporary.replace(path)
-
-    retried(write)
+    retried(lambda: write_file(path, json.dumps({"crc32": zlib.crc32(body.encode()), "body": body})))
     if read_seal(folder) != seal:
         raise DamagedError(f"{path} reads back differently from what was written")
 
@@ -85,7 +79,8 @@ def read_seal(folder: epath.Path) -> Seal | None:
     """The seal of `folder`; None if it has none, because its save was interrupted after the checkpoint itself.
 
     Raises:
-      DamagedError: it is damaged, or cannot be read.
+      DamagedError: it is damaged, or names files outside the checkpoint.
+      OSError: storage does not give it.
     """
     path = seal_path(folder)
     try:
@@ -94,10 +89,13 @@ def read_seal(folder: epath.Path) -> Seal | None:
         if zlib.crc32(content["body"].encode()) != content["crc32"]:
             raise ValueError("its own checksum does not match")
         body = json.loads(content["body"])
+        outside = [name for name in body["files"] if name.startswith("/") or {"", ".", ".."} & set(name.split("/"))]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is no file of a checkpoint")
         return Seal(body["loss"], {name: Checksum(*checksum) for name, checksum in body["files"].items()})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (IsADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{path.name} cannot be read: {root_cause(error)}") from error
 
 
@@ -105,16 +103,17 @@ def check_files(folder: epath.Path, seal: Seal, share: slice = slice(None)) -> N
     """Compares the files of `folder` with its seal; `share` picks some of them.
 
     Raises:
-      DamagedError: names the first file that is missing, unreadable or changed. Files that the seal does not name are
-        none of its business.
+      DamagedError: names the first file that is missing or changed. Files that the seal does not name are none of its
+        business.
+      OSError: storage does not give a file.
     """
     expected = dict(sorted(seal.files.items())[share])
     try:
         found = checksums(folder, expected)
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename} is missing") from error
-    except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise DamagedError(f"{error.filename} is no file: {error.strerror}") from error
     for name, checksum in expected.items():
         if found[name].size != checksum.size:
             raise DamagedError(f"{folder / name} has {found[name].size} bytes instead of {checksum.size}")

@@ -1,5 +1,6 @@
 """One checkpoint in storage: listed, read, verified, sealed, renamed; and which ones need not be kept."""
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +19,11 @@ from trainer.checkpoints.checksums import (
     write_seal,
 )
 from trainer.checkpoints.digest import digest
-from trainer.checkpoints.disk import root_cause
-from trainer.errors import ResumeError
+from trainer.checkpoints.disk import refused, root_cause
+from trainer.errors import ResumeError, StorageError
 from trainer.state import TrainState
+
+_METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's
 
 
 def checkpoint_folder(workdir: str) -> epath.Path:
@@ -29,21 +32,29 @@ def checkpoint_folder(workdir: str) -> epath.Path:
 
 
 def list_steps(folder: epath.Path) -> list[int]:
-    """The steps of all checkpoints in `folder`, whole or not, in no order."""
-    if not folder.exists():
+    """The steps of all checkpoints in `folder`, whole or not, in no order.
+
+    Raises:
+      OSError: storage does not say.
+    """
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
         return []
-    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal() and str(int(path.name)) == path.name]
+    return [int(name) for name in names if name.isdecimal() and str(int(name)) == name]
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """What `Checkpoints.save` put beside the arrays: config, dataset_fingerprint, notes, loss, digest.
 
     Raises:
-      DamagedError: it is not there, or cannot be read.
+      DamagedError: it is not there, or is damaged.
+      OSError: storage does not give it.
     """
+    # Not by `ocp.metadata`, which opens every array, and keeps 0.5 MB each time: TensorStore's Spec.to_json leaks.
     try:
-        metadata = ocp.metadata(folder).custom_metadata
-    except Exception as error:
+        metadata = json.loads((folder / _METADATA_FILE).read_text())["custom_metadata"]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"its metadata cannot be read: {root_cause(error)}") from error
     if not isinstance(metadata, dict) or "digest" not in metadata:
         raise DamagedError(f"{folder} holds none of this trainer's metadata")
@@ -56,10 +67,13 @@ def load_state(folder: epath.Path, metadata: dict[str, Any], abstract: TrainStat
     Raises:
       DamagedError: they are not, or cannot be read though nothing says that the files are whole.
       ResumeError: they cannot be read though the files are whole.
+      StorageError: storage does not give them.
     """
     try:
         state = ocp.load(folder, abstract)
     except Exception as error:
+        if refused(error):
+            raise StorageError(f"{folder} cannot be read: {root_cause(error)}") from error
         if not sealed:
             raise DamagedError(f"it cannot be read: {root_cause(error)}") from error
         raise ResumeError(f"{folder} does not fit this model: {root_cause(error)}") from error

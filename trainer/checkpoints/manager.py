@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal, write_seal
-from trainer.checkpoints.disk import explain, retried
+from trainer.checkpoints.disk import explain, retried_at_start
 from trainer.checkpoints.folder import (
     checkpoint_folder,
     list_steps,
@@ -28,7 +28,7 @@ from trainer.checkpoints.folder import (
 from trainer.checkpoints.identity import Identity, check_override
 from trainer.checkpoints.reached import read_reached, write_reached
 from trainer.checkpoints.saving import BackgroundSaver, Status
-from trainer.errors import ResumeError
+from trainer.errors import ResumeError, StorageError
 from trainer.hosts.gather import Gatherer
 from trainer.settings import Settings
 from trainer.state import TrainState
@@ -73,8 +73,9 @@ class Checkpoints:
         self._override = tuple(override)
         self._identity = Identity(settings, dataset_fingerprint)
         self._folder = checkpoint_folder(workdir)
+        self._retry_seconds = settings.faults.storage_retry_seconds
         self._hosts = Gatherer("checkpoints", settings.checkpoint.timeout_seconds)
-        self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts)
+        self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts, self._retry_seconds)
 
     @property
     def saved_step(self) -> int | None:
@@ -102,16 +103,16 @@ class Checkpoints:
         Raises:
           ResumeError: no checkpoint is whole, or all are gone, or the newest whole one was made with another dataset,
             or with a config that computes something else.
+          StorageError: storage did not give what is there, though it was tried again; nothing was renamed for that.
         """
         tried: dict[int, str] = {}
-        steps, reached = self._hosts.from_first_host(
-            [sorted(list_steps(self._folder), reverse=True), retried(lambda: read_reached(self._folder.parent))]
-        )
+        found = retried_at_start(lambda: list_steps(self._folder), self._retry_seconds)
+        reached_here = retried_at_start(lambda: read_reached(self._folder.parent), self._retry_seconds)
+        steps, reached = self._hosts.from_first_host([sorted(found, reverse=True), reached_here])
         for step in steps:
             folder = self._folder / str(step)
             try:
-                seal = self._check_files(folder)
-                metadata = read_metadata(folder)
+                seal, metadata = self._check_files(folder)
                 self._identity.check(step, metadata, self._override)
                 state = load_state(folder, metadata, abstract_state, sealed=seal is not None)
             except DamagedError as error:
@@ -152,6 +153,9 @@ class Checkpoints:
           notes: Anything that JSON can hold; comes back from `restore`.
           loss: This step's validation loss, by which the best checkpoints are kept; None if it has none. One that is
             not finite counts as none.
+
+        Raises:
+          ResumeError: the workdir is no longer where it was.
         """
         loss = loss if loss is not None and math.isfinite(loss) else None
         self._saver.start(step, state, self._identity.metadata() | {"notes": dict(notes), "loss": loss})
@@ -184,7 +188,7 @@ class Checkpoints:
         """Renames the checkpoints newer than `step`, so that the run can save these steps anew.
 
         Raises:
-          ResumeError: one cannot be renamed.
+          StorageError: one cannot be renamed.
         """
         self._saver.join()
         steps = self._hosts.from_first_host(sorted(list_steps(self._folder)))
@@ -198,27 +202,25 @@ class Checkpoints:
         """Before newer checkpoints are renamed: a run that is killed in between misses none."""
         problems = self._on_first_host(lambda: write_reached(self._folder.parent, step))
         if problems:
-            raise ResumeError(f"{self._folder.parent} cannot be written to: {problems[0]}")
+            raise StorageError(f"{self._folder.parent} cannot be written to: {problems[0]}")
 
-    def _check_files(self, folder: epath.Path) -> Seal | None:
-        """Each host reads its share of the files; all raise DamagedError if one of them would."""
-        seal, problem = None, None
+    def _check_files(self, folder: epath.Path) -> tuple[Seal | None, dict[str, Any]]:
+        """The checkpoint's seal and metadata. Each host reads its share of the files; all raise DamagedError or
+        StorageError if one of them would.
+        """
+        seal, metadata, damage, refusal = None, dict[str, Any](), None, None
         try:
-            if not folder.is_dir():
-                raise DamagedError(f"{folder} is a file")
-            seal = read_seal(folder)
-            if seal is None and not any(folder.iterdir()):
-                raise DamagedError(f"{folder} is empty")
-            if seal is not None:
-                check_files(folder, seal, slice(jax.process_index(), None, jax.process_count()))
+            seal, metadata = retried_at_start(lambda: _read_share(folder), self._retry_seconds)
         except DamagedError as error:
-            problem = str(error)
+            damage = str(error)
         except OSError as error:
-            problem = f"{folder} cannot be read: {error}"
-        for text in self._hosts.gather(problem):
-            if text is not None:
+            refusal = f"{folder} cannot be read now: {error}; it is not touched, run the same command again"
+        for damages, refusals in [zip(*self._hosts.gather([damage, refusal]), strict=True)]:
+            for text in filter(None, refusals):
+                raise StorageError(text)
+            for text in filter(None, damages):
                 raise DamagedError(text)
-        return seal
+        return seal, metadata
 
     def _set_aside(self, reasons: Mapping[int, str], label: str) -> None:
         def rename() -> None:
@@ -228,7 +230,7 @@ class Checkpoints:
 
         problems = self._on_first_host(rename)
         if problems:
-            raise ResumeError(f"a checkpoint in {self._folder} cannot be renamed: {problems[0]}")
+            raise StorageError(f"a checkpoint in {self._folder} cannot be renamed: {problems[0]}")
         self._saver.reload()
 
     def _on_first_host(self, action: Callable[[], Any]) -> list[str]:
@@ -240,3 +242,20 @@ class Checkpoints:
             except Exception as error:
                 problem = explain(error, self._folder)
         return [text for text in self._hosts.gather(problem) if text is not None]
+
+
+def _read_share(folder: epath.Path) -> tuple[Seal | None, dict[str, Any]]:
+    """Seal and metadata of a checkpoint, and this host's share of its files compared with the seal.
+
+    Raises:
+      DamagedError: as `read_seal`, `check_files` and `read_metadata`.
+      OSError: storage does not give a file.
+    """
+    if not folder.stat().is_directory:  # not is_dir(), to which a refusal means no
+        raise DamagedError(f"{folder} is a file")
+    seal = read_seal(folder)
+    if seal is None and not any(folder.iterdir()):
+        raise DamagedError(f"{folder} is empty")
+    if seal is not None:
+        check_files(folder, seal, slice(jax.process_index(), None, jax.process_count()))
+    return seal, read_metadata(folder)

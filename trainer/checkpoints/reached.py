@@ -6,6 +6,8 @@ import logging
 
 from etils import epath
 
+from trainer.checkpoints.disk import write_file
+
 REACHED_FILE = "newest_checkpoint"
 logger = logging.getLogger("trainer")
 
@@ -38,6 +40,4 @@ def write_reached(workdir: epath.PathLike, step: int | None) -> None:
     if step is None:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f".{REACHED_FILE}")
-    temporary.write_text(f"{step}\n")
-    temporary.replace(path)
+    write_file(path, f"{step}\n")

@@ -14,11 +14,13 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from configs import base
+from trainer.checkpoints import quirks
 from trainer.checkpoints.checksums import seal_path
 from trainer.checkpoints.digest import digest
-from trainer.checkpoints.disk import explain, retried
+from trainer.checkpoints.disk import explain, gone_message, is_gone, retried
 from trainer.checkpoints.folder import expendable, list_steps, loss_of, read_metadata, seal_checkpoint
 from trainer.checkpoints.reached import write_reached
+from trainer.errors import ResumeError
 from trainer.hosts.gather import Gatherer
 from trainer.state import TrainState
 
@@ -39,13 +41,17 @@ class BackgroundSaver:
       failures_in_a_row: Saves that failed since the last good one.
     """
 
-    def __init__(self, folder: epath.Path, settings: base.Checkpoint, hosts: Gatherer) -> None:
-        """Removes what interrupted saves left. Until `join` the thread uses `hosts` too."""
+    def __init__(self, folder: epath.Path, settings: base.Checkpoint, hosts: Gatherer, retry_seconds: float) -> None:
+        """Removes what interrupted saves left. Until `join` the thread uses `hosts` too. `retry_seconds`: how long the
+        folder may be out of sight before a save.
+        """
+        quirks.put_right()
         self.status: Status = "idle"
         self.saved_step: int | None = None
         self.failure: str | None = None
         self.failures_in_a_row = 0
         self._folder, self._settings, self._hosts = folder, settings, hosts
+        self._retry_seconds = retry_seconds
         self._thread: threading.Thread | None = None  # finishes the last save
         self._unfinished: concurrent.futures.Future[Any] | None = None  # part of a save that exceeded its time
         self._hurry = threading.Event()  # somebody waits: no pause after a failure
@@ -66,14 +72,20 @@ class BackgroundSaver:
           step: Updates done.
           state: May be donated as soon as this returns.
           metadata: What is put beside the arrays, and their digest with it; its "loss" goes into the seal.
+
+        Raises:
+          ResumeError: the folder is gone.
         """
         self.join()
         if step == self.saved_step:
             return
         self.status = "saving"
-        there, unfinished = zip(
-            *self._hosts.gather([(self._folder / str(step)).exists(), self._is_unfinished()]), strict=True
-        )
+        # Not only the folder, which a save that was going on when it was moved may have made again.
+        known = self._folder if self.saved_step is None else self._folder / str(self.saved_step)
+        mine = [(self._folder / str(step)).exists(), self._is_unfinished(), is_gone(known, self._retry_seconds)]
+        there, unfinished, gone = zip(*self._hosts.gather(mine), strict=True)
+        if any(gone):
+            raise ResumeError(gone_message(known))
         if any(unfinished):
             self._count_failure(step, f"the save before has not ended on host {unfinished.index(True)}")
             self.status = "failed"

@@ -1,24 +1,30 @@
 """Every kind of damage to the newest checkpoint, on real files: what is found, what is said, what is used instead."""
 
+import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from configs import demo
+from data import files
 from tests.support import ROOT
+from trainer.checkpoints import manager
 from trainer.checkpoints.manager import Checkpoints
-from trainer.errors import ResumeError
+from trainer.errors import ResumeError, StorageError
 from trainer.export import load_model
 from trainer.mesh import make_mesh
-from trainer.settings import Settings, read_settings
+from trainer.settings import Settings, changed, read_settings
 from trainer.state import abstract_state, init_state
 
 STEPS = (10, 20, 30)
@@ -114,6 +120,13 @@ def damage_checksums(checkpoint: Path) -> None:
     flip_byte(checkpoint.parent / f"{checkpoint.name}.checksums.json", 60)
 
 
+def seal_a_file_elsewhere(checkpoint: Path) -> None:
+    """As the seal's own checksum would have it."""
+    body = json.dumps({"loss": None, "files": {"../../../etc/passwd": [0, 0]}})
+    seal = json.dumps({"crc32": zlib.crc32(body.encode()), "body": body})
+    (checkpoint.parent / f"{checkpoint.name}.checksums.json").write_text(seal)
+
+
 def replace_by_a_file(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
     checkpoint.write_text("not a checkpoint")
@@ -135,6 +148,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (damage_metadata, r"30/state/_METADATA was changed"),
     (delete_run_metadata, r"30/_CHECKPOINT_METADATA is missing"),
     (damage_checksums, r"30.checksums.json cannot be read"),
+    (seal_a_file_elsewhere, r"'../../../etc/passwd' is no file of a checkpoint"),
     (replace_by_a_file, r"checkpoints/30 is a file"),
     (exchange_arrays_of_an_unsealed_one, r"the array \.step is not the one that was saved"),
 ]
@@ -249,12 +263,41 @@ def test_a_reader_passes_over_damage_and_changes_nothing(folder, config, caplog)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_unreadable_file_is_named(saved):
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("place", ["check_files", "read_seal", "read_metadata", "load_state", "list_steps"])
+def test_storage_that_refuses_to_read_costs_no_checkpoint(folder, config, abstract, monkeypatch, number, place):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    config = changed(config, {"faults.storage_retry_seconds": 0.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(*((manager, place) if place != "load_state" else (ocp, "load")), refuse)
+        with pytest.raises((StorageError, OSError), match=os.strerror(number)):
+            restored_step(folder, config, abstract)
+    assert restored_step(folder, config, abstract) == 30
+    assert not list(folder.glob("*.damaged*"))
+
+
+def test_a_checkpoint_that_storage_gives_again_is_waited_for(folder, config, abstract, monkeypatch):
+    paused, read_seal = [], manager.read_seal
+
+    def refuse(path: Path) -> object:
+        if len(paused) < 2:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_seal(path)
+
+    monkeypatch.setattr(manager, "read_seal", refuse)
+    monkeypatch.setattr(files.time, "sleep", paused.append)
+    assert restored_step(folder, config, abstract) == 30
+    assert len(paused) == 2 and not list(folder.glob("*.damaged*"))
+
+
+def test_unreadable_file_is_named_and_is_no_damage(saved):
     """As another user, for root may read everything, and in a folder that others may enter."""
     program = """
 import os, sys
 from etils import epath
-from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
+from trainer.checkpoints.checksums import check_files, read_seal
 folder = epath.Path(sys.argv[1])
 check_files(folder, read_seal(folder))
 os.chmod(folder / sys.argv[2], 0)
@@ -263,8 +306,8 @@ if os.getuid() == 0:
     os.setuid(65534)
 try:
     check_files(folder, read_seal(folder))
-except DamagedError as error:
-    print(error)
+except OSError as error:
+    print(f"{error.filename}: {error.strerror}")
 """
     with tempfile.TemporaryDirectory() as reachable:
         Path(reachable).chmod(0o755)
@@ -274,4 +317,4 @@ except DamagedError as error:
         arguments = [str(Path(reachable) / "30"), str(target.relative_to(Path(reachable) / "30"))]
         command = [sys.executable, "-c", program, *arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.stdout.strip() == f"{target} cannot be read: Permission denied", result.stderr
+    assert result.stdout.strip() == f"{target}: Permission denied", result.stderr

@@ -1,7 +1,9 @@
 """Saving, keeping and restoring, on real files."""
 
+import gc
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +198,7 @@ def test_override_that_means_nothing_is_refused(config, tmp_path, name, message)
         Checkpoints(str(tmp_path), read_settings(config), "fingerprint", [name])
 
 
-def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch):
+def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch, caplog):
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     config.update_from_flattened_dict({"model.width": 1})
     abstract = layout(config, data=8)
@@ -210,11 +212,30 @@ def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, smal
         save(checkpoints, 2, state)
         assert checkpoints.poll() == "failed" and checkpoints.failures_in_a_row == number
         assert "disk of" in checkpoints.failure and "is full" in checkpoints.failure
+    traced = [record for record in caplog.records if record.exc_info and "No space left" in str(record.exc_info[1])]
+    assert "is full" in caplog.text and not traced  # one line, without Orbax's dozen of tracebacks
     assert not list((small_disk / "checkpoints").glob("*tmp*"))
     assert checkpoints.saved_step == checkpoints.restore(abstract).step == 1
     filler.unlink()
     save(checkpoints, 3, state)
     assert checkpoints.poll() == "idle" and checkpoints.saved_step == 3 and checkpoints.failures_in_a_row == 0
+    checkpoints.close()
+
+
+def test_a_save_keeps_no_memory(config, tmp_path):
+    config.update_from_flattened_dict({"model.width": 1})
+    state = random_state(config, layout(config, data=8))
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
+
+    def blocks_after(steps: range) -> int:
+        """Of Python's own memory."""
+        for step in steps:
+            save(checkpoints, step, state)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks_after(range(1, 7))  # what is kept once is there then
+    assert (blocks_after(range(7, 19)) - before) / 12 < 100
     checkpoints.close()
 
 

@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tensorboard.summary.writer import event_file_writer
+from etils import epath
 
-from trainer.errors import EXIT_FAILED
+from data import files
+from trainer.checkpoints.disk import check_workdir, write_file
+from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, ExitCode, StorageError
 from trainer.metrics import MetricsWriter
 
 # One save on the way, and steps enough after it for another attempt.
@@ -46,10 +48,7 @@ def fill(disk: Path) -> Path:
 
 # TensorBoard's own thread ends with the error, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_points_that_a_full_disk_refuses_are_in_tensorboard_once_there_is_space(
-    small_disk, loss_series, caplog, monkeypatch
-):
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))  # names end in 9, 10, 11
+def test_points_that_a_full_disk_refuses_are_in_tensorboard_once_there_is_space(small_disk, loss_series, caplog):
     writer = MetricsWriter(f"{small_disk}/tensorboard", 1)
     for step in range(1, 6):
         writer.write(step, {"train/loss": float(step)})
@@ -64,6 +63,56 @@ def test_points_that_a_full_disk_refuses_are_in_tensorboard_once_there_is_space(
     writer.write(400, {"train/loss": 400.0})
     writer.close()
     assert loss_series(small_disk) == [(step, float(step)) for step in range(1, 401)]
+
+
+def test_a_small_file_on_a_full_disk_stays_what_it_was(small_disk):
+    path = epath.Path(small_disk) / "result.json"
+    write_file(path, "before")
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, "after" * 10_000)
+    assert path.read_text() == "before"
+
+
+def test_a_workdir_that_may_be_written_to_again_is_waited_for(tmp_path, lock, monkeypatch):
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        lock(tmp_path, forbidden=len(pauses) < 2)
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    lock(tmp_path, True)
+    with pytest.raises(StorageError, match="cannot be written to"):
+        check_workdir(str(tmp_path / "run"))
+    check_workdir(str(tmp_path / "run"), retry_seconds=60)
+    assert len(pauses) == 2
+
+
+def test_a_run_waits_for_a_dataset_that_is_not_mounted_yet(start_trainer, run_until, finish, dataset_path, tmp_path):
+    process = start_trainer(
+        tmp_path / "run", steps=2, data__path=tmp_path / "data", faults__storage_retry_seconds=600.0
+    )
+    run_until(process, "trying again in")
+    (tmp_path / "data").symlink_to(dataset_path)
+    code, output = finish(process)
+    assert code == 0, output
+
+
+def test_a_dataset_that_stays_away_ends_the_run_with_a_code_that_is_retried(start_trainer, finish, tmp_path):
+    code, output = finish(start_trainer(tmp_path, data__path=tmp_path / "data", faults__storage_retry_seconds=0.0))
+    assert ExitCode(code).retried and "error: no dataset in" in output and "Traceback" not in output, output
+
+
+def test_a_workdir_that_is_moved_away_ends_the_run_for_good_and_is_not_made_anew(
+    start_trainer, run_until, finish, tmp_path
+):
+    process = start_trainer(tmp_path / "run", faults__storage_retry_seconds=0.0, **RARE_SAVES)
+    run_until(process, "step 6 ")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    code, output = finish(process)
+    assert code == EXIT_MISTAKE and "is gone: the workdir was moved" in output, output
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
