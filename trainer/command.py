@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from data import DataError
 from trainer import compilation_cache
 from trainer.errors import (
+    EXIT_CORRUPT,
     EXIT_DIVERGED,
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -60,7 +61,9 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         code = _say(f"error: {error}", EXIT_MISTAKE)
     except DivergedError as error:
         code = _say(f"error: {error}", EXIT_DIVERGED)
-    except (LeaseError, StorageError, ReplicaError) as error:
+    except ReplicaError as error:
+        code = _say(f"error: {error}", EXIT_CORRUPT)
+    except (LeaseError, StorageError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)
     except Exception as error:
         last_words.say(traceback.format_exc().rstrip())

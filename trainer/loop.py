@@ -13,7 +13,7 @@ from etils import epath
 from data import TrainBatches
 from trainer.batches import batch_sharding
 from trainer.checkpoints.manager import Restored
-from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ReplicaError
 from trainer.evaluate import Evaluation
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.replicas import make_replica_check
@@ -142,9 +142,11 @@ class Run:
             if self.is_due(every) or (every and is_last):
                 outcomes.drain()
                 with self.phases("comparing the replicas"):
-                    self.check_replicas(at.state.params, at.step)
+                    self.compare_replicas()
             if self.is_due(settings.checkpoint.every_steps):
                 self.saves.save(at)
+            elif self.is_due(self.saves.local_every_steps):
+                self.saves.save_locally(at)
             if is_last:
                 outcomes.drain()
             if outcomes.bad_steps >= settings.faults.max_bad_steps:
@@ -158,6 +160,14 @@ class Run:
             if outcomes.requests & {Request.SAVE, Request.SAVE_AGAIN}:
                 self.saves.save(at)
             self.make_step()
+
+    def compare_replicas(self) -> None:
+        """Raises ReplicaError if a chip has computed something else; what hosts have copied of it goes too."""
+        try:
+            self.check_replicas(self.at.state.params, self.at.step)
+        except ReplicaError:
+            self.job.checkpoints.forget_local()
+            raise
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something that is done every so many steps is due at this one, on the way."""
