@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(EXTRAS)
 PROJECTS := pyproject.toml model/selective_attention/pyproject.toml model/inference_budget/pyproject.toml
 .DELETE_ON_ERROR:
-.PHONY: setup train study test test-all test-exhaustive test-faults lint results bench clean
+.PHONY: setup train study test test-all test-exhaustive test-faults soak lint results bench clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ test-exhaustive: setup
 test-faults: setup
 	@$(RUN) -m pytest -s tests/trainer/hosts tests/trainer/checkpoints tests/trainer/test_bad_numbers.py tests/trainer/test_resume.py
 
+# Hours: 100,000 steps of a tiny model, 200 restarts and resizes, and what has grown at the end.
+soak: setup
+	@$(RUN) benchmarks/soak.py
+
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -68,7 +72,7 @@ results:
 # libtpu for the kernels' schedules, and the peers of data; the clock runs on the CPU.
 bench:
 	@$(MAKE) --no-print-directory setup EXTRAS=dev,tpu,benchmark
-	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; JAX_PLATFORMS=cpu $(RUN) $$benchmark || exit 1; done
+	@for benchmark in $(filter-out benchmarks/soak.py,$(sort $(wildcard benchmarks/*.py))); do echo "== $$benchmark"; JAX_PLATFORMS=cpu $(RUN) $$benchmark || exit 1; done
 
 clean:
 	rm -rf runs report $(VENV)

@@ -89,6 +89,8 @@ class Checkpoint:
     keep_last: Positive[int] = 3  # newest checkpoints that are kept
     keep_every_steps: NotNegative[int] = 50_000  # checkpoints at multiples of this are kept for good; 0 keeps none
     keep_best: NotNegative[int] = 1  # checkpoints of lowest validation loss that are kept; 0 keeps none
+    local_folder: str = ""  # on each host, e.g. /dev/shm, for copies of its part of the state; empty: none are made
+    local_every_steps: Positive[int] = 100  # steps between these copies
     timeout_seconds: Positive[int] = 600  # seconds after which a save in the background counts as failed
 
 

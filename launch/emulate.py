@@ -168,6 +168,10 @@ def _supervise(options: argparse.Namespace, trainer_flags: Sequence[str], output
         pod.end(options.grace_seconds)
         code = pod.first_end() or first
         output.say(f"[pod] all hosts have ended ({pod.codes()})")
+        if code == ExitCode.CORRUPT:
+            output.say(
+                "[pod] not started again: a chip computes wrongly, and would again; replace the host named above"
+            )
         if interrupts or not options.restart or code in NO_RETRY:
             return code
         if (newest := _newest_checkpoint(trainer_flags)) > reached:

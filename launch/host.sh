@@ -115,7 +115,7 @@ start() {
   revision=$(readlink "$home/current" | cat - "$home/trainer.args" "$home/attempt" | cksum)
   [ ! -f "$home/status" ] || read -r _ state _ <"$home/status" || true
   case $state in
-    mistake | out_of_memory | diverged | crashed | lost) ;; # it is at its end, and is asked for again
+    mistake | out_of_memory | diverged | corrupt | crashed | lost) ;; # it is at its end, and is asked for again
     *)
       if sudo systemctl is-active --quiet "$unit" && [ "$(cat "$home/revision" 2>/dev/null)" = "$revision" ]; then
         return

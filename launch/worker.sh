@@ -4,7 +4,8 @@
 #   worker.sh HOME    the folder that launch/host.sh set up
 #
 # The line, in attempts/N/host-I.status: HOST STATE EXIT_CODE RESTARTS LOG_BYTES BEAT DETAIL. States: running,
-# restarting, stopped (told to), and for good: finished, mistake, out_of_memory, diverged, crashed, lost (its peers).
+# restarting, stopped (told to), and for good: finished, mistake, out_of_memory, diverged, corrupt (a chip),
+# crashed, lost (its peers).
 set -uo pipefail
 
 home=$1
@@ -168,6 +169,7 @@ judge() {
     2) state=mistake ;;
     3) state=out_of_memory ;;
     4) state=diverged ;;
+    5) state=corrupt ;;
     70 | 134 | 143) state=lost ;;
     *) if [[ $output == *RESOURCE_EXHAUSTED* ]]; then state=out_of_memory; else state=crashed; fi ;;
   esac
@@ -212,7 +214,7 @@ touch "$log"
 if [ -f "$status" ]; then
   read -r _ state code restarts detail <"$status"
   case $state in
-    finished | mistake | out_of_memory | diverged | crashed | lost) leave ;;
+    finished | mistake | out_of_memory | diverged | corrupt | crashed | lost) leave ;;
   esac
 fi
 (
@@ -239,7 +241,7 @@ while :; do
   fi
   if [ "$stop_why" = stop ]; then
     case $state in
-      finished | mistake | out_of_memory | diverged) ;;
+      finished | mistake | out_of_memory | diverged | corrupt) ;;
       *) state=stopped ;;
     esac
   fi

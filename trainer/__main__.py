@@ -4,7 +4,8 @@
 
 Run again with the same command, it continues from the newest sound checkpoint. Exit codes: 0 finished, 75 interrupted
 and saved (run me again), 70 another host is gone or hangs (run all again); no retry will cure 2, a mistake in the
-command, the config or the data, 3, out of memory, or 4, diverged; anything else is a failure that the log explains.
+command, the config or the data, 3, out of memory, 4, diverged, or 5, a chip that computes wrongly and that the message
+names; anything else is a failure that the log explains.
 """
 
 import functools

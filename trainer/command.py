@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from data import DataError, UnreachableError
 from trainer import compilation_cache
 from trainer.errors import (
+    EXIT_CORRUPT,
     EXIT_DIVERGED,
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -56,12 +57,14 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         compilation_cache.open_cache(settings.compilation_cache, str(WORKDIR.value))
         with logging_redirect_tqdm():
             code = train(settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at)
-    except (LeaseError, StorageError, ReplicaError, UnreachableError) as error:
+    except (LeaseError, StorageError, UnreachableError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)
     except (ConfigError, ResumeError, DataError) as error:
         code = _say(f"error: {error}", EXIT_MISTAKE)
     except DivergedError as error:
         code = _say(f"error: {error}", EXIT_DIVERGED)
+    except ReplicaError as error:
+        code = _say(f"error: {error}", EXIT_CORRUPT)
     except Exception as error:
         last_words.say(traceback.format_exc().rstrip())
         code = EXIT_FAILED

@@ -15,6 +15,7 @@ class ExitCode(enum.IntEnum):
     MISTAKE = 2, "mistake", False, True  # in the command, the config or the data
     OUT_OF_MEMORY = 3, "out_of_memory", False, True  # does not fit the devices
     DIVERGED = 4, "diverged", False, True  # the numbers went bad again after a rollback
+    CORRUPT = 5, "corrupt", False, True  # a chip computes wrongly; not again with the same hosts
     PEER_LOST = 70, "lost", True, False  # another host is gone, or hangs, or this one did: start all of them again
     PREEMPTED = 75, "interrupted", True, True  # saved, or nothing to save: run the same command again
 
@@ -31,6 +32,7 @@ class ExitCode(enum.IntEnum):
     EXIT_MISTAKE,
     EXIT_OUT_OF_MEMORY,
     EXIT_DIVERGED,
+    EXIT_CORRUPT,
     EXIT_PEER_LOST,
     EXIT_PREEMPTED,
 ) = ExitCode

@@ -14,7 +14,7 @@ from data import TrainBatches
 from trainer.batches import batch_sharding
 from trainer.checkpoints.disk import explain, gone_message, retried, write_file
 from trainer.checkpoints.manager import Restored
-from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ResumeError, StorageError
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ReplicaError, ResumeError, StorageError
 from trainer.evaluate import Evaluation
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.replicas import make_replica_check
@@ -152,9 +152,11 @@ class Run:
             if self.is_due(every) or (every and is_last):
                 outcomes.drain()
                 with self.phases("comparing the replicas"):
-                    self.check_replicas(at.state.params, at.step)
+                    self.compare_replicas()
             if self.is_due(settings.checkpoint.every_steps):
                 self.saves.save(at)
+            elif self.is_due(self.saves.local_every_steps):
+                self.saves.save_locally(at)
             if is_last:
                 outcomes.drain()
             if outcomes.bad_steps >= settings.faults.max_bad_steps:
@@ -168,6 +170,14 @@ class Run:
             if outcomes.requests & {Request.SAVE, Request.SAVE_AGAIN}:
                 self.saves.save(at)
             self.make_step()
+
+    def compare_replicas(self) -> None:
+        """Raises ReplicaError if a chip has computed something else; what hosts have copied of it goes too."""
+        try:
+            self.check_replicas(self.at.state.params, self.at.step)
+        except ReplicaError:
+            self.job.checkpoints.forget_local()
+            raise
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something that is done every so many steps is due at this one, on the way."""

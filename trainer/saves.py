@@ -19,7 +19,9 @@ class Saves:
 
     def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter) -> None:
         self._checkpoints, self._phases, self._interrupt = job.checkpoints, job.phases, job.interrupt
-        self._every_minutes, self._is_main = job.settings.checkpoint.every_minutes, job.is_main
+        settings = job.settings.checkpoint
+        self._every_minutes, self._is_main = settings.every_minutes, job.is_main
+        self.local_every_steps = settings.local_every_steps if settings.local_folder else 0
         self._outcomes, self._writer = outcomes, writer
         self._request_array = functools.cache(functools.partial(request_array, job.mesh))
         self._failed = 0  # saves
@@ -65,6 +67,18 @@ class Saves:
             with self._phases("sealing a checkpoint", "saving"):
                 self._writer.flush()  # the seal says that the evaluation need not be made again
                 self._checkpoints.add_loss(at.step, at.last_eval_loss)
+
+    def save_locally(self, at: Position) -> None:
+        """Starts a copy on the hosts' own storage. It adds to one in the workdir, which a new run makes first."""
+        if at.first_step == 0 and at.step == self.local_every_steps:
+            self.save(at)
+            return
+        self._outcomes.drain()
+        start = time.monotonic()
+        with self._phases("saving on the hosts", "saving"), jax.transfer_guard("allow"):
+            self._writer.flush()
+            self._checkpoints.save_locally(at.step, at.state, at.notes())
+        self._writer.write(at.step, {"checkpoint/local_stall_seconds": time.monotonic() - start})
 
     def save_for_good(self, at: Position) -> None:
         """Returns when there is a sound checkpoint of this step; tries twice.

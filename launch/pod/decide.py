@@ -204,6 +204,8 @@ def _judge_active(look: Observation, state: State, now: float, limits: Limits) -
         return Ending("fail", f"{FOR_GOOD[look.result]} ({look.result_detail})")
     if look.nodes is Nodes.READY and look.result == "lost":
         return _drop(f"hosts keep losing each other ({look.result_detail})", state, "lost")
+    if look.result == "corrupt":  # only another machine helps
+        return _drop(f"a chip computes wrongly ({look.result_detail})", state, "corrupt")
     if look.nodes is Nodes.READY and now - state.beat >= limits.silent:
         # A host that was heard of before has a machine that broke; one that never was may not be able to write.
         return _drop(f"a host is silent for {limits.silent:.0f} s", state, "" if state.has_beaten else "silent")

@@ -153,7 +153,7 @@ def judge(workers: list[Worker]) -> tuple[str, str]:
         why = f"host {worker.host}, exit code {worker.code}: {worker.detail}"
         if worker.state == "finished" and worker.host == 0:
             return "finished", ""
-        if worker.state in ("mistake", "out_of_memory", "diverged"):
+        if worker.state in ("mistake", "out_of_memory", "diverged", "corrupt"):
             result, detail = worker.state, why
         elif worker.state in ("crashed", "lost") and result in ("running", "lost"):
             # Of several hosts the one with the cause counts, not those that lost it.

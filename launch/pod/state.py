@@ -44,6 +44,7 @@ STAGES = {
     "setup": "setting up the hosts",
     "silent": "the hosts' reports",
     "lost": "the network",
+    "corrupt": "computing alike on all chips",
 }
 
 
@@ -58,7 +59,9 @@ class Observation:
     message: str = ""
     nodes: Nodes = Nodes.UNKNOWN
     node_detail: str = ""
-    result: str = "running"  # of the workers since they were last started: running, finished, lost or one of FOR_GOOD
+    result: str = (
+        "running"  # of the workers since they were last started: running, finished, lost, corrupt or one of FOR_GOOD
+    )
     result_detail: str = ""
     beating: bool = False  # every host has written something new
     setup: Setup = Setup.NONE

@@ -165,7 +165,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("hidden"), st.integers(0, 2)),
     st.tuples(st.just("colleague"), st.sampled_from(STATES)),
     st.tuples(st.just("nodes"), st.sampled_from(list(Nodes))),
-    st.tuples(st.just("result"), st.sampled_from(["running", "finished", "lost", *FOR_GOOD])),
+    st.tuples(st.just("result"), st.sampled_from(["running", "finished", "lost", "corrupt", *FOR_GOOD])),
     st.tuples(st.just("beating"), st.booleans()),
     st.tuples(st.just("setup"), st.sampled_from([Setup.DONE, Setup.FAILED])),
     st.tuples(
@@ -338,3 +338,15 @@ def test_slices_that_are_taken_back_before_they_come_up_are_asked_for_more_and_m
             asked.append(world.now)
     waits = [after - before for before, after in itertools.pairwise(asked)]
     assert waits[0] < waits[1] < waits[2] and world.created == LIMITS.max_attempts
+
+
+def test_slice_on_which_a_chip_computes_wrongly_is_replaced_and_a_second_in_a_row_ends_the_run():
+    world = World()
+    for _ in range(60):
+        if world.request in QUEUED:
+            world.apply(("state", "ACTIVE"))
+        world.apply(("setup", Setup.DONE))
+        world.apply(("result", "corrupt" if world.state.set_up else "running"))
+        world.step()
+    assert world.created == 2 and world.end is not None and world.request is None
+    assert "failed at computing alike on all chips: a chip computes wrongly" in world.end.why

@@ -285,7 +285,7 @@ def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cl
     job = yaml.safe_load(output)["spec"]["replicatedJobs"][0]
     slice_, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
     assert (job["replicas"], slice_["parallelism"], slice_["completions"], slice_["backoffLimit"]) == (2, 4, 4, 0)
-    assert slice_["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4]
+    assert slice_["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4, 5]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert "--config.data.note='x': y" in pod["containers"][0]["args"]

@@ -64,6 +64,7 @@ FOR_GOOD = {
     "3 error: the step does not fit the devices' memory": "out_of_memory",
     "1 jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate": "out_of_memory",
     "4 error: loss is nan at step 7, again after a rollback": "diverged",
+    "5 error: after step 7 the replicas of x are not equal": "corrupt",
 }
 
 

@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 from data import TrainBatches, open_dataset
+from tests.support import ROOT
+from tests.support.runs import TINY
 from trainer.batches import RemainingBatches, batch_sharding
 from trainer.checkpoints.manager import Checkpoints
-from trainer.errors import EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
+from trainer.errors import EXIT_CORRUPT, EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
 from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import request_array
 from trainer.mesh import make_mesh
@@ -181,3 +183,38 @@ def test_a_step_that_hangs_prints_all_stacks_and_ends_the_process():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_PEER_LOST
     assert "a step has taken" in done.stderr and "in hangs" in done.stderr
+
+
+FLIPS_A_BIT = """
+import runpy, sys
+import jax, numpy as np
+from trainer import loop
+
+real = loop.make_replica_check
+def make(params, mesh):
+    check = real(params, mesh)
+    def flipped(params, step):
+        (leaf, *others), structure = jax.tree.flatten(params)
+        with jax.transfer_guard("allow"):
+            shards = [np.array(shard.data) for shard in leaf.addressable_shards]
+            shards[5].view(np.uint32).flat[0] ^= 1
+            pieces = [jax.device_put(x, s.device) for x, s in zip(shards, leaf.addressable_shards)]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
+        check(jax.tree.unflatten(structure, [leaf, *others]), step)
+    return flipped
+loop.make_replica_check = make
+runpy.run_module("trainer", run_name="__main__")
+"""
+
+
+def test_a_replica_that_differs_ends_the_run_with_a_code_of_its_own_and_voids_local_copies(
+    tiny_config, dataset_path, tmp_path
+):
+    fields = TINY | {"data.path": dataset_path, "faults.check_replicas_every_steps": 7}
+    fields |= {"checkpoint.local_folder": tmp_path / "local", "checkpoint.local_every_steps": 2}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = [sys.executable, "-c", FLIPS_A_BIT, "--config=configs/demo.py", f"--workdir={tmp_path}/run", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == EXIT_CORRUPT, done.stderr
+    assert "after step 7 the replicas of " in done.stderr and "of host 0 differs from 7 others" in done.stderr
+    assert not list((tmp_path / "local").iterdir())  # of step 6: who knows whether it was right

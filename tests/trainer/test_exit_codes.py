@@ -42,6 +42,18 @@ def test_a_launcher_can_ask_without_loading_jax():
     assert done.stdout == "[]\n"
 
 
+def test_an_emulated_pod_does_not_start_again_with_a_host_that_computes_wrongly(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/__main__.py").write_text(f"raise SystemExit({int(ExitCode.CORRUPT)})")  # what a host ends with
+    flags = ["--hosts=2", "--devices-per-host=1", "--restart", "--", "--config=any"]
+    program = (
+        f"import os; from launch import emulate; os.chdir({str(tmp_path)!r}); raise SystemExit(emulate.main({flags}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == ExitCode.CORRUPT and done.stdout.count("started host 0") == 1, done.stdout + done.stderr
+    assert "replace the host" in done.stdout
+
+
 def test_an_emulated_pod_explains_itself(capsys):
     with pytest.raises(SystemExit) as ended:
         emulate.main(["--help"])

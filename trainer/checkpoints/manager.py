@@ -26,6 +26,7 @@ from trainer.checkpoints.folder import (
     set_aside,
 )
 from trainer.checkpoints.identity import Identity, check_override
+from trainer.checkpoints.local import LocalCheckpoints
 from trainer.checkpoints.reached import read_reached, write_reached
 from trainer.checkpoints.saving import BackgroundSaver, Status
 from trainer.errors import ResumeError, StorageError
@@ -74,7 +75,10 @@ class Checkpoints:
         self._identity = Identity(settings, dataset_fingerprint)
         self._folder = checkpoint_folder(workdir)
         self._retry_seconds = settings.faults.storage_retry_seconds
+        self._base: int | None = None  # the workdir's newest checkpoint, where the run began at a local one
         self._hosts = Gatherer("checkpoints", settings.checkpoint.timeout_seconds)
+        local_folder = settings.checkpoint.local_folder
+        self._local = LocalCheckpoints(local_folder, self._folder, self._hosts) if local_folder else None
         self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts, self._retry_seconds)
 
     @property
@@ -97,8 +101,9 @@ class Checkpoints:
         return self.saved_step if self.saved_step is not None else max(list_steps(self._folder), default=None)
 
     def restore(self, abstract_state: TrainState) -> Restored | None:
-        """The newest checkpoint that is whole, laid out as `abstract_state` (ShapeDtypeStructs with shardings); None if
-        there never was one. Newer ones, which are damaged, are renamed; one that is gone is named in a warning.
+        """The newest checkpoint of either tier that is whole, laid out as `abstract_state` (ShapeDtypeStructs with
+        shardings); None if there never was one. Newer ones in the workdir, which are damaged, are renamed; one that is
+        gone is named in a warning.
 
         Raises:
           ResumeError: no checkpoint is whole, or all are gone, or the newest whole one was made with another dataset,
@@ -109,11 +114,18 @@ class Checkpoints:
         found = retried_at_start(lambda: list_steps(self._folder), self._retry_seconds)
         reached_here = retried_at_start(lambda: read_reached(self._folder.parent), self._retry_seconds)
         steps, reached = self._hosts.from_first_host([sorted(found, reverse=True), reached_here])
+        if self._local is not None and steps:
+            local = self._local.restore(abstract_state, steps[0], self._check_identity)
+            if local is not None:
+                step, state, metadata = local
+                self._base = steps[0]
+                self._saver.reload()
+                return Restored(state, step, metadata["notes"])
         for step in steps:
             folder = self._folder / str(step)
             try:
                 seal, metadata = self._check_files(folder)
-                self._identity.check(step, metadata, self._override)
+                self._check_identity(step, metadata)
                 state = load_state(folder, metadata, abstract_state, sealed=seal is not None)
             except DamagedError as error:
                 tried[step] = str(error)
@@ -172,6 +184,20 @@ class Checkpoints:
         for problem in self._on_first_host(seal_again):
             logger.warning("checkpoint %d does not count among the best: %s", step, problem)
 
+    def save_locally(self, step: int, state: TrainState, notes: Mapping[str, Any]) -> None:
+        """Copies each host's part of the state to its `local_folder`, in the background, after the copy before; nothing
+        where there is none. It adds to what the workdir holds, and is no use without that. Arguments as `save`.
+        """
+        if self._local is not None:
+            base = self._base if self.saved_step is None else self.saved_step
+            metadata = self._identity.metadata() | {"notes": dict(notes), "loss": None}
+            self._local.save(step, state, metadata, base)
+
+    def forget_local(self) -> None:
+        """Removes this host's local copies, which hold what its own devices computed."""
+        if self._local is not None:
+            self._local.forget()
+
     def poll(self) -> Status:
         """How the last save stands on this host; returns at once. "failed" until the next `save`."""
         return self._saver.status
@@ -181,8 +207,10 @@ class Checkpoints:
         self._saver.join()
 
     def close(self) -> None:
-        """Waits for the last save and releases Orbax's threads."""
+        """Waits for the last save and releases Orbax's threads; local copies go once the workdir has the state."""
         self._saver.close()
+        if self._local is not None and (self.saved_step or 0) >= (self._local.newest or 0):
+            self._local.forget()
 
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints newer than `step`, so that the run can save these steps anew.
@@ -191,6 +219,8 @@ class Checkpoints:
           StorageError: one cannot be renamed.
         """
         self._saver.join()
+        if self._local is not None:
+            self._local.forget(after=step)
         steps = self._hosts.from_first_host(sorted(list_steps(self._folder)))
         reason = f"the run goes back to step {step}"
         remaining = max((number for number in steps if number <= step), default=None)
@@ -221,6 +251,9 @@ class Checkpoints:
             for text in filter(None, damages):
                 raise DamagedError(text)
         return seal, metadata
+
+    def _check_identity(self, step: int, metadata: Mapping[str, Any]) -> None:
+        self._identity.check(step, metadata, self._override)
 
     def _set_aside(self, reasons: Mapping[int, str], label: str) -> None:
         def rename() -> None:

@@ -111,7 +111,9 @@ class BackgroundSaver:
             self._hurry.clear()
 
     def reload(self) -> None:
-        """Has Orbax list the folder anew, after checkpoints were renamed."""
+        """Has Orbax list the folder anew: after checkpoints were renamed, and before the first save beside older ones,
+        whose dates it needs and has not read.
+        """
         self._orbax.reload()
 
     def close(self) -> None:

@@ -50,8 +50,8 @@ def make_replica_check(params: nnx.State, mesh: Mesh) -> Callable[[nnx.State, in
                 raise ReplicaError(
                     f"after step {step} the replicas of {name} are not equal: {described} "
                     f"{'differ among each other' if suspects is group else f'differs from {count} others'}. This is "
-                    "silent corruption by a chip or its memory; the checkpoints before are not touched by it. Start "
-                    "again without that host"
+                    "silent corruption by a chip or its memory; checkpoints from before it are sound. Replace the "
+                    "machine, then run the same command again"
                 )
 
     return check

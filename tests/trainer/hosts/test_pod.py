@@ -4,29 +4,17 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.hosts import hosts_of
 from trainer.errors import EXIT_MISTAKE, EXIT_PEER_LOST, EXIT_PREEMPTED
 
 ENDLESS = {"steps": 1_000_000, "eval__every_steps": 1_000_000, "checkpoint__every_steps": 1_000_000}
 NUM_KILLS = 20
-
-
-def hosts_of(pod: subprocess.Popen) -> dict[int, int]:
-    """Process ids by host."""
-    found = {}
-    for child in Path(f"/proc/{pod.pid}/task/{pod.pid}/children").read_text().split():
-        try:
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        except OSError:  # it is just ending
-            continue
-        found |= {int(v[11:]): int(child) for v in environment if v.startswith(b"PROCESS_ID=")}
-    return found
 
 
 @pytest.fixture(scope="module")
