@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.checkpoints.reached import read_reached
 from trainer.errors import ExitCode
+from trainer.hosts import last_words
 
 NO_RETRY = {code for code in ExitCode if not code.retried}
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -51,10 +52,13 @@ class Output:
             self._dropped += 1
 
     def close(self) -> None:
-        """Returns when everything is written, or nobody takes it."""
+        """Returns when everything is written, or nobody takes it; stderr then hears how much is missing."""
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=_CLOSING_SECONDS)
             self._thread.join(_CLOSING_SECONDS)
+        missing = self._dropped + sum(line is not None for line in list(self._lines.queue)) + self._thread.is_alive()
+        if missing:
+            last_words.say(f"[pod] the last {missing} lines are missing: nobody took them, or there was no space")
 
     def _write_all(self) -> None:
         while (line := self._lines.get()) is not None:

@@ -37,10 +37,15 @@ class SealedCache(CacheInterface):
         self._suspects: list[str] = []
         self._lock = threading.Lock()  # programs are compiled in several threads
         self._refused = False
-        self._distrusted = self._take_suspects()
+        self._distrusted: set[str] | None = None  # not known before the first program is asked for
 
     def get(self, key: str) -> bytes | None:
-        """The program; None if there is none, or none that can be trusted."""
+        """The program; None if there is none, or none that can be trusted. The first call takes the suspects of the
+        process before, which has to have ended.
+        """
+        with self._lock:
+            if self._distrusted is None:
+                self._distrusted = self._take_suspects()
         if key in self._distrusted:
             return None
         path = self._entry(key)
@@ -73,7 +78,8 @@ class SealedCache(CacheInterface):
             self._remove(temporary)
             self._refuse(error)
             return
-        self._distrusted.discard(key)
+        if self._distrusted is not None:
+            self._distrusted.discard(key)
 
     def prove(self) -> None:
         """All programs loaded so far have run, or this process ends for another reason."""
@@ -115,7 +121,8 @@ _cache: SealedCache | None = None  # JAX has one, too
 
 
 def open_cache(folder: str, workdir: str) -> None:
-    """Lets JAX keep compiled programs. Call it after the processes have joined, before anything is compiled.
+    """Lets JAX keep compiled programs. Call it after the processes have joined, before anything is compiled; and take
+    the workdir before anything is, too, since what a start left there that died is then judged.
 
     Args:
       folder: A path or a URL; if empty JAX_COMPILATION_CACHE_DIR, or else `compilation_cache` in the workdir. Whoever
@@ -185,14 +192,15 @@ def _use(folder: str, suspects_file: Path | None) -> SealedCache:
 
 
 def _let_every_process_write() -> None:
-    write = compiler._cache_write
+    write, lock = compiler._cache_write, threading.Lock()  # programs are compiled in several threads
 
     def write_as_process_0(*arguments: Any) -> None:
         state = distributed.global_state
-        process_id, state.process_id = state.process_id, 0
-        try:
-            write(*arguments)
-        finally:
-            state.process_id = process_id
+        with lock:
+            process_id, state.process_id = state.process_id, 0
+            try:
+                write(*arguments)
+            finally:
+                state.process_id = process_id
 
     compiler._cache_write = write_as_process_0  # type: ignore[assignment]

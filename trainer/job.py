@@ -77,7 +77,7 @@ def open_job(
     lease.take(workdir)
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.monotonic() - started_at)
-    checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume)
+    checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume, lease.confirm)
     if is_main:
         counts = settings.transformer.parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import fsspec
 import jax
 
+from trainer.checkpoints.disk import root_cause
 from trainer.checkpoints.folder import checkpoint_folder
 from trainer.errors import EXIT_FAILED, LeaseError
 from trainer.hosts import last_words
@@ -28,7 +30,8 @@ from trainer.hosts.gather import Gatherer
 LEASE_FOLDER = "lease"
 LEASE_SECONDS = 60.0  # without a sign of life from another machine, after which the workdir may be taken from it
 _RENEWAL_SECONDS = 10.0
-_LOOK_SECONDS = 1.0  # between looks at a lease that may be held
+_LOOK_SECONDS = 1.0  # between looks at a lease that may be held, or may have been taken
+_PARTING_SECONDS = 2.0
 logger = logging.getLogger("trainer")
 
 
@@ -51,7 +54,7 @@ class Holder:
     @property
     def is_here(self) -> bool:
         """Whether this machine can tell if it runs."""
-        return self.machine != "" and self.machine == _machine()
+        return self.machine != "" and self.machine == _machine() and not _is_hidden(self.pid)
 
     @property
     def is_gone(self) -> bool:
@@ -67,6 +70,7 @@ class Lease:
     def __init__(self, on_exit: Callable[[int], None] = lambda code: None) -> None:
         """`on_exit` is called with the exit code before this process ends because the workdir was taken from it."""
         self._on_exit, self._stop, self._number = on_exit, threading.Event(), 0
+        self._renewed = math.inf  # seconds of the monotonic clock: before the last sign of life that succeeded
         self._thread: threading.Thread | None = None
 
     def take(self, workdir: str) -> None:
@@ -80,11 +84,23 @@ class Lease:
         if jax.process_index() == 0:
             try:
                 self._take(workdir)
-            except (LeaseError, OSError) as error:
-                problem = f"--workdir={workdir} {error}" if isinstance(error, LeaseError) else str(error)
+            except LeaseError as error:
+                problem = f"--workdir={workdir} {error}"
+            except Exception as error:  # those of object stores have no base of their own
+                problem = f"--workdir={workdir} cannot be taken: {root_cause(error)}"
         problem = Gatherer("lease", 3 * LEASE_SECONDS).from_first_host(problem)
         if problem is not None:
             raise LeaseError(problem)
+
+    def confirm(self) -> None:
+        """Call it before anything is written that another run would miss.
+
+        Raises:
+          LeaseError: another process may have taken the workdir, which this one has not been able to see for so long.
+        """
+        silent = time.monotonic() - self._renewed
+        if silent > LEASE_SECONDS:
+            raise LeaseError(f"no sign of life for {silent:.0f} s in {self._folder}: another run may have taken over")
 
     def __enter__(self) -> "Lease":
         return self
@@ -93,12 +109,19 @@ class Lease:
         if self._thread is None:
             return
         self._stop.set()
-        self._thread.join(_RENEWAL_SECONDS)  # storage may hang
         if kind is None:
-            try:
-                self._storage.pipe_file(self._path(self._number), json.dumps({"free": str(self._holder)}).encode())
-            except Exception as error:
-                logger.warning("%s cannot be given back: %s", self._folder, error)
+            thread = threading.Thread(target=self._give_back, args=(self._thread,), daemon=True)
+            thread.start()
+            thread.join(_PARTING_SECONDS)
+            if thread.is_alive():
+                logger.warning("%s cannot be given back: storage does not answer", self._folder)
+
+    def _give_back(self, renewing: threading.Thread) -> None:
+        renewing.join()
+        try:
+            self._storage.pipe_file(self._path(self._number), json.dumps({"free": str(self._holder)}).encode())
+        except Exception as error:
+            logger.warning("%s cannot be given back: %s", self._folder, error)
 
     def _take(self, workdir: str) -> None:
         self._folder = os.fspath(checkpoint_folder(workdir).parent / LEASE_FOLDER)
@@ -155,13 +178,16 @@ class Lease:
         self._number = number
         for older in self._numbers():
             if older < number:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     self._storage.rm_file(self._path(older))
         return True
 
     def _renew(self) -> None:
-        trouble = False
-        while not self._stop.wait(_RENEWAL_SECONDS):
+        trouble, self._renewed = False, time.monotonic()
+        while not self._stop.wait(
+            _LOOK_SECONDS if time.monotonic() - self._renewed > LEASE_SECONDS else _RENEWAL_SECONDS
+        ):
+            looked = time.monotonic()
             try:
                 newest = self._newest()
                 if newest > self._number:
@@ -171,8 +197,8 @@ class Lease:
                     self._storage.touch(path, truncate=False)  # needs no space
                 except NotImplementedError:  # object stores change whole objects
                     self._storage.pipe_file(path, self._content)
-                trouble = False
-            except Exception as error:  # of storage; as long as it is out of reach nobody can take the workdir
+                trouble, self._renewed = False, looked
+            except Exception as error:  # of storage, which others may reach: they take over after LEASE_SECONDS
                 if not trouble:
                     logger.warning("no sign of life can be written to %s for now: %s", self._folder, error)
                 trouble = True
@@ -180,8 +206,10 @@ class Lease:
             return
         with contextlib.suppress(Exception):
             last_words.say(f"\nerror: the workdir was taken over by {self._read(newest)}; leaving without writing")
-        self._on_exit(EXIT_FAILED)
-        os._exit(EXIT_FAILED)
+        try:
+            self._on_exit(EXIT_FAILED)
+        finally:
+            os._exit(EXIT_FAILED)
 
     def _read(self, number: int) -> Holder | None:
         """Who holds the workdir by this number; None if nobody does any more."""
@@ -236,6 +264,17 @@ def _machine() -> str:
             return f"{stream.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process runs of which this machine says no more: another user's, where /proc hides those."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not os.access(f"/proc/{pid}/stat", os.R_OK)
+    except OSError:
+        pass
+    return False
 
 
 def _start_of(pid: int) -> str:

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -238,7 +239,7 @@ class Run:
             result = {
                 "steps": self.settings.steps,
                 "loss": final.loss,
-                "perplexity": final.perplexity,
+                "perplexity": final.perplexity if math.isfinite(final.perplexity) else None,  # JSON knows no infinity
                 "tokens": final.tokens,
             }
             path = epath.Path(self.job.workdir, RESULT_FILE)

@@ -56,7 +56,7 @@ delete() {
     '--format=value(tpu.nodeSpec[0].node.labels.run-id)') || return 1
   if [ "$label" != "$run_id" ]; then
     say "the request $name is not this run's; leaving it alone"
-    return 1
+    return
   fi
   timeout 600 gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet --async
 }

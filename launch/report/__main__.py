@@ -8,6 +8,7 @@ Writes DIR/index.html, which needs nothing else: no network, no other file.
 import argparse
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -219,12 +220,13 @@ def _sample(model: Transformer, dataset: Dataset, context_length: int, seed: int
 
 def _read_result(name: str, workdir: Path) -> dict:
     try:
-        return json.loads((workdir / RESULT_FILE).read_text())
+        result = json.loads((workdir / RESULT_FILE).read_text())
     except OSError as error:
         raise ReportError(
             f"run {name!r}: no {RESULT_FILE} in {workdir} ({error.strerror}); finish it with `python -m trainer "
             f"--workdir={workdir} ...`, or correct the path"
         ) from None
+    return result | {"perplexity": math.inf if result["perplexity"] is None else result["perplexity"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from etils import epath
+from jax._src import compiler, distributed
 
 from tests.support import ROOT
+from trainer import compilation_cache
 from trainer.compilation_cache import SealedCache
 
 SHORT = {"steps": 3, "eval__batches": 1}
@@ -176,8 +179,38 @@ def test_a_run_that_is_killed_behind_its_first_steps_has_proven_its_programs(
 def test_a_name_outside_the_cache_is_not_removed(cache, tmp_path):
     (tmp_path / "precious.sealed").write_text("data")
     (tmp_path / "suspects").write_text("../precious")
-    cache()
+    cache().get("key")
     assert (tmp_path / "precious.sealed").exists()
+
+
+def test_a_cache_that_is_only_opened_judges_no_process_before(cache, tmp_path):
+    cache().put("key", b"program")
+    (tmp_path / "suspects").write_text("key")
+    cache()
+    assert (tmp_path / "suspects").read_text() == "key" and (tmp_path / "cache" / "key.sealed").exists()
+
+
+def test_programs_written_in_two_threads_leave_the_process_its_number(monkeypatch):
+    first, second = threading.Event(), threading.Event()
+
+    def write(name: str) -> None:
+        if name == "first":
+            first.set()
+            second.wait(1)  # for ever, where one waits for the other
+        else:
+            second.set()
+            threads[0].join(1)
+
+    monkeypatch.setattr(compiler, "_cache_write", write)
+    monkeypatch.setattr(distributed.global_state, "process_id", 3)
+    compilation_cache._let_every_process_write()
+    threads = [threading.Thread(target=compiler._cache_write, args=(name,)) for name in ("first", "second")]
+    threads[0].start()
+    first.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert distributed.global_state.process_id == 3
 
 
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):

@@ -1,6 +1,8 @@
 """Evaluation on the way: what it sums up, and that it can be interrupted."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from data import EvalBatches, open_dataset
 from trainer.batches import batch_sharding
 from trainer.evaluate import Evaluation, evaluate
 from trainer.hosts.requests import Request, request_array
+from trainer.loop import Run
 from trainer.mesh import make_mesh
 from trainer.settings import read_settings
 from trainer.state import init_state
@@ -43,3 +46,10 @@ def test_evaluation_polls_for_an_interruption_with_every_batch(tiny_config, stop
 def test_perplexity_of_a_loss_beyond_what_exp_can_take_is_infinite():
     assert Evaluation(710.0, tokens=1).perplexity == math.inf
     assert Evaluation(0.0, tokens=1).perplexity == 1
+
+
+def test_a_result_is_json_though_its_perplexity_is_infinite(tmp_path):
+    job = SimpleNamespace(is_main=True, workdir=tmp_path)
+    Run.write_result(SimpleNamespace(job=job, settings=SimpleNamespace(steps=1)), Evaluation(710.0, tokens=1))
+    result = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert result == {"steps": 1, "loss": 710.0, "perplexity": None, "tokens": 1}

@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.support import ROOT
 from trainer import lease
@@ -139,3 +142,101 @@ with Lease() as lease:
     assert said.count("taken\n") == 1
     (winner,) = [process.pid for process, line in zip(many, said, strict=True) if line == "taken\n"]
     assert all(f"in use by process {winner} on" in line for line in said if line != "taken\n"), said
+
+
+class Objects(MemoryFileSystem):
+    """A store of whole objects, which cannot touch them."""
+
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+
+@pytest.fixture
+def objects(monkeypatch):
+    """In place of what a workdir's address says."""
+    storage = Objects(skip_instance_cache=True)
+    monkeypatch.setattr(storage, "store", {})
+    monkeypatch.setattr(lease.fsspec.core, "url_to_fs", lambda folder, **_: (storage, folder))
+    return storage
+
+
+def test_a_holder_gives_signs_of_life_to_an_object_store_and_gives_it_back(objects, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 0.01)
+    path = f"{tmp_path}/lease/1"
+    with Lease() as ours:
+        ours.take(str(tmp_path))
+        taken = objects.modified(path)
+        while objects.modified(path) == taken:
+            time.sleep(0.01)
+        assert json.loads(objects.cat_file(path))["pid"] == os.getpid()
+    assert "free" in json.loads(objects.cat_file(path))
+
+
+def test_an_error_of_an_object_stores_own_is_said_in_a_line(objects, tmp_path, monkeypatch):
+    def forbid(*_: object, **__: object) -> None:
+        raise ValueError("Anonymous caller\nhas no access")
+
+    monkeypatch.setattr(objects, "ls", forbid)
+    expected = rf"^--workdir={tmp_path} cannot be taken: ValueError: Anonymous caller$"
+    with Lease() as ours, pytest.raises(LeaseError, match=expected):
+        ours.take(str(tmp_path))
+
+
+def test_storage_that_hangs_does_not_keep_a_run_that_has_finished(objects, tmp_path, monkeypatch, caplog):
+    hangs = threading.Event()
+    monkeypatch.setattr(lease, "_PARTING_SECONDS", 0.1)
+    with Lease() as ours:
+        ours.take(str(tmp_path))
+        monkeypatch.setattr(objects, "pipe_file", lambda *_: hangs.wait(20))
+    assert "cannot be given back: storage does not answer" in caplog.text
+    hangs.set()
+
+
+def test_a_holder_that_has_not_seen_its_storage_for_long_may_complete_nothing_until_it_has(
+    objects, tmp_path, monkeypatch
+):
+    for name in ("_RENEWAL_SECONDS", "_LOOK_SECONDS"):
+        monkeypatch.setattr(lease, name, 0.01)
+    tried, out_of_reach = threading.Event(), threading.Event()
+    look = objects.ls
+
+    def ls(*arguments: object, **options: object) -> object:
+        if out_of_reach.is_set():
+            tried.set()
+            raise OSError("unreachable")
+        return look(*arguments, **options)
+
+    monkeypatch.setattr(objects, "ls", ls)
+    with Lease() as ours:
+        ours.confirm()
+        ours.take(str(tmp_path))
+        out_of_reach.set()
+        assert tried.wait(60)
+        monkeypatch.setattr(lease, "LEASE_SECONDS", 0.0)
+        with pytest.raises(LeaseError, match="another run may have taken over"):
+            ours.confirm()
+        monkeypatch.setattr(lease, "LEASE_SECONDS", 60.0)
+        ours.confirm()
+
+
+def test_a_process_that_proc_hides_counts_by_its_signs_of_life(monkeypatch):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    holder = Holder("here", ended.pid, machine=lease._machine(), started="1")
+    assert holder.is_gone
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(lease.os, "kill", refuse)
+    assert not holder.is_gone and not holder.is_here
+
+
+def test_a_trainer_that_is_refused_leaves_the_other_ones_programs_alone(start_trainer, finish, tmp_path):
+    suspects = tmp_path / ".unproven_programs-0"
+    suspects.write_text("program")
+    with Lease() as ours:
+        ours.take(str(tmp_path))
+        code, output = finish(start_trainer(tmp_path))
+    assert code == EXIT_FAILED and f"in use by process {os.getpid()}" in output, output
+    assert suspects.read_text() == "program"

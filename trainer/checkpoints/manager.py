@@ -57,7 +57,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: str, settings: Settings, dataset_fingerprint: str, override: Iterable[str] = ()
+        self,
+        workdir: str,
+        settings: Settings,
+        dataset_fingerprint: str,
+        override: Iterable[str] = (),
+        confirm: Callable[[], None] = lambda: None,
     ) -> None:
         """Removes what interrupted saves left; reads nothing yet.
 
@@ -66,6 +71,7 @@ class Checkpoints:
           settings: The run's.
           dataset_fingerprint: Of the run's dataset.
           override: Config fields in which a checkpoint may differ from `settings`, though they change the run's course.
+          confirm: Raises an error while the workdir may be another run's; no checkpoint is completed then.
 
         Raises:
           ConfigError: `override` names a field that is unknown, or never compared.
@@ -79,7 +85,7 @@ class Checkpoints:
         self._hosts = Gatherer("checkpoints", settings.checkpoint.timeout_seconds)
         local_folder = settings.checkpoint.local_folder
         self._local = LocalCheckpoints(local_folder, self._folder, self._hosts) if local_folder else None
-        self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts, self._retry_seconds)
+        self._saver = BackgroundSaver(self._folder, settings.checkpoint, self._hosts, self._retry_seconds, confirm)
 
     @property
     def saved_step(self) -> int | None:

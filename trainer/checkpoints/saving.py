@@ -41,9 +41,16 @@ class BackgroundSaver:
       failures_in_a_row: Saves that failed since the last good one.
     """
 
-    def __init__(self, folder: epath.Path, settings: base.Checkpoint, hosts: Gatherer, retry_seconds: float) -> None:
+    def __init__(
+        self,
+        folder: epath.Path,
+        settings: base.Checkpoint,
+        hosts: Gatherer,
+        retry_seconds: float,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> None:
         """Removes what interrupted saves left. Until `join` the thread uses `hosts` too. `retry_seconds`: how long the
-        folder may be out of sight before a save.
+        folder may be out of sight before a save. `confirm` raises an error while the folder may be another run's.
         """
         quirks.put_right()
         self.status: Status = "idle"
@@ -51,7 +58,7 @@ class BackgroundSaver:
         self.failure: str | None = None
         self.failures_in_a_row = 0
         self._folder, self._settings, self._hosts = folder, settings, hosts
-        self._retry_seconds = retry_seconds
+        self._retry_seconds, self._confirm = retry_seconds, confirm
         self._thread: threading.Thread | None = None  # finishes the last save
         self._unfinished: concurrent.futures.Future[Any] | None = None  # part of a save that exceeded its time
         self._hurry = threading.Event()  # somebody waits: no pause after a failure
@@ -163,6 +170,7 @@ class BackgroundSaver:
     def _complete(self, step: int, loss: float | None) -> None:
         """Reads back what was written, seals it, and deletes the checkpoints that it makes expendable."""
         folder = self._folder / str(step)
+        self._confirm()
         read_metadata(folder)
         seal_checkpoint(folder, loss)
         write_reached(self._folder.parent, step)

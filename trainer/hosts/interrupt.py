@@ -50,6 +50,8 @@ class Interrupt:
         self._exit(f"{why}: exiting without saving; the last complete checkpoint stands")
 
     def _exit(self, message: str) -> None:
-        last_words.say(f"\n{message}; run the same command to continue")
-        self.on_exit(EXIT_PREEMPTED)
-        os._exit(EXIT_PREEMPTED)
+        try:
+            last_words.say(f"\n{message}; run the same command to continue")
+            self.on_exit(EXIT_PREEMPTED)
+        finally:
+            os._exit(EXIT_PREEMPTED)

@@ -12,15 +12,19 @@ _SECONDS = 2.0
 
 
 def say(text: str, *, stacks: bool = False) -> None:
-    """Writes a line, and with `stacks` what every thread is doing; gives it up after some seconds.
+    """Writes a line, and with `stacks` what every thread is doing; gives it up after some seconds, and never raises.
 
     Not by `print`, whose lock the very thread may hold that hangs in writing, nor by faulthandler alone, which stops
     all other threads while it writes.
     """
-    content = f"{text}\n".encode(errors="replace") + (_stacks() if stacks else b"")
-    writer = threading.Thread(target=_write, args=(content,), daemon=True)
-    writer.start()
-    writer.join(_SECONDS)
+    content = f"{text}\n".encode(errors="replace")
+    if stacks:
+        with contextlib.suppress(Exception):  # no file can be opened any more
+            content += _stacks()
+    with contextlib.suppress(Exception):  # no thread can be started any more
+        writer = threading.Thread(target=_write, args=(content,), daemon=True)
+        writer.start()
+        writer.join(_SECONDS)
 
 
 def _write(content: bytes) -> None:

@@ -111,11 +111,15 @@ class Peers:
         if self._leaving.is_set():  # this host is on its way out already
             return
         self._leaving.set()
-        last_words.say(f"\nhost {self._id}: {message}; leaving with exit code {code}", stacks=code == EXIT_PEER_LOST)
-        compilation_cache.part()
-        if self._id == 0:
-            time.sleep(_PARTING_SECONDS)  # its end aborts the others, who may be about to see the same
-        os._exit(code)
+        try:
+            last_words.say(
+                f"\nhost {self._id}: {message}; leaving with exit code {code}", stacks=code == EXIT_PEER_LOST
+            )
+            compilation_cache.part()
+            if self._id == 0:
+                time.sleep(_PARTING_SECONDS)  # its end aborts the others, who may be about to see the same
+        finally:
+            os._exit(code)
 
     def _on_abort(self) -> None:
         """JAX is aborting this process. If that is because of another host, say which and leave with our code."""

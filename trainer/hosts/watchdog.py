@@ -75,11 +75,13 @@ class Watchdog:
             work = self._work
             if work is None or time.monotonic() - work.start <= work.limit:
                 continue
-            last_words.say(
-                f"\n{work.kind} has taken {time.monotonic() - work.start:.0f} s, more than the limit of "
-                f"{work.limit:.0f} s: this host or another one hangs; leaving with exit code {EXIT_PEER_LOST}. What "
-                "every thread was doing:",
-                stacks=True,
-            )
-            self._on_exit(EXIT_PEER_LOST)
-            os._exit(EXIT_PEER_LOST)
+            try:
+                last_words.say(
+                    f"\n{work.kind} has taken {time.monotonic() - work.start:.0f} s, more than the limit of "
+                    f"{work.limit:.0f} s: this host or another one hangs; leaving with exit code {EXIT_PEER_LOST}. "
+                    "What every thread was doing:",
+                    stacks=True,
+                )
+                self._on_exit(EXIT_PEER_LOST)
+            finally:
+                os._exit(EXIT_PEER_LOST)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -203,6 +204,12 @@ def test_an_unfinished_run_is_named(dataset_path, tmp_path):
     with pytest.raises(report.ReportError, match=r"run 'mine': no result.json in .*begun .*python -m trainer"):
         report.write_report({"mine": tmp_path / "begun"}, dataset_path, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("written", ["null", "Infinity"])
+def test_a_perplexity_beyond_all_numbers_is_read(tmp_path, written):
+    (tmp_path / "result.json").write_text(f'{{"perplexity": {written}}}')
+    assert report._read_result("mine", tmp_path)["perplexity"] == math.inf
 
 
 def test_another_vocabulary_is_refused(runs, dataset_path, tmp_path):

@@ -53,6 +53,13 @@ def test_a_pod_whose_log_is_on_a_full_disk_trains_to_the_end(small_disk, start_p
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def test_lines_that_went_nowhere_to_the_end_are_counted():
+    program = "from launch.emulate import Output; o = Output(); o.say('one'); o.say('two'); o.close()"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "[pod] the last 2 lines are missing: nobody took them, or there was no space\n"
+
+
 def test_sigterm_ends_a_trainer_that_stands_still_in_a_write(start_trainer, run_until, tmp_path):
     process = start_trainer(tmp_path, steps=1_000_000, faults__exit_seconds=3)
     run_until(process, "step 3 ")
