@@ -21,7 +21,10 @@ from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import Request
 from trainer.job import Job, open_job
 from trainer.lease import Lease
-from trainer.metrics import MetricsWriter, StepLog, progress_bar
+from trainer.metrics.run import open_metrics
+from trainer.metrics.steps import StepLog
+from trainer.metrics.terminal import progress_bar
+from trainer.metrics.writer import MetricsWriter
 from trainer.outcomes import Outcomes
 from trainer.position import Position, begin_at
 from trainer.rollback import Rollback
@@ -40,12 +43,13 @@ def train(
     interrupt: Interrupt | None = None,
     override_resume: Sequence[str] = (),
     started_at: float | None = None,
+    writers: Sequence[MetricsWriter] = (),
 ) -> int:
     """Trains to `settings.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
 
-    Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `goodput.json` and at the end `result.json` into
-    `workdir`. `override_resume` names config fields that may differ from the checkpoint's; `started_at` is when this
-    process began, in seconds of the monotonic clock.
+    Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `metrics.jsonl`, `goodput.json` and at the end
+    `result.json` into `workdir`. `override_resume` names config fields that may differ from the checkpoint's;
+    `started_at` is when this process began, in seconds of the monotonic clock; `writers` get the run's metrics too.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
@@ -76,7 +80,7 @@ def _start(job: Job) -> int:
             return EXIT_FINISHED
         if job.is_main:
             logger.info("starting at step %d of %d", start.step, settings.steps)
-        run = Run(job, start, compiled or compiler.submit(compile_step))
+        run = Run(job, start, compiled or compiler.submit(compile_step), writers)
         compiler.shutdown(wait=False)
         with jax.transfer_guard("disallow"):  # a copy to or from the devices that nobody meant would keep them waiting
             return run.run()
@@ -97,8 +101,14 @@ class Run:
     `at` is where it is; all else is given, or remembers what is its own.
     """
 
-    def __init__(self, job: Job, start: Restored, compiled: concurrent.futures.Future[jax.stages.Compiled]) -> None:
-        """`compiled` is the train step."""
+    def __init__(
+        self,
+        job: Job,
+        start: Restored,
+        compiled: concurrent.futures.Future[jax.stages.Compiled],
+        writers: Sequence[MetricsWriter],
+    ) -> None:
+        """`compiled` is the train step; `writers` as in `train`."""
         settings, sharding = job.settings, batch_sharding(job.mesh)
         self.job, self.settings, self.phases = job, settings, job.phases
         source = TrainBatches(
@@ -111,10 +121,10 @@ class Run:
         self.at = self.begin_at(start)  # batches are read while the compiler still works
         with self.phases("waiting for the compiler", "compile"):
             self.train_step = compiled.result()
-        self.writer = MetricsWriter(f"{job.workdir}/tensorboard", start.step + 1, enabled=job.is_main)
+        self.writer = open_metrics(job, start.step + 1, writers)
         self.bar = progress_bar(settings.steps, "train", job.is_main, initial=start.step)
-        log = StepLog(self.writer, self.phases.goodput, settings.log_every_steps, self.bar, job.is_main, job.started_at)
-        self.outcomes = Outcomes(log.write, job.phases)
+        self.log = StepLog(job, self.writer, self.bar, lambda: self.saves.last_time)
+        self.outcomes = Outcomes(self.log.write, job.phases)
         self.saves = Saves(job, self.outcomes, self.writer)
         self.validate = Validation(job, self.writer, self.saves.requests)
         self.check_replicas = make_replica_check(job.state_shape.params, job.mesh)
@@ -199,7 +209,7 @@ class Run:
             waited = time.monotonic() - start
             at.state, metrics = self.train_step(at.state, batch, self.saves.requests())
             at.step += 1
-            self.outcomes.add(at.step, metrics, {"loading_seconds": loading_seconds, "wait_seconds": waited})
+            self.outcomes.add(at.step, metrics, loading_seconds, waited)
 
     def roll_back(self) -> None:
         """Goes back to the checkpoint before the bad steps, and leaves their batches out."""
@@ -211,6 +221,7 @@ class Run:
             start = self.rollback(first, last, self.at.skipped)
         self.at = self.begin_at(start)
         self.writer.withdraw(self.at.step + 1)
+        self.log.forget()
         self.outcomes.forget()
 
     def leave(self) -> int:
@@ -239,6 +250,7 @@ class Run:
                 "steps": self.settings.steps,
                 "loss": final.loss,
                 "perplexity": final.perplexity,
+                "bits_per_byte": final.bits_per_byte,
                 "tokens": final.tokens,
             }
             path = epath.Path(self.job.workdir, RESULT_FILE)

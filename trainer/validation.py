@@ -10,7 +10,8 @@ from data import EvalBatches
 from trainer.batches import batch_sharding, global_batch
 from trainer.evaluate import Evaluation, evaluate
 from trainer.job import Job
-from trainer.metrics import MetricsWriter, progress_bar
+from trainer.metrics.terminal import progress_bar
+from trainer.metrics.writer import MetricsWriter
 from trainer.step import make_eval_step, make_selection_step
 
 
@@ -48,13 +49,14 @@ class Validation:
                 self._eval_step, params, self._batches, num_batches, self._sharding, self._requests, on_batch
             )
         if result is not None:
-            self._writer.write(step, {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity})
+            figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+            self._writer.write(step, {f"run/validation_{figure}": value for figure, value in figures.items()})
             if self._selection_step is not None:
                 with self._phases("the selection's statistics", "evaluation"):
                     with jax.transfer_guard("allow"):  # in this thread, unlike all other batches
                         batch = global_batch(self._batches, 0, self._sharding)
                     statistics = jax.device_get(self._selection_step(params, batch))
                 for statistic, value_L in statistics.items():
-                    layers = {f"{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
+                    layers = {f"selection_{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
                     self._writer.write(step, layers)
         return result

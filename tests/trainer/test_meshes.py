@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from trainer.batches import batch_sharding
+from trainer.batches import batch_sharding, rows_sharding
 from trainer.hosts.requests import Request, request_array
 from trainer.mesh import AXES, make_mesh
 from trainer.settings import read_settings
@@ -58,7 +58,8 @@ def batches(config: ConfigDict, mesh, steps: int):
     for _ in range(steps):
         inputs, targets = rng.integers(1, 512, (2, config.batch_size, config.context_length), dtype=np.int32)
         targets[-3:, 11:] = 0
-        yield {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
+        batch = {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
+        yield batch | {"bytes": jax.device_put(np.ones(len(inputs), np.int32), rows_sharding(sharding))}
 
 
 class Run(NamedTuple):
