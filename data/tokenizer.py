@@ -95,6 +95,16 @@ class Tokenizer:
         return np.array(lengths, np.int32)
 
 
+def legible(piece: str) -> str:
+    """A tokenizer's piece as a reader can see it: spaces as middle dots, bytes as their sign or hexadecimal value."""
+    special = {"<s>": "[bos]", "</s>": "[eos]", "<unk>": "[unk]", "<pad>": "[pad]", "<0x0A>": "↵", "<0x09>": "⇥"}
+    if piece in special:
+        return special[piece]
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return f"[{byte[1]}]"
+    return piece.replace("\u2581", "·").replace(" ", "·")
+
+
 def _text(piece: str) -> str:
     return piece.replace(SPACE_SYMBOL, " ")
 

@@ -27,6 +27,7 @@ from trainer.metrics.terminal import progress_bar
 from trainer.metrics.writer import MetricsWriter
 from trainer.outcomes import Outcomes
 from trainer.position import Position, begin_at
+from trainer.profile import Profiler
 from trainer.rollback import Rollback
 from trainer.saves import Saves
 from trainer.settings import Settings
@@ -44,12 +45,14 @@ def train(
     override_resume: Sequence[str] = (),
     started_at: float | None = None,
     writers: Sequence[MetricsWriter] = (),
+    profile_steps: range = range(0),
 ) -> int:
     """Trains to `settings.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
 
     Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `metrics.jsonl`, `goodput.json` and at the end
     `result.json` into `workdir`. `override_resume` names config fields that may differ from the checkpoint's;
-    `started_at` is when this process began, in seconds of the monotonic clock; `writers` get the run's metrics too.
+    `started_at` is when this process began, in seconds of the monotonic clock; `writers` get the run's metrics too, and
+    `profile_steps` are traced.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
@@ -80,7 +83,8 @@ def _start(job: Job) -> int:
             return EXIT_FINISHED
         if job.is_main:
             logger.info("starting at step %d of %d", start.step, settings.steps)
-        run = Run(job, start, compiled or compiler.submit(compile_step), writers)
+        profiler = Profiler(workdir, profile_steps, job.is_main)
+        run = Run(job, start, compiled or compiler.submit(compile_step), writers, profiler)
         compiler.shutdown(wait=False)
         with jax.transfer_guard("disallow"):  # a copy to or from the devices that nobody meant would keep them waiting
             return run.run()
@@ -107,6 +111,7 @@ class Run:
         start: Restored,
         compiled: concurrent.futures.Future[jax.stages.Compiled],
         writers: Sequence[MetricsWriter],
+        profiler: Profiler,
     ) -> None:
         """`compiled` is the train step; `writers` as in `train`."""
         settings, sharding = job.settings, batch_sharding(job.mesh)
@@ -125,7 +130,8 @@ class Run:
         self.bar = progress_bar(settings.steps, "train", job.is_main, initial=start.step)
         self.log = StepLog(job, self.writer, self.bar, lambda: self.saves.last_time)
         self.outcomes = Outcomes(self.log.write, job.phases)
-        self.saves = Saves(job, self.outcomes, self.writer)
+        self.profiler = profiler
+        self.saves = Saves(job, self.outcomes, self.writer, profiler)
         self.validate = Validation(job, self.writer, self.saves.requests)
         self.check_replicas = make_replica_check(job.state_shape.params, job.mesh)
         self.rollback = Rollback(job.checkpoints, job.restore, source)
@@ -134,7 +140,13 @@ class Run:
         """Trains and evaluates; the exit code."""
         self.job.interrupt.can_save(self.settings.faults.exit_seconds)
         with self.bar:
-            trained = self.make_steps()
+            try:
+                trained = self.make_steps()
+            except BaseException:
+                self.log.explain()
+                raise
+            finally:
+                self.profiler.stop()
         if not trained:
             return self.leave()
         self.saves.save_for_good(self.at)
@@ -179,6 +191,7 @@ class Run:
                 return True
             if outcomes.requests & {Request.SAVE, Request.SAVE_AGAIN}:
                 self.saves.save(at)
+            self.profiler.before_step(at.step + 1, outcomes)
             self.make_step()
 
     def compare_replicas(self) -> None:

@@ -12,6 +12,7 @@ from trainer.job import Job
 from trainer.metrics.writer import MetricsWriter
 from trainer.outcomes import Outcomes
 from trainer.position import Position
+from trainer.profile import Profiler
 
 
 class Saves:
@@ -21,12 +22,12 @@ class Saves:
       last_time: When the last one was started, or else the run, seconds of the monotonic clock.
     """
 
-    def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter) -> None:
+    def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter, profiler: Profiler) -> None:
         self._checkpoints, self._phases, self._interrupt = job.checkpoints, job.phases, job.interrupt
         settings = job.settings.checkpoint
         self._every_minutes, self._is_main = settings.every_minutes, job.is_main
         self.local_every_steps = settings.local_every_steps if settings.local_folder else 0
-        self._outcomes, self._writer = outcomes, writer
+        self._outcomes, self._writer, self._profiler = outcomes, writer, profiler
         self._request_array = functools.cache(functools.partial(request_array, job.mesh))
         self._failed = 0  # saves
         self.last_time = time.monotonic()
@@ -45,6 +46,7 @@ class Saves:
             Request.STOP: self._interrupt.requested,
             Request.SAVE: self._is_main and overdue and saving == "idle",
             Request.SAVE_AGAIN: saving == "failed",
+            Request.PROFILE: self._profiler.asked,
         }
         return self._request_array(tuple(asked.values()))
 

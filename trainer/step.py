@@ -25,6 +25,7 @@ from trainer.state import Health, TrainState, learning_rate, make_optimizer, mod
 logger = logging.getLogger("trainer")
 
 
+TEXT_TOKENS = 32  # of a text whose masks are shown, BOS included
 _MEMORY = 0.99  # how much of the running mean of the loss a step keeps
 Metrics = dict[str, Any]  # of arrays, and of dicts of them
 TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
@@ -128,14 +129,18 @@ def make_eval_step(model: TransformerConfig, pad_id: int) -> EvalStep:
 
 
 def make_selection_step(model: TransformerConfig, tau: float, pad_id: int) -> Callable[[nnx.State, Batch], Metrics]:
-    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L]; `tau` in
-    nats.
+    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L], and
+    `text_f`, F of every layer over the first row's first tokens, [L, TEXT_TOKENS, TEXT_TOKENS]; `tau` in nats.
     """
     graph = model_graph(model)
 
     def selection_step(params: nnx.State, batch: Batch) -> Metrics:
         def statistics(f_BNM: Array) -> Metrics:
-            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), tau)
+            is_first_B = reshard(jnp.arange(f_BNM.shape[0]) == 0, "batch").astype(f_BNM.dtype)
+            text_f = jnp.sum(f_BNM[:, :TEXT_TOKENS, :TEXT_TOKENS] * is_first_B[:, None, None], axis=0)
+            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), tau) | {
+                "text_f": text_f
+            }
 
         return nnx.merge(graph, params).selection_masks(batch["inputs"], statistics)
 

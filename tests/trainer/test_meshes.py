@@ -129,6 +129,6 @@ def test_what_one_host_asks_for_reaches_all():
         step = jax.jit(make_train_step(settings, pad_id=0))
         (batch,) = batches(config, mesh, 1)
         rows = np.zeros((8, len(Request)), np.int32)
-        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [0, 0, 0]
+        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [0, 0, 0, 0]
         rows[5, Request.STOP] = rows[6, Request.SAVE_AGAIN] = 1
-        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [1, 0, 1]
+        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [1, 0, 1, 0]

@@ -109,8 +109,8 @@ class RunMetrics:
 
 
 def read_metrics(workdir: epath.PathLike) -> RunMetrics:
-    """What `metrics.jsonl` in a run's workdir says, also of a run that goes on or has crashed. Broken lines, as the last
-    one may be, are left out. Of a run that has written nothing, nothing.
+    """What `metrics.jsonl` in a workdir says, also of a run that goes on or has crashed. Broken lines, as the last may
+    be, are left out. Of a run that has written nothing, nothing.
 
     Raises:
       OSError: the file is there and cannot be read.

@@ -16,8 +16,9 @@ import pytest
 
 from configs import demo
 from data import open_dataset, prepare
+from data.tokenizer import legible
 from launch.report import __main__ as report
-from launch.report.page import Curve, SentenceMasks, legible
+from launch.report.page import Curve, SentenceMasks
 from tests.support import ROOT
 from trainer.export import load_model
 from trainer.loop import train
