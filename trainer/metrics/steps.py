@@ -34,6 +34,7 @@ class StepLog:
         self._alarms = Alarms(writer)
         self._progress = Progress(bar, job.settings.log_every_steps, last_save)
         self._recent: collections.deque[Outcome] = collections.deque(maxlen=_RECENT)
+        self._speeds: dict[str, float] = {}  # the newest
         self._is_first = True
         settings = job.settings
         self._tokens = settings.batch_size * settings.context_length  # of a step
@@ -52,9 +53,11 @@ class StepLog:
             return
         trouble = self._alarms.after_step(step, metrics)
         self._thinned.write(step, self._of_step(step, metrics), trouble)
-        speeds = self._speeds()
-        if is_kept(step, _SPEEDS_EVERY) or trouble:
-            self._writer.write(step, speeds | {"run/goodput": self._goodput.fraction()})
+        is_speed = is_kept(step, _SPEEDS_EVERY) or trouble
+        if is_speed or is_check or self._is_first or step % self._job.settings.log_every_steps == 0:
+            self._speeds = self._measure_speeds()
+        if is_speed:
+            self._writer.write(step, self._speeds | {"run/goodput": self._goodput.fraction()})
         if outcome.norms is not None:
             self._writer.write(step, norm_scalars(outcome.norms))
         if self._is_first or is_kept(step, NORMS_EVERY):
@@ -63,8 +66,8 @@ class StepLog:
             self._is_first = False
             logger.info("first step done %.1f s after the process began", time.monotonic() - self._job.started_at)
         if is_check:
-            self._alarms.look(step, speeds["system/data_wait_seconds"], self._mean("seconds"), self._goodput)
-        self._progress.show(step, metrics["loss"], speeds)
+            self._alarms.look(step, self._mean("wait_seconds"), self._mean("seconds"), self._goodput)
+        self._progress.show(step, metrics["loss"], self._speeds)
 
     def forget(self) -> None:
         """After a rollback: what was not written yet is history."""
@@ -90,7 +93,7 @@ class StepLog:
             scalars["selection/training_memory_loss"] = metrics["memory_loss"]
         return scalars
 
-    def _speeds(self) -> dict[str, float]:
+    def _measure_speeds(self) -> dict[str, float]:
         seconds = [outcome.seconds for outcome in self._recent]
         scalars = {
             "run/tokens_per_second": self._tokens / self._mean("seconds"),
