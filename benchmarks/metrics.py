@@ -116,9 +116,8 @@ def main() -> None:
         metrics = read_metrics(workdir)
         read = time.process_time()
         points = sum(len(series.steps) for series in metrics.scalars.values())
-        print(
-            f"{points:,} points of {len(metrics.scalars)} scalars, {len(metrics.scalars['run/loss'].steps):,} of the loss"
-        )
+        losses = len(metrics.scalars["run/loss"].steps)
+        print(f"{points:,} points of {len(metrics.scalars)} scalars, {losses:,} of the loss")
         print(f"TensorBoard's file: {events / 1e6:.1f} MB, loaded in {loaded - start:.1f} s of processor")
         print(f"{METRICS_FILE}: {lines / 1e6:.1f} MB, read in {read - loaded:.1f} s")
 

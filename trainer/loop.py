@@ -24,8 +24,10 @@ from trainer.lease import Lease
 from trainer.metrics.run import open_metrics
 from trainer.metrics.steps import StepLog
 from trainer.metrics.terminal import progress_bar
+from trainer.metrics.thinning import is_kept
 from trainer.metrics.writer import MetricsWriter
-from trainer.outcomes import Outcomes
+from trainer.norms import norms_by_layer
+from trainer.outcomes import NORMS_EVERY, Outcomes
 from trainer.position import Position, begin_at
 from trainer.profile import Profiler
 from trainer.rollback import Rollback
@@ -134,6 +136,7 @@ class Run:
         self.saves = Saves(job, self.outcomes, self.writer, profiler)
         self.validate = Validation(job, self.writer, self.saves.requests)
         self.check_replicas = make_replica_check(job.state_shape.params, job.mesh)
+        self.parameter_norms = jax.jit(norms_by_layer)
         self.rollback = Rollback(job.checkpoints, job.restore, source)
 
     def run(self) -> int:
@@ -222,6 +225,8 @@ class Run:
             waited = time.monotonic() - start
             at.state, metrics = self.train_step(at.state, batch, self.saves.requests())
             at.step += 1
+            if is_kept(at.step, NORMS_EVERY):  # in the step they would cost as much as the update's
+                metrics["norms"]["parameter"] = self.parameter_norms(at.state.params)
             self.outcomes.add(at.step, metrics, loading_seconds, waited)
 
     def roll_back(self) -> None:

@@ -41,8 +41,7 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
     Where the loss or the gradient is not finite, or the loss a spike (`faults.spike_factor`), parameters and optimizer
     state stay as they were; `state.health` counts. Metrics are float32 scalars: loss (cross-entropy, nats per token),
     memory_loss, grad_norm (before clipping), learning_rate, tokens, bytes (of text), bad_steps (in a row); beside them
-    `norms`, of the gradient before clipping, the update and the parameters after it, each as `norms_by_layer`; and
-    requests.
+    `norms`, of the gradient before clipping and of the update, both as `norms_by_layer`; and requests.
     """
     optimizer, schedule = make_optimizer(settings), learning_rate(settings)
     graph = model_graph(settings.transformer)
@@ -85,8 +84,7 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
             params, opt_state = jax.tree.map(
                 lambda new, old: jax.lax.select_n(good, old, new), updated, (state.params, state.opt_state)
             )
-            measured = {"gradient": grads, "update": updates, "parameter": params}
-            norms = {name: norms_by_layer(tree) for name, tree in measured.items()}
+            norms = {"gradient": norms_by_layer(grads), "update": norms_by_layer(updates)}
         health = _next_health(state.health, metrics["loss"], good)
         metrics |= {
             "grad_norm": grad_norm,

@@ -1,6 +1,7 @@
 """Norms by layer and kind are those of the arrays, on a mesh as well."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data import TrainBatches, open_dataset
@@ -8,6 +9,7 @@ from trainer.batches import batch_sharding, global_batch
 from trainer.hosts.requests import request_array
 from trainer.mesh import make_mesh
 from trainer.metrics.steps import norm_scalars
+from trainer.norms import norms_by_layer
 from trainer.settings import read_settings
 from trainer.state import init_state
 from trainer.step import make_train_step
@@ -42,12 +44,10 @@ def test_norms_of_a_step_are_those_of_gradient_update_and_parameters(tiny_config
     (adam,) = (x for x in jax.tree.leaves(after.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
     expected = {
         "gradient": directly(jax.tree.map(lambda mu: mu / (1 - settings.optimizer.b1), adam.mu)),
-        "update": directly(
-            jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.params, state.params)
-        ),
+        "update": directly(jax.tree.map(jnp.subtract, after.params, state.params)),
         "parameter": directly(after.params),
     }
-    norms = jax.device_get(metrics["norms"])
+    norms = jax.device_get(metrics["norms"] | {"parameter": jax.jit(norms_by_layer)(after.params)})
     for name, by_kind in expected.items():
         assert norms[name].keys() == by_kind.keys()
         for kind, value in by_kind.items():

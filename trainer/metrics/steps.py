@@ -118,17 +118,13 @@ class StepLog:
 
 
 def norm_scalars(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Scalars of a step's `norms`, and of updates over parameters."""
-    ratio = {
-        kind: np.divide(update, np.maximum(norms["parameter"][kind], np.finfo(np.float32).tiny))
-        for kind, update in norms["update"].items()
-    }
-    groups = {
-        "weights_gradient_norm": norms["gradient"],
-        "weights_update_norm": norms["update"],
-        "weights_norm": norms["parameter"],
-        "weights_update_ratio": ratio,
-    }
+    """Scalars of a step's `norms`: of gradient and update, and with those of the parameters the ratio too."""
+    groups = {f"weights_{name}_norm": by_kind for name, by_kind in norms.items()}
+    if "parameter" in norms:
+        groups["weights_update_ratio"] = {
+            kind: np.divide(norms["update"][kind], np.maximum(norm, np.finfo(np.float32).tiny))
+            for kind, norm in norms["parameter"].items()
+        }
     scalars: dict[str, float] = {}
     for group, by_kind in groups.items():
         for kind, value in by_kind.items():

@@ -1,4 +1,4 @@
-"""What TensorBoard and notebooks show of a run that was interrupted, killed and rolled back: what of an undisturbed one."""
+"""Of a run that was interrupted, has crashed and was rolled back, both files say what they say of a quiet one."""
 
 import jax
 import numpy as np
@@ -41,7 +41,8 @@ def runs(dataset_path, tmp_path_factory):
     config.update_from_flattened_dict(TINY | {"data.path": str(dataset_path), "faults.max_bad_steps": 1})
     settings, patch = read_settings(config), pytest.MonkeyPatch()
     real = loop.compile_train_step
-    patch.setattr(outcomes, "NORMS_EVERY", 5)
+    for module in (loop, outcomes):
+        patch.setattr(module, "NORMS_EVERY", 5)
 
     def compile_once_bad(*arguments):
         compiled, bad = real(*arguments), [BAD_STEP]
@@ -58,7 +59,7 @@ def runs(dataset_path, tmp_path_factory):
 
     patch.setattr(loop, "compile_train_step", compile_once_bad)
     disturbed, undisturbed = tmp_path_factory.mktemp("disturbed"), tmp_path_factory.mktemp("undisturbed")
-    for step, ending in ((7, "interruption"), (13, "crash"), (18, "interruption")):
+    for step, ending in ((6, "interruption"), (13, "crash"), (16, "interruption")):
         disturbance = Disturbance(step, ending)
         if ending == "crash":
             with pytest.raises(RuntimeError, match="the host is gone"):
