@@ -65,10 +65,11 @@ def train(
     """
     interrupt = interrupt or Interrupt()
     with Lease(interrupt.on_exit) as lease:
-        return _start(open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.monotonic()))
+        job = open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.monotonic())
+        return _start(job, writers, Profiler(workdir, profile_steps, job.is_main))
 
 
-def _start(job: Job) -> int:
+def _start(job: Job, writers: Sequence[MetricsWriter], profiler: Profiler) -> int:
     settings, workdir = job.settings, job.workdir
     finished = job.checkpoints.latest_step() == settings.steps and has_result(workdir)
     with jax.set_mesh(job.mesh), job.phases("work outside of steps"):
@@ -85,7 +86,6 @@ def _start(job: Job) -> int:
             return EXIT_FINISHED
         if job.is_main:
             logger.info("starting at step %d of %d", start.step, settings.steps)
-        profiler = Profiler(workdir, profile_steps, job.is_main)
         run = Run(job, start, compiled or compiler.submit(compile_step), writers, profiler)
         compiler.shutdown(wait=False)
         with jax.transfer_guard("disallow"):  # a copy to or from the devices that nobody meant would keep them waiting
