@@ -97,7 +97,7 @@ def main() -> None:
         tokens_shape = (config.batch_size, config.context_length)
         tokens = jax.random.randint(jax.random.key(0), tokens_shape, 1, config.model.vocab_size, jnp.int32)
         tokens = jax.device_put(tokens, batch_sharding(mesh))
-        batch = {"inputs": tokens, "targets": tokens}
+        batch = {"inputs": tokens, "targets": tokens, "bytes": jnp.zeros(config.batch_size, jnp.int32)}
         # What else the step takes says who asks for what; nobody asks for anything here.
         others = jax.tree.map(
             lambda x, sharding: jnp.zeros(x.shape, x.dtype, device=sharding),

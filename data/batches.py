@@ -38,9 +38,12 @@ class _Windows:
         self.num_windows = -(-dataset.manifest.splits[split].tokens // context_length)
         self.num_batches = -(-self.num_windows // batch_size)
         self._per_record = record_length // context_length
+        self._piece_bytes = dataset.tokenizer().piece_bytes()
 
     def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of the given windows; FILLER gives a row of padding."""
+        """Rows of the given windows: `inputs` and `targets` int32 `[rows, N]`, and `bytes` int32 `[rows]`, the UTF-8
+        bytes of text that the targets are. FILLER gives a row of padding.
+        """
         tokenizer = self.dataset.manifest.tokenizer
         targets_BN = np.full((len(windows), self.context_length), tokenizer.pad_id, np.int32)
         (rows,) = np.nonzero(windows != FILLER)
@@ -53,7 +56,8 @@ class _Windows:
         inputs_BN = np.empty_like(targets_BN)
         inputs_BN[:, 0] = tokenizer.bos_id
         inputs_BN[:, 1:] = targets_BN[:, :-1]
-        return {"inputs": inputs_BN, "targets": targets_BN}
+        bytes_B = self._piece_bytes[targets_BN].sum(axis=1, dtype=np.int32)
+        return {"inputs": inputs_BN, "targets": targets_BN, "bytes": bytes_B}
 
 
 class TrainBatches(_Windows):
@@ -95,7 +99,7 @@ class TrainBatches(_Windows):
         return np.array([self._shuffle(i, **order) if i < self.num_windows else FILLER for i in places], np.int64)
 
     def rows(self, step: int, rows: Iterable[int]) -> dict[str, np.ndarray]:
-        """`inputs` and `targets`, int32 `[rows, N]`: the given rows, in [0, batch size), of batch `step`."""
+        """As `read`: the given rows, in [0, batch size), of batch `step`."""
         return self.read(self.indices(step, rows))
 
 
@@ -113,6 +117,6 @@ class EvalBatches(_Windows):
             raise DataError(f"the split {split!r} is empty")
 
     def rows(self, batch: int, rows: Iterable[int]) -> dict[str, np.ndarray]:
-        """`inputs` and `targets`, int32 `[rows, N]`: the given rows of batch `batch`, in [0, num_batches)."""
+        """As `read`: the given rows of batch `batch`, in [0, num_batches)."""
         windows = np.array([batch * self.batch_size + row for row in rows], np.int64)
         return self.read(np.where(windows < self.num_windows, windows, FILLER))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from data.errors import DataError
@@ -79,6 +80,33 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """One id as SentencePiece shows it: a space as U+2581, a byte as <0x0A>, special ids as <s> and the like."""
         return self._processor.id_to_piece(int(token))
+
+    def piece_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: the bytes of text that each id stands for, none for special ids, EOS among them.
+
+        Over a document they add up to its UTF-8 bytes, but for those of a U+2581 in it, which counts as a space.
+        """
+        processor, ids = self._processor, range(self.vocab_size)
+        special = {token for token in ids if processor.is_control(token) or processor.is_unknown(token)}
+        lengths = [
+            0 if token in special else 1 if processor.is_byte(token) else len(_text(self.piece(token)).encode())
+            for token in ids
+        ]
+        return np.array(lengths, np.int32)
+
+
+def legible(piece: str) -> str:
+    """A tokenizer's piece as a reader can see it: spaces as middle dots, bytes as their sign or hexadecimal value."""
+    special = {"<s>": "[bos]", "</s>": "[eos]", "<unk>": "[unk]", "<pad>": "[pad]", "<0x0A>": "↵", "<0x09>": "⇥"}
+    if piece in special:
+        return special[piece]
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return f"[{byte[1]}]"
+    return piece.replace("\u2581", "·").replace(" ", "·")
+
+
+def _text(piece: str) -> str:
+    return piece.replace(SPACE_SYMBOL, " ")
 
 
 def _chunks(text: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ class Generation:
 
     cores: int  # TensorCores that share one device's work
     clock: float  # Hz
-    peak_flops: float  # FLOP/s in bfloat16
+    device_kind: str  # JAX's name of it, by which trainer.flops knows its peak
     hbm_bytes: float  # that a program may use: by the compiler, when a program needs more
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s of one ICI link in one direction
@@ -44,25 +44,25 @@ SQUARES: tuple[Sides, ...] = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8
 _THREE_SIDES = (True, 4, 4, CUBES)
 _TWO_SIDES = (False, 8, 16, SQUARES)
 GENERATIONS = {
-    # The clocks of v4, v5p and v5e are peak_flops over the FLOPs that their MXUs, 128 x 128 and four to a core, do in a
+    # The clocks of v4, v5p and v5e are the peak over the FLOPs that their MXUs, 128 x 128 and four to a core, do in a
     # cycle. v6e's is not to be had like that: by the published two MXUs of 256 x 256 it would have to run at 3.5 GHz.
     # At 1.75 GHz its peak is 524,600 FLOPs a cycle, of which the compiler's cycles for a matmul of 4,096 cubed use 87%,
     # as they do on v4 (v5p and v5e: 96%): tests/launch/plan/test_generations.py.
     # The DCN share of v4 is not published per chip: v5p's is assumed.
     "v4": Generation(
-        *(2, 1.05e9, 275e12, 30.75 * GIB, 1228e9, 50e9, 6.25e9),
+        *(2, 1.05e9, "TPU v4", 30.75 * GIB, 1228e9, 50e9, 6.25e9),
         *(*_THREE_SIDES, "v4", "tpu-ubuntu2204-base", "tpu-v4-podslice"),
     ),
     "v5p": Generation(
-        *(2, 1.75e9, 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9),
+        *(2, 1.75e9, "TPU v5", 95.74 * GIB, 2765e9, 100e9, 6.25e9),
         *(*_THREE_SIDES, "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice"),
     ),
     "v5e": Generation(
-        *(1, 1.5e9, 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9),
+        *(1, 1.5e9, "TPU v5 lite", 15.75 * GIB, 819e9, 50e9, 3.125e9),
         *(*_TWO_SIDES, "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
     ),
     "v6e": Generation(
-        *(1, 1.75e9, 918e12, 31.25 * GIB, 1640e9, 100e9, 12.5e9),
+        *(1, 1.75e9, "TPU v6 lite", 31.25 * GIB, 1640e9, 100e9, 12.5e9),
         *(*_TWO_SIDES, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice"),
     ),
 }

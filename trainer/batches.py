@@ -18,6 +18,7 @@ class Batch(TypedDict):
 
     inputs: Array  # int32 [B, N]
     targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
+    bytes: Array  # int32 [B], of text that a row's targets are
 
 
 class Rows(Protocol):
@@ -57,6 +58,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
+def rows_sharding(sharding: NamedSharding) -> NamedSharding:
+    """Of a batch's [B] arrays, beside [B, N] arrays of this layout."""
+    return NamedSharding(sharding.mesh, jax.P(*sharding.spec[:1]))
+
+
 def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
     """The batch of a step as global arrays; reads the rows that this host's devices hold, once each."""
     shape = (source.batch_size, source.context_length)
@@ -67,11 +73,12 @@ def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
         start, stop, _ = index[0].indices(shape[0])
         if (start, stop) not in blocks:
             blocks[start, stop] = source.rows(step, range(start, stop))
-        return blocks[start, stop][name][:, index[1]]
+        return blocks[start, stop][name][(slice(None), *index[1:])]
 
     return Batch(
         inputs=jax.make_array_from_callback(shape, sharding, lambda index: local(index, "inputs")),
         targets=jax.make_array_from_callback(shape, sharding, lambda index: local(index, "targets")),
+        bytes=jax.make_array_from_callback(shape[:1], rows_sharding(sharding), lambda index: local(index, "bytes")),
     )
 
 

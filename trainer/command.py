@@ -28,11 +28,12 @@ from trainer.errors import (
     ResumeError,
     StorageError,
 )
-from trainer.flags import CONFIG, OVERRIDE_RESUME, WORKDIR
+from trainer.flags import CONFIG, OVERRIDE_RESUME, PROFILE_STEPS, WORKDIR
 from trainer.hosts import join, last_words
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.peers import Peers
 from trainer.loop import train
+from trainer.profile import parse_steps
 from trainer.settings import read_settings
 
 
@@ -51,12 +52,14 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
     logger.setLevel(logging.INFO)  # of this program alone: Orbax and JAX say a great deal
     peers = None
     try:
-        settings = read_settings(CONFIG.value)
+        settings, traced = read_settings(CONFIG.value), parse_steps(PROFILE_STEPS.value)
         peers = join.initialize(settings.faults)
         interrupt.on_exit = functools.partial(_part, peers)
         compilation_cache.open_cache(settings.compilation_cache, str(WORKDIR.value))
         with logging_redirect_tqdm():
-            code = train(settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at)
+            code = train(
+                settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at, profile_steps=traced
+            )
     except (LeaseError, StorageError, UnreachableError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)
     except (ConfigError, ResumeError, DataError) as error:

@@ -20,6 +20,12 @@ class Evaluation:
 
     loss: float  # nats per token
     tokens: int
+    bytes: int  # of text
+
+    @property
+    def bits_per_byte(self) -> float:
+        """All bits of the loss over the bytes of the text: compares tokenizers. EOS costs bits and has no bytes."""
+        return self.loss * self.tokens / (math.log(2) * self.bytes)
 
     @property
     def perplexity(self) -> float:
@@ -44,13 +50,14 @@ def evaluate(
     Sums are kept in float64 on the host, so that the result does not depend on the number of batches before it.
     `requests` gives the array of `trainer.hosts.requests`; `progress` is called after each batch.
     """
-    nll, tokens = 0.0, 0
+    nll, tokens, text_bytes = 0.0, 0, 0
     pending = None
     for batch, _ in prefetch(source, range(num_batches), sharding):
         dispatched = eval_step(params, batch, requests())
         if pending is not None:
             values = jax.device_get(pending)
             nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
+            text_bytes += int(values["bytes"])
             progress()
             if values["requests"][Request.STOP]:
                 return None
@@ -60,4 +67,4 @@ def evaluate(
     if values["requests"][Request.STOP]:
         return None
     nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
-    return Evaluation(nll / tokens, tokens)
+    return Evaluation(nll / tokens, tokens, text_bytes + int(values["bytes"]))

@@ -12,6 +12,7 @@ from trainer.errors import EXIT_MISTAKE
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's checkpoints, TensorBoard events and result.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/c4.py:d12", lock_config=True)
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "Steps to trace, such as 100:105, which are 100 to 104.")
 OVERRIDE_RESUME = flags.DEFINE_multi_string(
     "override-resume",
     [],

@@ -99,10 +99,18 @@ class Goodput:
         return self._seconds | {"other": max(0.0, total - sum(self._seconds.values()))}
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: the share of time spent on new steps, and every cause's seconds."""
+        """For the writers: the share of time spent on new steps, and every cause's seconds."""
+        return {"run/goodput": self.fraction(), **{f"time/{cause}_seconds": s for cause, s in self.seconds().items()}}
+
+    def fraction(self) -> float:
+        """The share of time spent on new steps."""
         seconds = self.seconds()
-        fraction = seconds["steps"] / max(sum(seconds.values()), 1e-9)
-        return {"goodput/fraction": fraction, **{f"goodput/{cause}_seconds": s for cause, s in seconds.items()}}
+        return seconds["steps"] / max(sum(seconds.values()), 1e-9)
+
+    @property
+    def starts(self) -> int:
+        """How often the run was started."""
+        return self._starts
 
     def write(self) -> None:
         """Brings the workdir's file up to date. Storage that refuses it is no reason to stop training."""
@@ -111,7 +119,7 @@ class Goodput:
             return
         content = {
             "seconds": self.seconds(),
-            "goodput": self.scalars()["goodput/fraction"],
+            "goodput": self.fraction(),
             "starts": self._starts,
             "highest_step": self._highest_step,
             "loss": self._last_loss,

@@ -22,9 +22,15 @@ from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import Request
 from trainer.job import Job, open_job
 from trainer.lease import Lease
-from trainer.metrics import MetricsWriter, StepLog, progress_bar
-from trainer.outcomes import Outcomes
+from trainer.metrics.run import open_metrics
+from trainer.metrics.steps import StepLog
+from trainer.metrics.terminal import progress_bar
+from trainer.metrics.thinning import is_kept
+from trainer.metrics.writer import MetricsWriter
+from trainer.norms import norms_by_layer
+from trainer.outcomes import NORMS_EVERY, Outcomes
 from trainer.position import Position, begin_at
+from trainer.profile import Profiler
 from trainer.rollback import Rollback
 from trainer.saves import Saves
 from trainer.settings import Settings
@@ -41,12 +47,15 @@ def train(
     interrupt: Interrupt | None = None,
     override_resume: Sequence[str] = (),
     started_at: float | None = None,
+    writers: Sequence[MetricsWriter] = (),
+    profile_steps: range = range(0),
 ) -> int:
     """Trains to `settings.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
 
-    Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `goodput.json` and at the end `result.json` into
-    `workdir`. `override_resume` names config fields that may differ from the checkpoint's; `started_at` is when this
-    process began, in seconds of the monotonic clock.
+    Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `metrics.jsonl`, `goodput.json` and at the end
+    `result.json` into `workdir`. `override_resume` names config fields that may differ from the checkpoint's;
+    `started_at` is when this process began, in seconds of the monotonic clock; `writers` get the run's metrics too, and
+    `profile_steps` are traced.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
@@ -57,10 +66,11 @@ def train(
     """
     interrupt = interrupt or Interrupt()
     with Lease(interrupt.on_exit) as lease:
-        return _start(open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.monotonic()))
+        job = open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.monotonic())
+        return _start(job, writers, Profiler(workdir, profile_steps, job.is_main))
 
 
-def _start(job: Job) -> int:
+def _start(job: Job, writers: Sequence[MetricsWriter], profiler: Profiler) -> int:
     settings, workdir = job.settings, job.workdir
     finished = job.checkpoints.latest_step() == settings.steps and has_result(workdir)
     with jax.set_mesh(job.mesh), job.phases("work outside of steps"):
@@ -77,7 +87,7 @@ def _start(job: Job) -> int:
             return EXIT_FINISHED
         if job.is_main:
             logger.info("starting at step %d of %d", start.step, settings.steps)
-        run = Run(job, start, compiled or compiler.submit(compile_step))
+        run = Run(job, start, compiled or compiler.submit(compile_step), writers, profiler)
         compiler.shutdown(wait=False)
         with jax.transfer_guard("disallow"):  # a copy to or from the devices that nobody meant would keep them waiting
             return run.run()
@@ -98,8 +108,15 @@ class Run:
     `at` is where it is; all else is given, or remembers what is its own.
     """
 
-    def __init__(self, job: Job, start: Restored, compiled: concurrent.futures.Future[jax.stages.Compiled]) -> None:
-        """`compiled` is the train step."""
+    def __init__(
+        self,
+        job: Job,
+        start: Restored,
+        compiled: concurrent.futures.Future[jax.stages.Compiled],
+        writers: Sequence[MetricsWriter],
+        profiler: Profiler,
+    ) -> None:
+        """`compiled` is the train step; `writers` as in `train`."""
         settings, sharding = job.settings, batch_sharding(job.mesh)
         self.job, self.settings, self.phases = job, settings, job.phases
         source = TrainBatches(
@@ -112,20 +129,28 @@ class Run:
         self.at = self.begin_at(start)  # batches are read while the compiler still works
         with self.phases("waiting for the compiler", "compile"):
             self.train_step = compiled.result()
-        self.writer = MetricsWriter(f"{job.workdir}/tensorboard", start.step + 1, enabled=job.is_main)
+        self.writer = open_metrics(job, start.step + 1, writers)
         self.bar = progress_bar(settings.steps, "train", job.is_main, initial=start.step)
-        log = StepLog(self.writer, self.phases.goodput, settings.log_every_steps, self.bar, job.is_main, job.started_at)
-        self.outcomes = Outcomes(log.write, job.phases)
-        self.saves = Saves(job, self.outcomes, self.writer)
+        self.log = StepLog(job, self.writer, self.bar, lambda: self.saves.last_time)
+        self.outcomes = Outcomes(self.log.write, job.phases)
+        self.profiler = profiler
+        self.saves = Saves(job, self.outcomes, self.writer, profiler)
         self.validate = Validation(job, self.writer, self.saves.requests)
         self.check_replicas = make_replica_check(job.state_shape.params, job.mesh)
+        self.parameter_norms = jax.jit(norms_by_layer)
         self.rollback = Rollback(job.checkpoints, job.restore, source)
 
     def run(self) -> int:
         """Trains and evaluates; the exit code."""
         self.job.interrupt.can_save(self.settings.faults.exit_seconds)
         with self.bar:
-            trained = self.make_steps()
+            try:
+                trained = self.make_steps()
+            except BaseException:
+                self.log.explain()
+                raise
+            finally:
+                self.profiler.stop()
         if not trained:
             return self.leave()
         self.saves.save_for_good(self.at)
@@ -170,6 +195,7 @@ class Run:
                 return True
             if outcomes.requests & {Request.SAVE, Request.SAVE_AGAIN}:
                 self.saves.save(at)
+            self.profiler.before_step(at.step + 1, outcomes)
             self.make_step()
 
     def compare_replicas(self) -> None:
@@ -200,7 +226,9 @@ class Run:
             waited = time.monotonic() - start
             at.state, metrics = self.train_step(at.state, batch, self.saves.requests())
             at.step += 1
-            self.outcomes.add(at.step, metrics, {"loading_seconds": loading_seconds, "wait_seconds": waited})
+            if is_kept(at.step, NORMS_EVERY):  # in the step they would cost as much as the update's
+                metrics["norms"]["parameter"] = self.parameter_norms(at.state.params)
+            self.outcomes.add(at.step, metrics, loading_seconds, waited)
 
     def roll_back(self) -> None:
         """Goes back to the checkpoint before the bad steps, and leaves their batches out."""
@@ -212,6 +240,7 @@ class Run:
             start = self.rollback(first, last, self.at.skipped)
         self.at = self.begin_at(start)
         self.writer.withdraw(self.at.step + 1)
+        self.log.forget()
         self.outcomes.forget()
 
     def leave(self) -> int:
@@ -240,6 +269,7 @@ class Run:
                 "steps": self.settings.steps,
                 "loss": final.loss,
                 "perplexity": final.perplexity if math.isfinite(final.perplexity) else None,  # JSON knows no infinity
+                "bits_per_byte": final.bits_per_byte,
                 "tokens": final.tokens,
             }
             path = epath.Path(self.job.workdir, RESULT_FILE)

@@ -2,23 +2,29 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jax import Array
 
 from trainer import compilation_cache
 from trainer.goodput import Phases
 from trainer.hosts.requests import Request
+from trainer.metrics.thinning import is_kept
+from trainer.step import Metrics
+
+NORMS_EVERY = 100  # steps
 
 
 class Outcome(NamedTuple):
     """One step, on the host."""
 
     step: int  # updates done with it
-    metrics: dict[str, float]  # of `make_train_step`, but for the requests
-    data_seconds: dict[str, float]  # how its batch came
+    metrics: dict[str, float]  # the scalars of `make_train_step`
+    norms: dict[str, dict[str, Any]] | None  # its norms, of every so many steps and of bad ones
+    loading_seconds: float  # that its batch took to load, ahead of the loop
+    wait_seconds: float  # that the loop waited for it
     seconds: float  # since the step before was read, or since it began after a pause
+    own_seconds: float  # of these, those that this host did not wait for the devices
 
 
 class Outcomes:
@@ -35,7 +41,7 @@ class Outcomes:
         self.last_step, self.bad_steps = 0, 0
         self.requests: set[Request] = set()
         self._report, self._phases = report, phases
-        self._pending: tuple[int, dict[str, Array], dict[str, float]] | None = None
+        self._pending: tuple[int, Metrics, float, float] | None = None
         self._last_time: float | None = None
 
     def begin_step(self) -> None:
@@ -43,10 +49,10 @@ class Outcomes:
         if self._last_time is None:
             self._last_time = time.monotonic()
 
-    def add(self, step: int, metrics: dict[str, Array], data_seconds: dict[str, float]) -> None:
+    def add(self, step: int, metrics: Metrics, loading_seconds: float, wait_seconds: float) -> None:
         """Takes the metrics of a step just dispatched, and reads those of the step before."""
         self._read()
-        self._pending = step, metrics, data_seconds
+        self._pending = step, metrics, loading_seconds, wait_seconds
 
     def drain(self) -> None:
         """Waits for the last step dispatched and reads it; the pause that follows is not counted as step time."""
@@ -61,13 +67,19 @@ class Outcomes:
     def _read(self) -> None:
         if self._pending is None:
             return
-        (step, metrics, data_seconds), self._pending = self._pending, None
+        (step, metrics, loading_seconds, wait_seconds), self._pending = self._pending, None
+        norms = metrics.pop("norms")
+        start = time.monotonic()
         values = jax.device_get(metrics)
+        blocked = time.monotonic() - start
         compilation_cache.prove()
         self.requests |= {request for request in Request if values["requests"][request]}
         scalars = {name: float(value) for name, value in values.items() if name != "requests"}
         self.last_step, self.bad_steps = step, int(scalars["bad_steps"])
+        wanted = is_kept(step, NORMS_EVERY) or self.bad_steps
+        norms = jax.device_get(norms) if wanted else None
         now = time.monotonic()
         assert self._last_time is not None
         seconds, self._last_time = now - self._last_time, now
-        self._report(Outcome(step, scalars, data_seconds, seconds))
+        own_seconds = max(0.0, seconds - blocked)
+        self._report(Outcome(step, scalars, norms, loading_seconds, wait_seconds, seconds, own_seconds))

@@ -9,23 +9,28 @@ from jax import Array
 from trainer.errors import StorageError
 from trainer.hosts.requests import Request, request_array
 from trainer.job import Job
-from trainer.metrics import MetricsWriter
+from trainer.metrics.writer import MetricsWriter
 from trainer.outcomes import Outcomes
 from trainer.position import Position
+from trainer.profile import Profiler
 
 
 class Saves:
-    """The saves of one run: what asks for them, by the clock or after a failure, and what they take and leave."""
+    """The saves of one run: what asks for them, by the clock or after a failure, and what they take and leave.
 
-    def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter) -> None:
+    Attributes:
+      last_time: When the last one was started, or else the run, seconds of the monotonic clock.
+    """
+
+    def __init__(self, job: Job, outcomes: Outcomes, writer: MetricsWriter, profiler: Profiler) -> None:
         self._checkpoints, self._phases, self._interrupt = job.checkpoints, job.phases, job.interrupt
         settings = job.settings.checkpoint
         self._every_minutes, self._is_main = settings.every_minutes, job.is_main
         self.local_every_steps = settings.local_every_steps if settings.local_folder else 0
-        self._outcomes, self._writer = outcomes, writer
+        self._outcomes, self._writer, self._profiler = outcomes, writer, profiler
         self._request_array = functools.cache(functools.partial(request_array, job.mesh))
         self._failed = 0  # saves
-        self._last_time = time.monotonic()
+        self.last_time = time.monotonic()
 
     def requests(self) -> Array:
         """What this host asks of all, for the next step.
@@ -36,11 +41,12 @@ class Saves:
         saving = self._checkpoints.poll()
         if self._checkpoints.failures_in_a_row >= 2:
             raise StorageError(f"two checkpoints in a row could not be saved: {self._checkpoints.failure}")
-        overdue = 0 < 60 * self._every_minutes < time.monotonic() - self._last_time
+        overdue = 0 < 60 * self._every_minutes < time.monotonic() - self.last_time
         asked = {
             Request.STOP: self._interrupt.requested,
             Request.SAVE: self._is_main and overdue and saving == "idle",
             Request.SAVE_AGAIN: saving == "failed",
+            Request.PROFILE: self._profiler.asked,
         }
         return self._request_array(tuple(asked.values()))
 
@@ -55,8 +61,8 @@ class Saves:
             self._writer.flush()
             start = time.monotonic()
             self._checkpoints.save(at.step, at.state, at.notes(), loss)
-        self._last_time = time.monotonic()
-        scalars = {"checkpoint/stall_seconds": self._last_time - start, "checkpoint/failures": self._failed}
+        self.last_time = time.monotonic()
+        scalars = {"system/save_stall_seconds": self.last_time - start, "system/save_failures": self._failed}
         self._writer.write(at.step, scalars | self._phases.goodput.scalars())
 
     def add_loss(self, at: Position) -> None:

@@ -16,16 +16,18 @@ from jax import Array
 from jax.sharding import Mesh
 
 from selective_attention import TransformerConfig, lm_loss, memory_loss, reshard, selection_statistics
-from trainer.batches import Batch, batch_sharding
+from trainer.batches import Batch, batch_sharding, rows_sharding
 from trainer.hosts.requests import Request, request_sharding
+from trainer.norms import norms_by_layer
 from trainer.settings import Settings
 from trainer.state import Health, TrainState, learning_rate, make_optimizer, model_graph
 
 logger = logging.getLogger("trainer")
 
 
+TEXT_TOKENS = 32  # of a text whose masks are shown, BOS included
 _MEMORY = 0.99  # how much of the running mean of the loss a step keeps
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # of arrays, and of dicts of them
 TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[nnx.State, Batch, Array], Metrics]
 
@@ -38,7 +40,8 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
 
     Where the loss or the gradient is not finite, or the loss a spike (`faults.spike_factor`), parameters and optimizer
     state stay as they were; `state.health` counts. Metrics are float32 scalars: loss (cross-entropy, nats per token),
-    memory_loss, grad_norm (before clipping), learning_rate, tokens, bad_steps (in a row); and requests.
+    memory_loss, grad_norm (before clipping), learning_rate, tokens, bytes (of text), bad_steps (in a row); beside them
+    `norms`, of the gradient before clipping and of the update, both as `norms_by_layer`; and requests.
     """
     optimizer, schedule = make_optimizer(settings), learning_rate(settings)
     graph = model_graph(settings.transformer)
@@ -48,7 +51,8 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
         model = nnx.merge(graph, params)
         weights_BN = _weights(part, pad_id)
         hidden_BNE, forgotten_LBN = model.hidden(part["inputs"], memory_tau=tau if epsilon else None)
-        nll, _ = lm_loss(model.logits(hidden_BNE), part["targets"], weights_BN)
+        with jax.named_scope("loss"):
+            nll, _ = lm_loss(model.logits(hidden_BNE), part["targets"], weights_BN)
         loss = nll / num_tokens
         if not epsilon:
             return loss, {"loss": loss, "memory_loss": jnp.zeros_like(loss)}
@@ -62,7 +66,8 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
             grads, metrics = gradient(state.params, batch, num_tokens)
         else:
             # Row r goes to part r mod A: every device splits its own rows, none move.
-            parts = jax.tree.map(lambda x: _split_rows(x, settings.accumulation), batch)
+            tokens = {"inputs": batch["inputs"], "targets": batch["targets"]}
+            parts = jax.tree.map(lambda x: _split_rows(x, settings.accumulation), tokens)
 
             def add_part(total, part):
                 return jax.tree.map(jnp.add, total, gradient(state.params, part, num_tokens)), None
@@ -73,19 +78,23 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
         good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         if settings.faults.spike_factor:
             good &= metrics["loss"] <= settings.faults.spike_factor * state.health.mean_loss
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = optax.apply_updates(state.params, updates), opt_state
-        params, opt_state = jax.tree.map(
-            lambda new, old: jax.lax.select_n(good, old, new), updated, (state.params, state.opt_state)
-        )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updated = optax.apply_updates(state.params, updates), opt_state
+            params, opt_state = jax.tree.map(
+                lambda new, old: jax.lax.select_n(good, old, new), updated, (state.params, state.opt_state)
+            )
+            norms = {"gradient": norms_by_layer(grads), "update": norms_by_layer(updates)}
         health = _next_health(state.health, metrics["loss"], good)
         metrics |= {
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": num_tokens,
+            "bytes": jnp.sum(batch["bytes"]).astype(jnp.float32),
             "bad_steps": health.bad_steps.astype(jnp.float32),
             "requests": jnp.max(requests, axis=0),
         }
+        metrics["norms"] = norms
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
     return train_step
@@ -94,37 +103,42 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
 def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
     """The train step compiled for exactly these shapes and shardings, its state donated."""
     shape, sharding = (settings.batch_size, settings.context_length), batch_sharding(mesh)
-    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    rows: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows_sharding(sharding))
     requests = jax.ShapeDtypeStruct((mesh.size, len(Request)), jnp.int32, sharding=request_sharding(mesh))
     start = time.monotonic()
     with jax.set_mesh(mesh):  # of this thread
         step = jax.jit(make_train_step(settings, pad_id), donate_argnums=0)
-        compiled = step.lower(state_shape, Batch(inputs=rows, targets=rows), requests).compile()
+        compiled = step.lower(state_shape, Batch(inputs=tokens, targets=tokens, bytes=rows), requests).compile()
     logger.info("compiled the train step in %.1f s", time.monotonic() - start)
     return compiled
 
 
 def make_eval_step(model: TransformerConfig, pad_id: int) -> EvalStep:
-    """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens": their number, "requests"}`, as above."""
+    """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens", "bytes", "requests"}`, as above."""
     graph = model_graph(model)
 
     def eval_step(params: nnx.State, batch: Batch, requests: Array) -> Metrics:
         logits_BNV = nnx.merge(graph, params)(batch["inputs"])
         nll, tokens = lm_loss(logits_BNV, batch["targets"], _weights(batch, pad_id))
-        return {"nll": nll, "tokens": tokens, "requests": jnp.max(requests, axis=0)}
+        return {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["bytes"]), "requests": jnp.max(requests, axis=0)}
 
     return eval_step
 
 
 def make_selection_step(model: TransformerConfig, tau: float, pad_id: int) -> Callable[[nnx.State, Batch], Metrics]:
-    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L]; `tau` in
-    nats.
+    """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L], and
+    `text_f`, F of every layer over the first row's first tokens, [L, TEXT_TOKENS, TEXT_TOKENS]; `tau` in nats.
     """
     graph = model_graph(model)
 
     def selection_step(params: nnx.State, batch: Batch) -> Metrics:
         def statistics(f_BNM: Array) -> Metrics:
-            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), tau)
+            is_first_B = reshard(jnp.arange(f_BNM.shape[0]) == 0, "batch").astype(f_BNM.dtype)
+            text_f = jnp.sum(f_BNM[:, :TEXT_TOKENS, :TEXT_TOKENS] * is_first_B[:, None, None], axis=0)
+            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), tau) | {
+                "text_f": text_f
+            }
 
         return nnx.merge(graph, params).selection_masks(batch["inputs"], statistics)
 

@@ -3,14 +3,19 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from data import EvalBatches
+from data.tokenizer import legible
 from trainer.batches import batch_sharding, global_batch
 from trainer.evaluate import Evaluation, evaluate
 from trainer.job import Job
-from trainer.metrics import MetricsWriter, progress_bar
+from trainer.metrics import pictures
+from trainer.metrics.json_lines import read_metrics
+from trainer.metrics.terminal import progress_bar
+from trainer.metrics.writer import MetricsWriter
 from trainer.step import make_eval_step, make_selection_step
 
 
@@ -24,6 +29,9 @@ class Validation:
         self._sharding, self._phases, self._is_main = batch_sharding(job.mesh), job.phases, job.is_main
         self._writer, self._requests = writer, requests
         self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id))
+        self._workdir, self._every_steps = job.workdir, settings.eval.every_steps
+        tokenizer, inputs_BN = job.dataset.tokenizer(), self._batches.rows(0, range(1))["inputs"]
+        self._tokens = [legible(tokenizer.piece(token)) for token in inputs_BN[0]]  # of the text of the pictures
         self._selection_step = (
             jax.jit(make_selection_step(settings.transformer, settings.memory_loss.tau, job.pad_id))
             if settings.model.selective
@@ -48,13 +56,24 @@ class Validation:
                 self._eval_step, params, self._batches, num_batches, self._sharding, self._requests, on_batch
             )
         if result is not None:
-            self._writer.write(step, {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity})
+            figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+            self._writer.write(step, {f"run/validation_{figure}": value for figure, value in figures.items()})
             if self._selection_step is not None:
                 with self._phases("the selection's statistics", "evaluation"):
                     with jax.transfer_guard("allow"):  # in this thread, unlike all other batches
                         batch = global_batch(self._batches, 0, self._sharding)
-                    statistics = jax.device_get(self._selection_step(params, batch))
-                for statistic, value_L in statistics.items():
-                    layers = {f"{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
-                    self._writer.write(step, layers)
+                    self._show(step, jax.device_get(self._selection_step(params, batch)), name == "final")
         return result
+
+    def _show(self, step: int, statistics: dict[str, np.ndarray], is_final: bool) -> None:
+        """Of every layer, and every so often pictures; `statistics` as `make_selection_step`."""
+        text_f = statistics.pop("text_f")
+        for statistic, value_L in statistics.items():
+            layers = {f"selection_{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
+            self._writer.write(step, layers | {f"selection/{statistic}": float(value_L.mean())})
+        if self._is_main and (is_final or pictures.is_due(step // self._every_steps)):
+            self._writer.flush()
+            self._writer.image(
+                step, "selection/layers", pictures.layers_over_steps(read_metrics(self._workdir).scalars)
+            )
+            self._writer.image(step, "selection/text", pictures.text_masks(text_f, self._tokens[: text_f.shape[-1]]))

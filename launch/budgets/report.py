@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import DataError, open_dataset
+from data.tokenizer import legible
 from inference_budget import POLICIES, BudgetsError, eviction_times, model_fingerprint
 from inference_budget.interchange import budgets_of
 from launch import charts
-from launch.report.page import legible
 
 from .inputs import InputError, load_model, read_windows
 from .result import PointJson, SearchFile

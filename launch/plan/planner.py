@@ -9,6 +9,7 @@ from launch.plan.meshes import check_mesh
 from launch.plan.result import DoesNotFit, OversizedStep, Place, Plan, Run
 from launch.slices import Topology
 from trainer.errors import ConfigError
+from trainer.flops import mfu
 from trainer.settings import Settings
 
 Change = dict[str, object]  # fields of a config, with dots, and their values
@@ -35,28 +36,11 @@ def plan(config: Settings, topology: Topology, slices: int = 1) -> Plan | DoesNo
         hbm_limit_bytes=chip.hbm_bytes,
         headroom=1 - total / chip.hbm_bytes,
         step_ms=step_ms,
-        mfu=model_flops(config) / (step_ms / 1e3) / (chips * chip.peak_flops),
+        mfu=mfu(config, step_ms / 1e3, chips, chip.device_kind),
         tokens_per_second=tokens / (step_ms / 1e3),
         run=make_run(config, step_ms / 1e3, chips, step.state_bytes),
         step=step,
     )
-
-
-def model_flops(config: Settings) -> float:
-    """FLOPs of the model in a step: 6 x parameters in matmuls x tokens, and 12 x layers x heads' width x N x N / 2 a
-    sequence for causal attention; neither the selection nor what is recomputed counts.
-    """
-    length = config.context_length
-    attention = 12 * _layers_times_width(config) * length**2 / 2
-    return matmul_flops(config) + config.batch_size * attention
-
-
-def matmul_flops(config: Settings) -> float:
-    """Of `model_flops`, what is not attention: forward and backward of the projections, SwiGLU and the logits."""
-    model = config.transformer
-    counts = model.parameter_counts()
-    parameters = counts["attention"] + counts["mlp"] + model.vocab_size * model.d_model
-    return 6.0 * parameters * config.batch_size * config.context_length
 
 
 def make_run(config: Settings, step_seconds: float, chips: int, state_bytes: int) -> Run:
@@ -94,8 +78,3 @@ def _dataset_tokens(folder: str) -> int | None:
         return Manifest.from_json(path.read_text()).splits["train"].tokens or None
     except (DataError, KeyError) as error:
         raise ConfigError(f"--config.data.path={folder}: {error}") from error
-
-
-def _layers_times_width(config: Settings) -> int:
-    model = config.transformer
-    return model.num_layers * model.num_heads * model.head_dim

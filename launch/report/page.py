@@ -8,13 +8,13 @@ from documents or the command line goes through `escape`.
 import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from data.tokenizer import legible
 from launch import charts
 
 FORGOTTEN = 1.0  # F above which a token counts as forgotten, as tau in the paper's memory loss
@@ -99,16 +99,6 @@ def render(reports: Sequence[RunReport]) -> str:
     sections += [_masks_section(report.name, report.masks) for report in reports if report.masks is not None]
     template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
     return template.replace("@PALETTE@", charts.palette()).replace("@SECTIONS@", "\n".join(sections))
-
-
-def legible(piece: str) -> str:
-    """A tokenizer's piece as a reader can see it: spaces as middle dots, bytes as their sign or hexadecimal value."""
-    special = {"<s>": "[bos]", "</s>": "[eos]", "<unk>": "[unk]", "<pad>": "[pad]", "<0x0A>": "↵", "<0x09>": "⇥"}
-    if piece in special:
-        return special[piece]
-    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-        return f"[{byte[1]}]"
-    return piece.replace("\u2581", "·").replace(" ", "·")
 
 
 def _result_section(reports: Sequence[RunReport]) -> str:

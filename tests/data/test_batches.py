@@ -106,3 +106,10 @@ def test_a_split_smaller_than_a_batch_is_an_error(dataset: Dataset) -> None:
 def test_an_unknown_split_is_an_error_that_names_the_others(dataset: Dataset) -> None:
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
         EvalBatches(dataset, context_length=64, batch_size=2, split="test")
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_bytes_of_all_rows_are_those_of_the_text(dataset: Dataset, split: str) -> None:
+    batches = EvalBatches(dataset, context_length=32, batch_size=8, split=split)
+    counted = sum(int(batches.rows(i, range(8))["bytes"].sum()) for i in range(batches.num_batches))
+    assert counted == dataset.manifest.splits[split].text_bytes

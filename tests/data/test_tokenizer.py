@@ -68,3 +68,10 @@ def test_a_file_that_is_no_model_is_an_error(tmp_path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"x\.model: not a SentencePiece model"):
         Tokenizer.from_file(tmp_path / "x.model")
+
+
+def test_the_bytes_of_pieces_add_up_to_those_of_the_text(tokenizer):
+    lengths = tokenizer.piece_bytes()
+    for text in ("plain words", "two  spaces\n\ttab", "caf\u00e9 \u65e5\u672c \U0001f600", ""):
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+    assert not lengths[[tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id]].any()

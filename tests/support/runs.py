@@ -33,7 +33,7 @@ def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def losses(workdir: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+def losses(workdir: Path, name: str = "run/loss") -> list[tuple[int, float]]:
     """The loss series that TensorBoard shows, or another one."""
     events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
@@ -48,6 +48,6 @@ def assert_same_run(workdir: Path, undisturbed: Path) -> None:
     for name, value in expected.items():
         np.testing.assert_array_equal(state[name], value, err_msg=name)
     assert losses(workdir) == losses(undisturbed)
-    assert losses(workdir, "eval/loss") == losses(undisturbed, "eval/loss")
+    assert losses(workdir, "run/validation_loss") == losses(undisturbed, "run/validation_loss")
     assert [step for step, _ in losses(workdir)] == list(range(1, steps + 1))  # none missing, none doubled
     assert json.loads((workdir / "result.json").read_text()) == result

@@ -12,7 +12,7 @@ from flax import nnx
 from data import TrainBatches, open_dataset
 from tests.support import ROOT
 from tests.support.runs import TINY
-from trainer.batches import RemainingBatches, batch_sharding
+from trainer.batches import RemainingBatches, batch_sharding, rows_sharding
 from trainer.checkpoints.manager import Checkpoints
 from trainer.errors import EXIT_CORRUPT, EXIT_DIVERGED, EXIT_PEER_LOST, ReplicaError
 from trainer.hosts.replicas import make_replica_check
@@ -42,6 +42,7 @@ class Steps:
         batch = {
             name: jax.device_put(x, batch_sharding(self.mesh)) for name, x in (("inputs", inputs), ("targets", targets))
         }
+        batch["bytes"] = jax.device_put(np.ones(len(inputs), np.int32), rows_sharding(batch_sharding(self.mesh)))
         with jax.set_mesh(self.mesh):
             return self._step(state, batch, self._requests)
 

@@ -7,15 +7,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.runs import losses
 from trainer import events
-from trainer.metrics import MetricsWriter
+from trainer.metrics.tensorboard import TensorBoardWriter
 
 
 def write(workdir: Path, first: int, last: int) -> Path:
     """One process's points; its file."""
     before = set(workdir.glob("tensorboard/*"))
-    writer = MetricsWriter(f"{workdir}/tensorboard", first)
+    writer = TensorBoardWriter(f"{workdir}/tensorboard", first)
     for step in range(first, last + 1):
-        writer.write(step, {"train/loss": float(step), "data/wait_seconds": 0.5})
+        writer.write(step, {"run/loss": float(step), "system/data_wait_seconds": 0.5})
     writer.close()
     return max(path for path in set(workdir.glob("tensorboard/*")) - before if not path.name.endswith(events.MENDED))
 
@@ -68,9 +68,9 @@ def test_a_clock_that_was_set_back_hides_no_point(tmp_path, monkeypatch):
 def test_a_folder_that_was_moved_away_is_not_made_anew(tmp_path, caplog):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    writer = MetricsWriter(f"{workdir}/tensorboard", 1)
+    writer = TensorBoardWriter(f"{workdir}/tensorboard", 1)
     workdir.rename(tmp_path / "moved")
     for step in (1, 2, 3):
-        writer.write(step, {"train/loss": 1.0})
+        writer.write(step, {"run/loss": 1.0})
         writer.flush()
     assert not workdir.exists() and "cannot be written for now" in caplog.text

@@ -66,7 +66,7 @@ def test_no_second_is_negative_after_the_clock_was_set_back(tmp_path, monkeypatc
         second.write()
         seconds = second.seconds()
     assert seconds["steps"] == 50 and all(value >= 0 for value in seconds.values())
-    assert 0 <= second.scalars()["goodput/fraction"] <= 1 and "%" in second.summary()
+    assert 0 <= second.scalars()["run/goodput"] <= 1 and "%" in second.summary()
 
 
 def test_the_seconds_of_all_starts_add_up_to_the_time_that_passed(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from trainer.batches import batch_sharding
+from trainer.batches import batch_sharding, rows_sharding
 from trainer.hosts.requests import Request, request_array
 from trainer.mesh import AXES, make_mesh
 from trainer.settings import read_settings
@@ -58,7 +58,8 @@ def batches(config: ConfigDict, mesh, steps: int):
     for _ in range(steps):
         inputs, targets = rng.integers(1, 512, (2, config.batch_size, config.context_length), dtype=np.int32)
         targets[-3:, 11:] = 0
-        yield {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
+        batch = {"inputs": jax.device_put(inputs, sharding), "targets": jax.device_put(targets, sharding)}
+        yield batch | {"bytes": jax.device_put(np.ones(len(inputs), np.int32), rows_sharding(sharding))}
 
 
 class Run(NamedTuple):
@@ -128,6 +129,6 @@ def test_what_one_host_asks_for_reaches_all():
         step = jax.jit(make_train_step(settings, pad_id=0))
         (batch,) = batches(config, mesh, 1)
         rows = np.zeros((8, len(Request)), np.int32)
-        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [0, 0, 0]
+        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [0, 0, 0, 0]
         rows[5, Request.STOP] = rows[6, Request.SAVE_AGAIN] = 1
-        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [1, 0, 1]
+        assert step(state, batch, request_array(mesh, rows))[1]["requests"].tolist() == [1, 0, 1, 0]

@@ -103,7 +103,7 @@ def test_sigterm_in_an_evaluation_loses_neither_its_point_nor_the_best_checkpoin
     code, output = finish(start_trainer(tmp_path, **keep))
     assert code == 0, output
     assert_same_run(tmp_path, undisturbed)
-    losses_by_step = dict(losses(undisturbed, "eval/loss"))
+    losses_by_step = dict(losses(undisturbed, "run/validation_loss"))
     assert losses_by_step[20] < losses_by_step[10]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"20", "30"}
 

@@ -45,3 +45,6 @@ def test_statistics_on_a_mesh_are_those_of_the_mask(tiny_config, shape):
             if t.any()
         ]
         np.testing.assert_allclose(statistics["peak_memory"][layer], np.mean(memory), rtol=1e-4)
+        lengths = [np.count_nonzero(t) for t in targets if t.any()]
+        np.testing.assert_allclose(statistics["memory_loss"][layer], np.mean(np.divide(memory, lengths)), rtol=1e-4)
+        np.testing.assert_allclose(statistics["text_f"][layer], f_BNM[0], rtol=1e-4, atol=1e-5)

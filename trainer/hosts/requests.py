@@ -17,6 +17,7 @@ class Request(enum.IntEnum):
     STOP = 0  # it was told to stop
     SAVE = 1  # a checkpoint is due by the clock
     SAVE_AGAIN = 2  # its part of the last save failed
+    PROFILE = 3  # somebody asked it for a trace
 
 
 def request_sharding(mesh: Mesh) -> NamedSharding:

@@ -52,14 +52,18 @@ def selection_statistics(f_BNM: Array, weights_BN: Array, tau: float) -> dict[st
       mean_f: F averaged over all pairs (query, earlier key or itself).
       forgotten_fraction: of those pairs, the share with F > tau.
       peak_memory: the largest M of section 3 over the queries of a sequence, averaged over sequences, tokens.
+      memory_loss: the same over the sequence's length: the layer's term of the memory loss.
     """
     counted_BN = (weights_BN > 0).astype(f_BNM.dtype)
     causal_NM = jnp.tril(jnp.ones(f_BNM.shape[-2:], f_BNM.dtype))
     pairs = jnp.maximum(jnp.sum(counted_BN * jnp.sum(causal_NM, axis=-1)), 1)
     forgotten_BN = jnp.sum(jnp.minimum(f_BNM, tau) / tau, axis=-1)
     peak_B = jnp.max(memory_per_query(forgotten_BN) * counted_BN, axis=-1)
+    length_B = jnp.sum(counted_BN, axis=-1)
+    sequences = jnp.maximum(jnp.sum(length_B > 0), 1)
     return {
         "mean_f": jnp.sum(jnp.sum(f_BNM * causal_NM, axis=-1) * counted_BN) / pairs,
         "forgotten_fraction": jnp.sum(jnp.sum((f_BNM > tau) * causal_NM, axis=-1) * counted_BN) / pairs,
-        "peak_memory": jnp.sum(peak_B) / jnp.maximum(jnp.sum(jnp.any(counted_BN > 0, axis=-1)), 1),
+        "peak_memory": jnp.sum(peak_B) / sequences,
+        "memory_loss": jnp.sum(peak_B / jnp.maximum(length_B, 1)) / sequences,
     }

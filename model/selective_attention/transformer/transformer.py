@@ -115,8 +115,10 @@ class Block(nnx.Module):
 
     def __call__(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
         """x [B, N, E], positions int32 [N] or [B, N], attention -> (x of the next layer, what `attend` adds)."""
-        x_BNE, extra = self.attention(x_BNE, position_N, attend)
-        return self.mlp(x_BNE), extra
+        with jax.named_scope("attention"):
+            x_BNE, extra = self.attention(x_BNE, position_N, attend)
+        with jax.named_scope("mlp"):
+            return self.mlp(x_BNE), extra
 
     def attention(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
         """The first half of the layer: x + attention, and what `attend` adds."""
@@ -210,7 +212,8 @@ class Transformer(nnx.Module):
             told = AttentionOptions(
                 evict_at=layer_evict_at, segment_ids=segment_ids, memory_tau=memory_tau, logit_bound=block.logit_bound
             )
-            return block(x_BNE, position_N, attending(c, told))
+            with jax.named_scope("layer"):
+                return block(x_BNE, position_N, attending(c, told))
 
         unroll, x_BNE = 1 if c.scan_layers else c.num_layers, self.embed(tokens_BN, position_N)
         x_BNE, forgotten_LBN = scanned(c.remat, self.blocks, layer, x_BNE, evict_at, unroll)

@@ -17,12 +17,13 @@ import pytest
 
 from configs import demo
 from data import open_dataset, prepare
+from data.tokenizer import legible
 from launch.report import __main__ as report
-from launch.report.page import Curve, SentenceMasks, legible
+from launch.report.page import Curve, SentenceMasks
 from tests.support import ROOT
 from trainer.export import load_model
 from trainer.loop import train
-from trainer.metrics import MetricsWriter
+from trainer.metrics.tensorboard import TensorBoardWriter
 from trainer.settings import read_settings
 
 TEXT = "the mask of a token grows with every later query that finds it stale so old words fade from view"
@@ -185,15 +186,15 @@ def test_the_terminal_table_has_a_line_for_each_run(written, runs):
 
 @pytest.mark.parametrize("first_step", [4, 1], ids=["from a checkpoint", "from the start"])
 def test_a_restarted_run_shows_the_later_value_of_a_step(tmp_path, first_step):
-    first = MetricsWriter(str(tmp_path / "tensorboard"), 1)
+    first = TensorBoardWriter(str(tmp_path / "tensorboard"), 1)
     for step in range(1, 6):
-        first.write(step, {"train/loss": 10.0 + step})
+        first.write(step, {"run/loss": 10.0 + step})
     first.close()
-    second = MetricsWriter(str(tmp_path / "tensorboard"), first_step)
+    second = TensorBoardWriter(str(tmp_path / "tensorboard"), first_step)
     for step in range(first_step, 8):
-        second.write(step, {"train/loss": 20.0 + step})
+        second.write(step, {"run/loss": 20.0 + step})
     second.close()
-    curve = report.read_scalar(tmp_path, "train/loss")
+    curve = report.read_scalar(tmp_path, "run/loss")
     values = [(10 if step < first_step else 20) + step for step in range(1, 8)]
     assert curve == Curve([1, 2, 3, 4, 5, 6, 7], values)
     assert report.read_scalar(tmp_path, "no/such") == Curve([], [])

@@ -10,7 +10,7 @@ from etils import epath
 from data import files
 from trainer.checkpoints.disk import check_workdir, write_file
 from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, ExitCode, StorageError
-from trainer.metrics import MetricsWriter
+from trainer.metrics.tensorboard import TensorBoardWriter
 
 # One save on the way, and steps enough after it for another attempt.
 RARE_SAVES = {"steps": 1200, "checkpoint__every_steps": 400, "eval__every_steps": 10_000, "checkpoint__keep_best": 0}
@@ -49,18 +49,18 @@ def fill(disk: Path) -> Path:
 # TensorBoard's own thread ends with the error, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_points_that_a_full_disk_refuses_are_in_tensorboard_once_there_is_space(small_disk, loss_series, caplog):
-    writer = MetricsWriter(f"{small_disk}/tensorboard", 1)
+    writer = TensorBoardWriter(f"{small_disk}/tensorboard", 1)
     for step in range(1, 6):
-        writer.write(step, {"train/loss": float(step)})
+        writer.write(step, {"run/loss": float(step)})
     writer.flush()
     filler = fill(small_disk)
     for step in range(6, 400):  # more than what is left of the file's last page
-        writer.write(step, {"train/loss": float(step)})
+        writer.write(step, {"run/loss": float(step)})
     writer.flush()
     assert "cannot be written for now" in caplog.text
     writer.flush()
     filler.unlink()
-    writer.write(400, {"train/loss": 400.0})
+    writer.write(400, {"run/loss": 400.0})
     writer.close()
     assert loss_series(small_disk) == [(step, float(step)) for step in range(1, 401)]
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: scalars in TensorBoard event files, written by process 0, and lines on the terminal."""
+"""Metrics as TensorBoard event files."""
 
 import collections
 import logging
@@ -7,33 +7,32 @@ from collections.abc import Mapping
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tqdm import tqdm
 
 from trainer.events import EventFile, mend
-from trainer.goodput import Goodput
-from trainer.outcomes import Outcome
+from trainer.metrics import summaries
+from trainer.metrics.writer import MetricsWriter
 
 logger = logging.getLogger("trainer")
 _MOST_KEPT = 100_000  # events
 
 
-class MetricsWriter:
-    """TensorBoard scalars in `directory`; does nothing where `enabled` is false, so that every host can call it.
+class TensorBoardWriter(MetricsWriter):
+    """Event files in `directory`.
 
     Storage that refuses them is no reason to stop training: they are kept, and written once it takes them again.
     """
 
-    def __init__(self, directory: str, first_step: int, enabled: bool = True) -> None:
+    def __init__(self, directory: str, first_step: int) -> None:
         """`first_step`: as `withdraw`, of what earlier processes wrote."""
-        self._directory, self._enabled = directory, enabled
+        self._directory = directory
         self._writer: EventFile | None = None
         self._kept: collections.deque[Event] = collections.deque(maxlen=_MOST_KEPT)  # not known to be in the file
-        if enabled:
-            try:
-                mend(directory)
-            except OSError as error:
-                logger.warning("TensorBoard's events cannot be looked at for damage: %s", error)
+        try:
+            mend(directory)
+        except OSError as error:
+            logger.warning("TensorBoard's events cannot be looked at for damage: %s", error)
         self.withdraw(first_step)  # even from step 1: an earlier process may have died before its first checkpoint
+        self._summarise(first_step, summaries.layout())
         self.flush()
 
     def withdraw(self, first_step: int) -> None:
@@ -43,7 +42,16 @@ class MetricsWriter:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One point for every name. A slash in a name groups charts."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._summarise(step, *values)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        self._summarise(step, summaries.text(name, markdown))
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._summarise(step, summaries.image(name, png))
+
+    def hparams(self, step: int, values: Mapping[str, bool | float | str]) -> None:
+        self._summarise(step, *summaries.hparams(values))
 
     def flush(self) -> None:
         """Returns when everything written so far is in the file, or storage has refused it."""
@@ -70,9 +78,10 @@ class MetricsWriter:
         if self._writer:
             self._writer.close()
 
+    def _summarise(self, step: int, *values: Summary.Value) -> None:
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
     def _add(self, event: Event) -> None:
-        if not self._enabled:
-            return
         self._kept.append(event)
         try:
             if self._writer:
@@ -83,35 +92,3 @@ class MetricsWriter:
     def _refused(self, error: OSError) -> None:
         logger.warning("TensorBoard's events cannot be written for now, and are kept: %s", error)
         self._writer = None
-
-
-class StepLog:
-    """Writes what steps said: to TensorBoard, to goodput, to the progress bar or, where there is none, in lines."""
-
-    def __init__(
-        self, writer: MetricsWriter, goodput: Goodput, every_steps: int, bar: tqdm, is_main: bool, started_at: float
-    ) -> None:
-        self._writer, self._goodput, self._every_steps, self._bar = writer, goodput, every_steps, bar
-        self._is_main, self._started_at = is_main, started_at
-
-    def write(self, outcome: Outcome) -> None:
-        """To be called once for each step, in order."""
-        step, metrics, data_seconds, seconds = outcome
-        waited = min(seconds, data_seconds["wait_seconds"])
-        self._goodput.add("data", waited)
-        self._goodput.step(step, seconds - waited, metrics["loss"])
-        times = {"step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        self._writer.write(step, {f"train/{name}": value for name, value in (metrics | times).items()})
-        self._writer.write(step, {f"data/{name}": value for name, value in data_seconds.items()})
-        if self._started_at and self._is_main:
-            logger.info("first step done %.1f s after the process began", time.monotonic() - self._started_at)
-            self._started_at = 0.0
-        self._bar.n = step
-        self._bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-        if self._bar.disable and self._is_main and step % self._every_steps == 0:
-            logger.info("step %d loss %.4f, %.2f s a step", step, metrics["loss"], seconds)
-
-
-def progress_bar(total: int, description: str, is_main: bool, initial: int = 0) -> tqdm:
-    """On a terminal a bar; in a file nothing (None: only there), since lines are easier to read there."""
-    return tqdm(total=total, initial=initial, desc=description, unit="step", disable=None if is_main else True)

@@ -1,0 +1,29 @@
+"""Norms by layer and kind: where a run that goes wrong begins to."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+_MLP = ("w_gate", "w_up", "w_down")
+
+
+def norms_by_layer(tree: nnx.State) -> dict[str, Array]:
+    """Euclidean norms, float32, of parameters or of what is laid out as they are, such as gradients: `attention`, `mlp`
+    and `norms` [L], and of each parameter that belongs to no layer a scalar by its name.
+    """
+    squares: dict[str, list[Array]] = collections.defaultdict(list)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        first, *rest = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        is_stacked = first == "blocks"
+        axes = tuple(range(1 if is_stacked else 0, leaf.ndim))
+        squares[_kind(rest[0]) if is_stacked else first].append(jnp.sum(jnp.square(leaf), axis=axes))
+    return {kind: jnp.sqrt(sum(parts)) for kind, parts in squares.items()}
+
+
+def _kind(parameter: str) -> str:
+    if parameter in _MLP:
+        return "mlp"
+    return "norms" if parameter.endswith("norm") else "attention"
