@@ -21,7 +21,7 @@ from flax import nnx
 from selective_attention import Transformer, TransformerConfig, export_safetensors
 from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
-from trainer.errors import ResumeError, StorageError
+from trainer.errors import ConfigError, ResumeError, StorageError
 from trainer.settings import Settings, read_saved
 from trainer.state import TrainState, init_state, model_graph
 
@@ -72,8 +72,13 @@ def export(workdir: str, output: str | None = None) -> Path:
     """Writes the model and returns its folder, which appears only when it is complete.
 
     Raises:
+      ConfigError: the folder would be in a bucket.
       ResumeError: there is no checkpoint.
     """
+    if "://" in (output or workdir):
+        raise ConfigError(
+            f"an export is written on this machine, not to {output or workdir}; give a folder with --output"
+        )
     model, _, step = load_model(workdir)
     folder = Path(output) if output else Path(workdir) / "export" / str(step)
     if output is None and folder.exists():
@@ -100,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         print(export(options.workdir, options.output))
-    except (ResumeError, StorageError, OSError) as error:
+    except (ConfigError, ResumeError, StorageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

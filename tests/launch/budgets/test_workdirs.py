@@ -13,7 +13,7 @@ from launch.budgets.inputs import load_model
 from selective_attention import TransformerConfig, import_safetensors
 from tests.support.runs import TINY
 from trainer.checkpoints.manager import Checkpoints
-from trainer.export import export
+from trainer.export import export, main
 from trainer.mesh import make_mesh
 from trainer.settings import read_settings
 from trainer.state import abstract_state
@@ -64,3 +64,13 @@ def test_an_export_in_the_workdir_can_be_read_by_whom_the_umask_lets(workdir):
     modes = {path.relative_to(workdir).as_posix(): path.stat().st_mode & 0o777 for path in files(workdir / "export")}
     assert modes == {"export/3": 0o755, "export/3/config.json": 0o644, "export/3/model.safetensors": 0o644}
     assert export(str(workdir)) == folder
+
+
+@pytest.mark.parametrize("more", [[], ["--output=gs://bucket/export"]])
+def test_an_export_into_a_bucket_is_refused_in_one_line(more, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["export", "--workdir=gs://bucket/run", *more])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: an export is written on this machine, not to gs://bucket/")
+    assert said.endswith("; give a folder with --output\n") and said.count("\n") == 1
