@@ -14,7 +14,7 @@ import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 import jax
 import numpy as np
@@ -23,10 +23,9 @@ from flax import nnx
 from selective_attention import Transformer
 
 from .budgets import Budgets, BudgetsError, check_budgets
-from .policies import EvictionPolicy, check_policy, find_policy, policy_name
+from .policies import EvictionPolicy, check_policy, find_policy, policy_name, policy_source
 
 FORMAT = "inference_budget.Budgets/1"
-EXECUTION = ("remat", "scan_layers", "attention")  # fields of a config that say how to compute, not what
 
 
 class Source(TypedDict):
@@ -42,6 +41,7 @@ class BudgetsFile(TypedDict):
     checkpoint: Source
     context_length: int
     policy: str
+    policy_source: NotRequired[str]  # SHA-256 of the module of a policy of one's own
     budgets: list[int]
 
 
@@ -71,6 +71,8 @@ def save_budgets(
         "policy": policy_name(policy),
         "budgets": list(budgets.tokens),
     }
+    if source := policy_source(policy):
+        content["policy_source"] = source
     write_budgets_file(path, content)
 
 
@@ -78,7 +80,8 @@ def load_budgets(path: str | Path, model: Transformer) -> tuple[Budgets, Evictio
     """What `save_budgets`, or a search, wrote about this very model.
 
     Raises:
-      BudgetsError: no such file, another model's budgets, or a file that was changed to what cannot be used.
+      BudgetsError: no such file, another model's budgets, those of a policy whose module was changed since, or a file
+        that was changed to what cannot be used.
     """
     budgets, policy = budgets_of(read_budgets_file(path, BudgetsFile), model_fingerprint(model))
     check_budgets(budgets, model.config)
@@ -91,10 +94,11 @@ def model_fingerprint(model: Transformer) -> str:
 
     Fields at their defaults are left out, so that a field that a later version adds changes nothing.
     """
+    execution = model.config.machine_fields()
     config = {
         field.name: str(getattr(model.config, field.name))
         for field in dataclasses.fields(model.config)
-        if field.name not in EXECUTION and getattr(model.config, field.name) != field.default
+        if field.name not in execution and getattr(model.config, field.name) != field.default
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param))):
@@ -167,11 +171,18 @@ def _mistakes(value: Any, hint: Any, name: str) -> Iterator[str]:
 
 
 def budgets_of(content: BudgetsFile, fingerprint: str) -> tuple[Budgets, EvictionPolicy]:
-    """Raises BudgetsError if the file is another model's, or says what cannot be used."""
+    """Raises BudgetsError if the file is another model's or another policy's, or says what cannot be used."""
     checkpoint, found_for = content["checkpoint"], content["checkpoint"]["fingerprint"]
     if found_for != fingerprint:
         raise BudgetsError(
             f"these budgets were found for another model, {checkpoint['path']} ({found_for[:12]}, not "
             f"{fingerprint[:12]}); search again for this one"
         )
-    return Budgets(tuple(content["budgets"]), content["context_length"]), find_policy(content["policy"])
+    policy = find_policy(content["policy"])
+    source = policy_source(policy)
+    if content.get("policy_source", source) != source:
+        raise BudgetsError(
+            f"the module of {content['policy']} was changed since these budgets were found with it; bring it back, "
+            "search again, or delete policy_source from their file to use them all the same"
+        )
+    return Budgets(tuple(content["budgets"]), content["context_length"]), policy

@@ -10,7 +10,10 @@ Shape letters: README.md. A policy that evicts per head has a row for each key/v
 """
 
 import dataclasses
+import hashlib
 import importlib
+import inspect
+import sys
 from typing import ClassVar, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -229,6 +232,19 @@ def policy_name(policy: EvictionPolicy) -> str:
             f"no name stands for {policy!r} in a file; make it what a class in a module of yours defaults to"
         )
     return name
+
+
+def policy_source(policy: EvictionPolicy) -> str | None:
+    """The SHA-256 of the source of the module that a policy of one's own is in; None for one of POLICIES, or where
+    there is no source.
+    """
+    if POLICIES.get(policy.name) == policy:
+        return None
+    try:
+        source = inspect.getsource(sys.modules[type(policy).__module__])
+    except (OSError, TypeError):  # of a compiled module
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def check_policy(policy: EvictionPolicy, config: TransformerConfig) -> None:

@@ -1,5 +1,6 @@
 """What budgets.json keeps, and which files are refused."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -19,6 +20,8 @@ from inference_budget import (
     save_budgets,
 )
 from inference_budget.interchange import BudgetsFile, budgets_of, read_budgets_file, write_budgets_file
+from selective_attention import TransformerConfig
+from selective_attention.transformer.config import MACHINE
 from tests.support.small_model import LENGTH, make_model
 
 CONTENT = {
@@ -68,6 +71,17 @@ def test_a_fingerprint_is_of_what_a_model_computes_and_not_of_how():
         assert model_fingerprint(changed) != fingerprint
 
 
+def test_a_way_to_compute_that_a_later_version_adds_leaves_the_fingerprint():
+    @dataclasses.dataclass(frozen=True)
+    class Later(TransformerConfig):
+        precise: bool = dataclasses.field(default=False, metadata=MACHINE)
+
+    model = make_model()
+    fingerprint = model_fingerprint(model)
+    model.config = Later(**dataclasses.asdict(model.config), precise=True)
+    assert model_fingerprint(model) == fingerprint
+
+
 def test_a_file_of_another_format_is_refused(tmp_path):
     (tmp_path / "budgets.json").write_text(json.dumps(CONTENT))
     with pytest.raises(ValueError, match=r"does not say that its format is 'inference_budget\.Budgets/1'"):
@@ -103,6 +117,17 @@ def test_a_policy_of_one_s_own_is_found_again_by_its_module_and_class(newest, tm
     save_budgets(path, model, Budgets((3, 9), LENGTH), newest.NewestFirst(), checkpoint="/runs/one")
     assert json.loads(path.read_text())["policy"] == "newest_first:NewestFirst"
     assert load_budgets(path, model)[1] == newest.NewestFirst()
+
+
+def test_budgets_of_a_policy_whose_module_was_changed_are_refused(newest, tmp_path):
+    model, path = make_model(), tmp_path / "budgets.json"
+    save_budgets(path, model, Budgets((3, 9), LENGTH), newest.NewestFirst(), checkpoint="/runs/one")
+    with open(newest.__file__, "a") as module:
+        module.write("# changed\n")
+    with pytest.raises(
+        BudgetsError, match=r"the module of newest_first:NewestFirst was changed since .*; bring it back"
+    ):
+        load_budgets(path, model)
 
 
 @pytest.mark.parametrize("name", POLICIES)
