@@ -16,10 +16,10 @@ from typing import NoReturn
 
 import jax
 
-from data import Dataset, open_dataset
-from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, model_fingerprint
+from data import DataError, Dataset, open_dataset
+from inference_budget import POLICIES, Budgets, BudgetsError, Decoder, Evaluator, EvictionPolicy, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
-from selective_attention import Transformer
+from selective_attention import SamplingError, Transformer
 from trainer.compilation_cache import open_shared_cache
 
 from .inputs import InputError, check_output, check_vocabulary, load_model, read_windows
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(EXIT_UNREAD)
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED, f"interrupted; {options.interrupted}")
-    except ValueError as error:
+    except (InputError, DataError, BudgetsError, SamplingError) as error:
         _leave(EXIT_MISTAKE, f"error: {error}")
     except OSError as error:
         _leave(
@@ -105,14 +105,15 @@ def run_generate(options: argparse.Namespace) -> None:
     drawn: list[int] = []
     shown: str | None = None  # of what was drawn; nothing at all before the prompt is taken in, which may be refused
 
-    def show(tokens: list[list[int]]) -> None:
+    def show(tokens: list[list[int]], *, last: bool = False) -> None:
         nonlocal shown
         drawn.extend(token for token in tokens[0] if token < tokenizer.vocab_size)  # a model may have more
         if shown is None:
             print(text, end="", flush=True)
             shown = ""
         whole = tokenizer.decode(drawn)
-        if whole.startswith(shown) and not whole.endswith("\ufffd"):  # half a character waits for its other half
+        half = whole.endswith("\ufffd") and not last  # of a character, which waits for its other half
+        if whole.startswith(shown) and not half:
             print(whole[len(shown) :], end="", flush=True)
             shown = whole
 
@@ -126,6 +127,7 @@ def run_generate(options: argparse.Namespace) -> None:
         stop_ids=[tokenizer.eos_id],
         on_tokens=show,
     )
+    show([[]], last=True)
     print()
 
 

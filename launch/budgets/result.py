@@ -73,6 +73,7 @@ class Identity(TypedDict):
     data: Source
     context_length: int
     policy: str
+    policy_source: NotRequired[str]
     windows: dict[str, int]  # by split
 
 
@@ -137,8 +138,12 @@ class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):
         try:
             text = path.read_text() if path.exists() else ""
             first, *lines = text.splitlines() or [""]
-            if first != header and (lines or not header.startswith(first)):  # or the disk was full before it was whole
-                raise InputError(f"{path} is of another search; remove it, or give another --output")
+            ours = header.startswith(first.partition(":")[0])  # or empty, or cut off on a full disk
+            if first != header and (lines or not ours):  # with a first line alone nothing is lost
+                raise InputError(
+                    f"{path} is of another search, or of this policy before a change; remove it, or give "
+                    "another --output"
+                )
             self._stream = path.open("ab" if first == header else "wb", buffering=0)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the journal {path} cannot be used ({error}); give another --output") from error

@@ -26,6 +26,8 @@ from inference_budget import (
     uniform,
 )
 from inference_budget.interchange import write_budgets_file
+from inference_budget.policies import policy_source
+from inference_budget.search import check_steps
 from selective_attention import Transformer
 
 from .inputs import InputError, check_output, check_vocabulary, load_model, located, read_windows
@@ -53,6 +55,8 @@ def run_search(options: argparse.Namespace) -> None:
     if length > model.config.max_length:
         most = model.config.max_length
         raise InputError(f"--context={length}: the model was made for contexts of {most} tokens; give at most that")
+    step = options.step or max(length // 32, 1)
+    check_steps(length, step, options.first_step or step)
     training = read_windows(dataset, "train", length, options.windows)
     validation = read_windows(dataset, "validation", length, options.validation_windows)
     identity: Identity = {
@@ -62,11 +66,12 @@ def run_search(options: argparse.Namespace) -> None:
         "policy": policy_name(policy),
         "windows": {"train": len(training), "validation": len(validation)},
     }
+    if source := policy_source(policy):
+        identity["policy_source"] = source
     evaluator = Evaluator(model, training, policy)
     target = None if options.target_checkpoint is None else load_model(options.target_checkpoint)
     target_nll = math.log(options.target_perplexity) if target is None else _plain(target, training).mean
     journal = Journal(output.with_name(f"{output.name}.journal"), identity)
-    step = options.step or max(length // 32, 1)
     tried = _try_all(evaluator, target_nll, step, journal, options)
     best, others = tried.best, tried.baselines
     held_out = _held_out(model, validation, policy, tried, None if target is None else _plain(target, validation))

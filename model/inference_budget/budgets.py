@@ -12,7 +12,7 @@ PYRAMID_BETA = 20  # how steep PyramidKV's line is; its default
 
 
 class BudgetsError(ValueError):
-    """Budgets, a policy or their file that cannot be used; the message says why."""
+    """What this package cannot use, such as budgets, a policy, windows or prompts; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def init_pruned_cache(
     """An empty cache for `batch` rows; keys and values in `dtype`, by default the model's.
 
     Raises:
-      ValueError: budgets that are not this model's, or a policy that is not defined on it.
+      BudgetsError: budgets that are not this model's, or a policy that is not defined on it.
     """
     c, dtype = config, jnp.dtype(dtype or config.dtype)
     check_budgets(budgets, c)

@@ -18,7 +18,7 @@ from selective_attention import Cache, Transformer, TransformerConfig, reshard
 from selective_attention.transformer.decoding import decode_step, unstacked
 from selective_attention.transformer.sampling import check_sampling, draw
 
-from .budgets import Budgets, check_budgets
+from .budgets import Budgets, BudgetsError, check_budgets
 from .policies import EvictionPolicy, check_policy
 from .prefill import check_block, prefill
 
@@ -63,7 +63,7 @@ class Decoder:
       bos_id: the id of <BOS>, which prompts are then checked to start with.
 
     Raises:
-      ValueError: budgets or a policy that do not fit the model, or a block below 1.
+      BudgetsError: budgets or a policy that do not fit the model, or a block below 1.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Decoder:
           key, temperature, top_k, top_p, stop_ids, on_tokens: as in `Drawing`.
 
         Raises:
-          ValueError: a prompt that the model cannot take, too many tokens, or sampling options out of range.
+          BudgetsError: a prompt that the model cannot take.
+          SamplingError: too many tokens, or sampling options out of range.
         """
         check_prompts(prompts, self.config, self._bos_id)
         check_sampling(self.config, max(map(len, prompts)), num_tokens, temperature, top_k, top_p)
@@ -174,33 +175,33 @@ def generate(
       prompts, num_tokens, options: as in `Decoder.generate`.
 
     Raises:
-      ValueError: as both.
+      BudgetsError, SamplingError: as both.
     """
     decoder = Decoder(model, budgets, policy, dtype=dtype, block=block, bos_id=bos_id)
     return decoder.generate(prompts, num_tokens, **options)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: TransformerConfig, bos_id: int | None) -> None:
-    """Raises ValueError for the first prompt that the model cannot take."""
+    """Raises BudgetsError for the first prompt that the model cannot take."""
     if not len(prompts):
-        raise ValueError("there is no prompt; give at least one list of token ids")
+        raise BudgetsError("there is no prompt; give at least one list of token ids")
     for number, prompt in enumerate(prompts):
         ids = np.asarray(prompt)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise ValueError(
+            raise BudgetsError(
                 f"prompt {number} is {prompt!r}, not a list of token ids; one prompt alone is a list of one list"
             )
         if not ids.size:
-            raise ValueError(f"prompt {number} is empty; it needs at least <BOS>")
+            raise BudgetsError(f"prompt {number} is empty; it needs at least <BOS>")
         outside = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
         if outside.size:
-            raise ValueError(
+            raise BudgetsError(
                 f"prompt {number} has token {ids[outside[0]]} at position {outside[0]}; the model's are from 0 to "
                 f"{config.vocab_size - 1}"
             )
         bos_id = ids[0] if bos_id is None else bos_id  # unknown, but one for all
         if ids[0] != bos_id:
-            raise ValueError(f"prompt {number} starts with token {ids[0]}; put <BOS>, which is {bos_id}, before it")
+            raise BudgetsError(f"prompt {number} starts with token {ids[0]}; put <BOS>, which is {bos_id}, before it")
 
 
 class _Outputs:

@@ -21,7 +21,7 @@ from jax import Array
 from selective_attention import Transformer, selective_attention
 from selective_attention.transformer.projection import rms_norm
 
-from .budgets import Budgets, check_budgets
+from .budgets import Budgets, BudgetsError, check_budgets
 from .eviction import Arriving, Projections, attend_evicting
 from .policies import EvictionPolicy, check_policy
 
@@ -90,7 +90,7 @@ class Evaluator:
       progress: called after each pass through a layer.
 
     Raises:
-      ValueError: windows longer than the model's context or with tokens that it does not have, or a policy that is
+      BudgetsError: windows longer than the model's context or with tokens that it does not have, or a policy that is
         not defined on it.
     """
 
@@ -103,10 +103,10 @@ class Evaluator:
         progress: Callable[[], object] = lambda: None,
     ) -> None:
         if windows.length > model.config.max_length:
-            raise ValueError(f"windows of {windows.length} tokens; the model was made for {model.config.max_length}")
+            raise BudgetsError(f"windows of {windows.length} tokens; the model was made for {model.config.max_length}")
         for tokens_WN in (windows.inputs, windows.targets):
             if tokens_WN.min() < 0 or tokens_WN.max() >= model.config.vocab_size:
-                raise ValueError(
+                raise BudgetsError(
                     f"windows with tokens from {tokens_WN.min()} to {tokens_WN.max()}; the model's are from 0 to "
                     f"{model.config.vocab_size - 1}"
                 )
@@ -151,7 +151,7 @@ class Evaluator:
     def _check(self, budgets: Budgets) -> None:
         check_budgets(budgets, self.config)
         if budgets.context_length != self.windows.length:
-            raise ValueError(f"budgets for a context of {budgets.context_length}, windows of {self.windows.length}")
+            raise BudgetsError(f"budgets for a context of {budgets.context_length}, windows of {self.windows.length}")
 
     def _through_layers(
         self,
@@ -201,7 +201,7 @@ def eviction_times(
     Also returns the logits [B, N, V] under these evictions.
 
     Raises:
-      ValueError: as `Evaluator`.
+      BudgetsError: as `Evaluator`.
     """
     check_budgets(budgets, model.config)
     check_policy(policy, model.config)

@@ -14,7 +14,7 @@ from selective_attention import Cache, Transformer, reshard
 from selective_attention.transformer.decoding import run_layers
 from selective_attention.transformer.projection import rms_norm
 
-from .budgets import Budgets
+from .budgets import Budgets, BudgetsError
 from .cache import PrunedLayerCache, init_pruned_cache
 from .policies import EvictionPolicy
 
@@ -44,7 +44,7 @@ def prefill(
         N (M + T), not N^2 / 2. Blocks without a token of any prompt are not computed.
 
     Raises:
-      ValueError: as `init_pruned_cache`, or a block below 1.
+      BudgetsError: as `init_pruned_cache`, or a block below 1.
     """
     batch, num_tokens = tokens_BN.shape
     lengths_B = jnp.full(batch, num_tokens, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
@@ -69,9 +69,9 @@ def prefill(
 
 
 def check_block(block: int) -> int:
-    """`block` itself, or a ValueError."""
+    """`block` itself, or a BudgetsError."""
     if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+        raise BudgetsError(f"block must be at least 1, got {block}")
     return block
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 
-from .budgets import MIN_BUDGET, Budgets
+from .budgets import MIN_BUDGET, Budgets, BudgetsError
 from .perplexity import Evaluator
 
 # Mean nats per token, and over the last quarter of positions, by budgets: what a journal holds.
@@ -102,14 +102,11 @@ def search(
       progress: called with each new point of the curve.
 
     Raises:
-      ValueError: a step out of range.
+      BudgetsError: a step out of range.
     """
     length, num_layers = evaluator.windows.length, evaluator.config.num_layers
     step_now = first_step or step
-    if not 1 <= step <= step_now < length:
-        raise ValueError(
-            f"steps must be from 1 to {length - 1}, the first at least the last; got {step_now} and {step}"
-        )
+    check_steps(length, step, step_now)
     measure = _Measure(evaluator, {} if known is None else known)
     choose = _Choice(measure, num_layers, slack=slack if lazy else None, full_sweep_every=full_sweep_every)
     point = measure([Budgets.full(num_layers, length)])[0]
@@ -126,6 +123,14 @@ def search(
         curve.append(point)
         progress(point)
     return Found(tuple(curve), choose.full_sweeps, choose.missed)
+
+
+def check_steps(length: int, step: int, first_step: int) -> None:
+    """Raises BudgetsError unless budgets of `length` tokens can be lowered by so many at a time."""
+    if not 1 <= step <= first_step < length:
+        raise BudgetsError(
+            f"steps must be from 1 to {length - 1}, the first at least the last; got {first_step} and {step}"
+        )
 
 
 def uniform(

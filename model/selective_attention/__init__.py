@@ -13,7 +13,7 @@ from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, pr
 from .transformer.encoder_decoder import EncoderDecoder
 from .transformer.interchange import export_safetensors, import_safetensors
 from .transformer.losses import lm_loss, memory_loss, memory_per_query, selection_statistics
-from .transformer.sampling import sample
+from .transformer.sampling import SamplingError, sample
 from .transformer.transformer import Block, Transformer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Cache",
     "EncoderDecoder",
     "LayerCache",
+    "SamplingError",
     "Selection",
     "Transformer",
     "TransformerConfig",

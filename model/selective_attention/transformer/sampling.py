@@ -12,6 +12,10 @@ from .decoding import decode_step, prefill, unstacked
 from .transformer import Transformer
 
 
+class SamplingError(ValueError):
+    """What cannot be drawn, such as more tokens than the context leaves; the message says why."""
+
+
 def sample(
     model: Transformer,
     prompt_BN: Array,
@@ -33,7 +37,7 @@ def sample(
       top_k: if given, draw only from so many likeliest tokens.
 
     Raises:
-      ValueError: a length, temperature or top_k out of range.
+      SamplingError: a length, temperature or top_k out of range.
     """
     check_sampling(model.config, prompt_BN.shape[1], num_tokens, temperature, top_k)
     graph, parameters = nnx.split(model)
@@ -63,24 +67,24 @@ def check_sampling(
     top_k: int | None,
     top_p: float | None = None,
 ) -> None:
-    """Raises ValueError for what cannot be drawn."""
+    """Raises SamplingError for what cannot be drawn."""
     left = config.max_length - prompt_length
     if left < 1:
-        raise ValueError(
+        raise SamplingError(
             f"a prompt of {prompt_length} tokens is too long: the model was made for {config.max_length}, and at least "
             f"one is drawn; shorten it to at most {config.max_length - 1}"
         )
     if not 1 <= num_tokens <= left:
-        raise ValueError(
+        raise SamplingError(
             f"num_tokens must be from 1 to {left}, what max_length={config.max_length} leaves after a prompt of "
             f"{prompt_length}; got {num_tokens}"
         )
     if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+        raise SamplingError(f"temperature must not be negative, got {temperature}")
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k must be from 1 to vocab_size={config.vocab_size}, got {top_k}")
+        raise SamplingError(f"top_k must be from 1 to vocab_size={config.vocab_size}, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        raise SamplingError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 def draw(

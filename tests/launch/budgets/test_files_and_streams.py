@@ -45,7 +45,6 @@ def test_text_on_standard_input_that_is_not_utf_8(refused, monkeypatch):
 
 
 def test_steps_out_of_range(refused, tmp_path):
-    (tmp_path / "x.journal").touch()  # which a search begins with
     shown = refused(*search("{folder}"), TARGET, "--first-step=3", f"--output={tmp_path}/x")
     assert shown == "error: steps must be from 1 to 15, the first at least the last; got 3 and 7"
 
@@ -134,6 +133,20 @@ def test_a_journal_on_a_full_disk_says_so_and_goes_on_with_what_was_measured(tmp
     assert dict(journal) == kept
     journal.update(measured)
     assert dict(Journal(path, {"policy": "tova"})) == measured
+
+
+def test_a_journal_without_losses_is_no_other_search_s(tmp_path):
+    for policy in ("tova", "h2o"):
+        journal = Journal(tmp_path / "journal", {"policy": policy})
+    journal[2, 2] = 1.0, 2.0
+    with pytest.raises(ValueError, match="is of another search"):
+        Journal(tmp_path / "journal", {"policy": "tova"})
+
+
+def test_a_line_that_is_no_journal_s_stays(tmp_path):
+    (tmp_path / "journal").write_text("dear diary")
+    with pytest.raises(ValueError, match="is of another search"):
+        Journal(tmp_path / "journal", {"policy": "tova"})
 
 
 def test_budgets_on_a_full_disk_leave_the_file_that_is_there_and_no_other(tmp_path):

@@ -61,6 +61,7 @@ GENERATE = ["generate", "--budgets=budgets.json", "--prompt=the mask of a token"
         ([*SEARCH, "--context=64"], "--context=64: the model was made for contexts of 32 tokens; give at most that"),
         ([*SEARCH, "--data=gs://bucket/c4"], "gs://bucket/c4 is not a folder on this machine; mount the bucket"),
         ([*SEARCH, "--context=24"], "a context of 24 tokens does not divide this dataset's records of 64"),
+        ([*SEARCH, "--first-step=32"], "steps must be from 1 to 31, the first at least the last; got 32 and 1"),
         ([*SEARCH, "--output=no/x"], "--output=no/x: there is no folder no; make it"),
         ([*SEARCH, "--output=data"], "--output=data is a folder; give a file in it"),
         ([*SEARCH, "--output=/proc/x"], "--output=/proc/x cannot be written: "),
@@ -98,3 +99,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, folder, capsys, 
     assert said.out == ""
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and line in said.err, said.err
     assert sorted(folder.iterdir()) == before  # nothing is left behind
+
+
+def test_what_is_wrong_with_a_policy_s_code_is_no_mistake_of_the_command(folder, tmp_path, monkeypatch):
+    (tmp_path / "askew.py").write_text(
+        "from inference_budget import OldestFirst\n"
+        "class Askew(OldestFirst):\n"
+        "    name = 'askew'\n"
+        "    def priority(self, held):\n"
+        "        raise ValueError('askew')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="askew"):
+        main([*SEARCH, "--policy=askew:Askew", f"--output={tmp_path}/found.json"])

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from data import Tokenizer
 from inference_budget import Budgets, Found, Point
 from inference_budget.interchange import read_budgets_file
 from launch.budgets.__main__ import main
@@ -66,6 +67,12 @@ def test_generate_draws_what_the_context_leaves_where_nothing_else_is_said(folde
     assert shown.startswith("the mask") and len(shown) > len("the mask\n")
 
 
+def test_generate_shows_the_half_of_a_character_that_it_ends_with(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda tokenizer, tokens: " fades\ufffd")
+    shown = output_of(capsys, "generate", f"--budgets={folder}/budgets.json", "--tokens=2", "--prompt=the mask")
+    assert shown == "the mask fades\ufffd\n"
+
+
 def test_the_report_shows_every_search_and_the_survivors_of_the_first(folder, capsys):
     shown = output_of(capsys, "report", f"{folder}/budgets.json", f"--output={folder}/page.html")
     assert "model, selective | 8.00 |" in shown
@@ -90,6 +97,22 @@ def test_a_policy_of_one_s_own_is_searched_with_and_found_again_by_its_file(fold
     assert float(re.search(r"mine:Newest.*: perplexity ([0-9.]+)", shown)[1]) == pytest.approx(found, rel=1e-6)
     assert output_of(capsys, "generate", f"--budgets={budgets}", "--prompt=the", "--tokens=3").startswith("the")
     assert "model, mine:Newest" in output_of(capsys, "report", str(budgets), f"--output={tmp_path}/page.html")
+
+
+def test_a_search_does_not_go_on_with_the_losses_of_a_policy_s_code_that_was_changed(
+    folder, capsys, tmp_path, monkeypatch
+):
+    code = "from inference_budget import OldestFirst\nclass Mine(OldestFirst): pass\n"
+    (tmp_path / "edited.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = search(folder, "--policy=edited:Mine", "--target-perplexity=1e9", f"--output={tmp_path}/x.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        main(command)
+    (tmp_path / "edited.py").write_text(code + "# of another mind\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "is of another search, or of this policy before a change; remove it" in capsys.readouterr().err
 
 
 def stops_at(*tokens):

@@ -10,6 +10,7 @@ from flax import nnx
 from inference_budget import (
     POLICIES,
     Budgets,
+    BudgetsError,
     Decoder,
     cache_bytes,
     eviction_times,
@@ -18,7 +19,7 @@ from inference_budget import (
     memory_factor,
 )
 from inference_budget.generation import Sampling, decode
-from selective_attention import Transformer
+from selective_attention import SamplingError, Transformer
 from selective_attention.transformer.decoding import unstacked
 from tests.support.small_model import LENGTH, STANDARD, VOCAB, make_model, make_tokens
 
@@ -184,5 +185,5 @@ def test_a_mesh_gives_the_tokens_of_one_device(name, changes):
 )
 def test_what_cannot_be_generated_is_refused(prompts, options, message):
     arguments = {"budgets": BUDGETS, "policy": POLICIES["selective"], **options}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((BudgetsError, SamplingError), match=message):
         generate(make_model(), prompts, num_tokens=5, **arguments)

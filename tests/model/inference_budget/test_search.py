@@ -10,6 +10,7 @@ import pytest
 from inference_budget import (
     POLICIES,
     Budgets,
+    BudgetsError,
     Evaluator,
     Found,
     Windows,
@@ -166,5 +167,5 @@ def test_a_standard_model_is_searched_by_the_other_policies():
 
 def test_steps_out_of_range_are_refused():
     _, _, evaluator = make_evaluator()
-    with pytest.raises(ValueError, match=r"steps must be from 1 to 23, the first at least the last; got 2 and 5"):
+    with pytest.raises(BudgetsError, match=r"steps must be from 1 to 23, the first at least the last; got 2 and 5"):
         search(evaluator, target_nll=1.0, step=5, first_step=2)
