@@ -21,7 +21,7 @@ class Generation:
 
     cores: int  # TensorCores that share one device's work
     clock: float  # Hz
-    device_kind: str  # JAX's name of it, by which trainer.flops knows its peak
+    device_kind: str  # JAX's name of it, by which trainer.metrics.flops knows its peak
     hbm_bytes: float  # that a program may use: by the compiler, when a program needs more
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s of one ICI link in one direction

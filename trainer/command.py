@@ -12,7 +12,6 @@ from absl import app
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataError, UnreachableError
-from trainer import compilation_cache
 from trainer.errors import (
     EXIT_CORRUPT,
     EXIT_DIVERGED,
@@ -29,11 +28,11 @@ from trainer.errors import (
     StorageError,
 )
 from trainer.flags import CONFIG, OVERRIDE_RESUME, PROFILE_STEPS, WORKDIR
-from trainer.hosts import join, last_words
+from trainer.hosts import compilation_cache, join, last_words
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.peers import Peers
 from trainer.loop import train
-from trainer.profile import parse_steps
+from trainer.metrics.profile import parse_steps
 from trainer.settings import read_settings
 
 

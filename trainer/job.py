@@ -14,8 +14,8 @@ from trainer.checkpoints.manager import Checkpoints, Restored
 from trainer.checks import check_batch, check_dataset
 from trainer.goodput import Goodput, Phases
 from trainer.hosts.interrupt import Interrupt
+from trainer.hosts.lease import Lease
 from trainer.hosts.watchdog import Watchdog
-from trainer.lease import Lease
 from trainer.mesh import make_mesh
 from trainer.settings import Settings
 from trainer.state import TrainState, abstract_state, init_state

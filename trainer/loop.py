@@ -18,19 +18,19 @@ from trainer.checkpoints.manager import Restored
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ReplicaError, ResumeError, StorageError
 from trainer.evaluate import Evaluation
 from trainer.hosts.interrupt import Interrupt
+from trainer.hosts.lease import Lease
 from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import Request
 from trainer.job import Job, open_job
-from trainer.lease import Lease
+from trainer.metrics.norms import norms_by_layer
+from trainer.metrics.profile import Profiler
 from trainer.metrics.run import open_metrics
 from trainer.metrics.steps import StepLog
 from trainer.metrics.terminal import progress_bar
 from trainer.metrics.thinning import is_kept
 from trainer.metrics.writer import MetricsWriter
-from trainer.norms import norms_by_layer
 from trainer.outcomes import NORMS_EVERY, Outcomes
 from trainer.position import Position, begin_at
-from trainer.profile import Profiler
 from trainer.rollback import Rollback
 from trainer.saves import Saves
 from trainer.settings import Settings

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from trainer import compilation_cache
 from trainer.goodput import Phases
+from trainer.hosts import compilation_cache
 from trainer.hosts.requests import Request
 from trainer.metrics.thinning import is_kept
 from trainer.step import Metrics

@@ -9,10 +9,10 @@ from jax import Array
 from trainer.errors import StorageError
 from trainer.hosts.requests import Request, request_array
 from trainer.job import Job
+from trainer.metrics.profile import Profiler
 from trainer.metrics.writer import MetricsWriter
 from trainer.outcomes import Outcomes
 from trainer.position import Position
-from trainer.profile import Profiler
 
 
 class Saves:

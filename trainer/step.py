@@ -3,6 +3,7 @@
 Shape letters: B batch, N positions, A accumulation parts.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from selective_attention import TransformerConfig, lm_loss, memory_loss, reshard, selection_statistics
 from trainer.batches import Batch, batch_sharding, rows_sharding
 from trainer.hosts.requests import Request, request_sharding
-from trainer.norms import norms_by_layer
+from trainer.metrics.norms import norms_by_layer
 from trainer.settings import Settings
 from trainer.state import Health, TrainState, learning_rate, make_optimizer, model_graph
 
@@ -61,19 +62,8 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
 
     def train_step(state: TrainState, batch: Batch, requests: Array) -> tuple[TrainState, Metrics]:
         num_tokens = jnp.maximum(jnp.sum(_weights(batch, pad_id)), 1)
-        gradient = jax.grad(loss_fn, has_aux=True)
-        if settings.accumulation == 1:
-            grads, metrics = gradient(state.params, batch, num_tokens)
-        else:
-            # Row r goes to part r mod A: every device splits its own rows, none move.
-            tokens = {"inputs": batch["inputs"], "targets": batch["targets"]}
-            parts = jax.tree.map(lambda x: _split_rows(x, settings.accumulation), tokens)
-
-            def add_part(total, part):
-                return jax.tree.map(jnp.add, total, gradient(state.params, part, num_tokens)), None
-
-            zeros = jax.tree.map(jnp.zeros_like, state.params), {"loss": jnp.zeros(()), "memory_loss": jnp.zeros(())}
-            (grads, metrics), _ = jax.lax.scan(add_part, zeros, parts)
+        gradient = functools.partial(jax.grad(loss_fn, has_aux=True), num_tokens=num_tokens)
+        grads, metrics = _in_parts(gradient, state.params, batch, settings.accumulation)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         if settings.faults.spike_factor:
@@ -98,6 +88,20 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
     return train_step
+
+
+def _in_parts(gradient: Callable[..., Any], params: nnx.State, batch: Batch, parts: int) -> Any:
+    """The sum of `gradient(params, part)` over so many parts of the batch, one after the other."""
+    if parts == 1:
+        return gradient(params, batch)
+
+    def add_part(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    # Row r goes to part r mod A: every device splits its own rows, none move.
+    tokens = {"inputs": batch["inputs"], "targets": batch["targets"]}
+    zeros = jax.tree.map(jnp.zeros_like, params), {"loss": jnp.zeros(()), "memory_loss": jnp.zeros(())}
+    return jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split_rows(x, parts), tokens))[0]
 
 
 def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:

@@ -20,7 +20,7 @@ from data import DataError, Dataset, open_dataset
 from inference_budget import POLICIES, Budgets, BudgetsError, Decoder, Evaluator, EvictionPolicy, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
 from selective_attention import SamplingError, Transformer
-from trainer.compilation_cache import open_shared_cache
+from trainer.hosts.compilation_cache import open_shared_cache
 
 from .inputs import InputError, check_output, check_vocabulary, load_model, read_windows
 from .report import table, write_report

@@ -9,7 +9,7 @@ from launch.plan.meshes import check_mesh
 from launch.plan.result import DoesNotFit, OversizedStep, Place, Plan, Run
 from launch.slices import Topology
 from trainer.errors import ConfigError
-from trainer.flops import mfu
+from trainer.metrics.flops import mfu
 from trainer.settings import Settings
 
 Change = dict[str, object]  # fields of a config, with dots, and their values

@@ -24,6 +24,7 @@ from trainer.errors import ResumeError, StorageError
 from trainer.state import TrainState
 
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's
+Metadata = dict[str, Any]  # what `Checkpoints.save` puts beside the arrays, as JSON has it
 
 
 def checkpoint_folder(workdir: str) -> epath.Path:
@@ -44,7 +45,7 @@ def list_steps(folder: epath.Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal() and str(int(name)) == name]
 
 
-def read_metadata(folder: epath.Path) -> dict[str, Any]:
+def read_metadata(folder: epath.Path) -> Metadata:
     """What `Checkpoints.save` put beside the arrays: config, dataset_fingerprint, notes, loss, digest.
 
     Raises:
@@ -61,7 +62,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     return metadata
 
 
-def load_state(folder: epath.Path, metadata: dict[str, Any], abstract: TrainState, *, sealed: bool) -> TrainState:
+def load_state(folder: epath.Path, metadata: Metadata, abstract: TrainState, *, sealed: bool) -> TrainState:
     """The arrays, if they are those that were saved.
 
     Raises:

@@ -24,7 +24,7 @@ from jax import Array
 from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import explain
-from trainer.checkpoints.folder import list_steps, seal_checkpoint
+from trainer.checkpoints.folder import Metadata, list_steps, seal_checkpoint
 from trainer.errors import ConfigError, ReplicaError, ResumeError
 from trainer.hosts.gather import Gatherer
 from trainer.hosts.replicas import make_replica_check
@@ -83,8 +83,8 @@ class LocalCheckpoints:
             thread.join()
 
     def restore(
-        self, abstract: TrainState, base: int, check: Callable[[int, dict[str, Any]], None]
-    ) -> tuple[int, TrainState, dict[str, Any]] | None:
+        self, abstract: TrainState, base: int, check: Callable[[int, Metadata], None]
+    ) -> tuple[int, TrainState, Metadata] | None:
         """Step, state and metadata of the newest one that is whole and newer than `base`, the workdir's newest
         checkpoint; None if there is none. Others are named in a warning.
 
@@ -117,8 +117,8 @@ class LocalCheckpoints:
             os.rmdir(self._folder.parent)
 
     def _restore(
-        self, step: int, abstract: TrainState, base: int, check: Callable[[int, dict[str, Any]], None]
-    ) -> tuple[TrainState, dict[str, Any]]:
+        self, step: int, abstract: TrainState, base: int, check: Callable[[int, Metadata], None]
+    ) -> tuple[TrainState, Metadata]:
         """One of them; all hosts alike raise what says why not: DamagedError, ResumeError, ReplicaError."""
         shards, metadata, problem = Shards(), None, None
         try:
@@ -159,7 +159,7 @@ class LocalCheckpoints:
         self._layout_digest = self._layout_digest or _layout(state)  # the same for all of a run
         return self._layout_digest
 
-    def _read(self, step: int) -> tuple[Shards, dict[str, Any]]:
+    def _read(self, step: int) -> tuple[Shards, Metadata]:
         folder = self._folder / str(step)
         seal = read_seal(folder)
         if seal is None:
@@ -170,7 +170,7 @@ class LocalCheckpoints:
             shards = {(number, tuple(map(tuple, index))): np.load(stream) for number, index in metadata.pop("shards")}
         return shards, metadata
 
-    def _write(self, step: int, shards: Shards, metadata: dict[str, Any]) -> None:
+    def _write(self, step: int, shards: Shards, metadata: Metadata) -> None:
         """In a thread of its own."""
         try:
             # When hosts copy this step, all have ended writing the one before: nothing older is needed any more.

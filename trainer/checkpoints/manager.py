@@ -18,6 +18,7 @@ from etils import epath
 from trainer.checkpoints.checksums import DamagedError, Seal, check_files, read_seal, write_seal
 from trainer.checkpoints.disk import explain, retried_at_start
 from trainer.checkpoints.folder import (
+    Metadata,
     checkpoint_folder,
     list_steps,
     load_state,
@@ -240,11 +241,11 @@ class Checkpoints:
         if problems:
             raise StorageError(f"{self._folder.parent} cannot be written to: {problems[0]}")
 
-    def _check_files(self, folder: epath.Path) -> tuple[Seal | None, dict[str, Any]]:
+    def _check_files(self, folder: epath.Path) -> tuple[Seal | None, Metadata]:
         """The checkpoint's seal and metadata. Each host reads its share of the files; all raise DamagedError or
         StorageError if one of them would.
         """
-        seal, metadata, damage, refusal = None, dict[str, Any](), None, None
+        seal, metadata, damage, refusal = None, Metadata(), None, None
         try:
             seal, metadata = retried_at_start(lambda: _read_share(folder), self._retry_seconds)
         except DamagedError as error:
@@ -283,7 +284,7 @@ class Checkpoints:
         return [text for text in self._hosts.gather(problem) if text is not None]
 
 
-def _read_share(folder: epath.Path) -> tuple[Seal | None, dict[str, Any]]:
+def _read_share(folder: epath.Path) -> tuple[Seal | None, Metadata]:
     """Seal and metadata of a checkpoint, and this host's share of its files compared with the seal.
 
     Raises:

@@ -18,7 +18,7 @@ from trainer.checkpoints import quirks
 from trainer.checkpoints.checksums import seal_path
 from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import explain, gone_message, is_gone, retried
-from trainer.checkpoints.folder import expendable, list_steps, loss_of, read_metadata, seal_checkpoint
+from trainer.checkpoints.folder import Metadata, expendable, list_steps, loss_of, read_metadata, seal_checkpoint
 from trainer.checkpoints.reached import write_reached
 from trainer.errors import ResumeError
 from trainer.hosts.gather import Gatherer
@@ -71,7 +71,7 @@ class BackgroundSaver:
             folder, context=context, cleanup_tmp_directories=True, lightweight_initialize=True
         )
 
-    def start(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
+    def start(self, step: int, state: TrainState, metadata: Metadata) -> None:
         """Starts a save, after the one before has ended; nothing if `step` is `saved_step`. Errors of storage show in
         the attributes later.
 

@@ -14,9 +14,8 @@ import threading
 import time
 from typing import Any
 
-from trainer import compilation_cache
 from trainer.errors import EXIT_PEER_LOST, ExitCode
-from trainer.hosts import last_words
+from trainer.hosts import compilation_cache, last_words
 from trainer.hosts.key_value import KeyValueStore
 
 _BEAT, _NAME, _LEFT = "peers/beat/", "peers/name/", "peers/left/"

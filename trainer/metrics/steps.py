@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from trainer.flops import PEAK_FLOPS, mfu
 from trainer.job import Job
 from trainer.metrics.alarms import Alarms
+from trainer.metrics.flops import PEAK_FLOPS, mfu
 from trainer.metrics.terminal import Progress
 from trainer.metrics.thinning import Thinned, is_kept
 from trainer.metrics.writer import MetricsWriter

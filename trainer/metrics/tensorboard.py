@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from trainer.events import EventFile, mend
 from trainer.metrics import summaries
+from trainer.metrics.events import EventFile, mend
 from trainer.metrics.writer import MetricsWriter
 
 logger = logging.getLogger("trainer")

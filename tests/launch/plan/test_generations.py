@@ -10,7 +10,7 @@ from launch.plan.schedule import environment
 from launch.slices import find
 from tests.support import ROOT
 from tests.support.plans import PLANS
-from trainer.flops import PEAK_FLOPS
+from trainer.metrics.flops import PEAK_FLOPS
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
 OTHERS = ["v5e-16", "v5p-16", "v6e-16"]

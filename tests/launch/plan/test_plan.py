@@ -16,7 +16,7 @@ from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
 from tests.support import ROOT
 from tests.support.plans import PLANS, TINY, run_plan
-from trainer.flops import matmul_flops, model_flops
+from trainer.metrics.flops import matmul_flops, model_flops
 from trainer.settings import Settings, changed, read_settings
 
 pytestmark = pytest.mark.tpu_compile

@@ -40,7 +40,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(5)
 """
 PEERS = """
-from trainer import compilation_cache
+from trainer.hosts import compilation_cache
 from trainer.hosts.peers import Peers
 compilation_cache.part = fail
 Peers(None, 1, 2, "host:1", "name")._exit("the other one is gone", 70)

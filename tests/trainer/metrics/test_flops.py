@@ -3,7 +3,7 @@
 import pytest
 
 from configs import c4
-from trainer.flops import PEAK_FLOPS, mfu, model_flops
+from trainer.metrics.flops import PEAK_FLOPS, mfu, model_flops
 from trainer.settings import read_settings
 
 

@@ -14,15 +14,15 @@ from etils import epath
 from jax._src import compiler, distributed
 
 from tests.support import ROOT
-from trainer import compilation_cache
-from trainer.compilation_cache import SealedCache
+from trainer.hosts import compilation_cache
+from trainer.hosts.compilation_cache import SealedCache
 
 SHORT = {"steps": 3, "eval__batches": 1}
 # Computes something by way of the cache, says how many programs came from there, and ends, or dies as in a first step.
 PROGRAM = """
 import logging, os, signal, sys
 import jax
-from trainer import compilation_cache
+from trainer.hosts import compilation_cache
 logging.basicConfig()
 folder, workdir, ending = sys.argv[1:]
 compilation_cache.open_cache(folder, workdir)

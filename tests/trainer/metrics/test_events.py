@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.runs import losses
-from trainer import events
+from trainer.metrics import events
 from trainer.metrics.tensorboard import TensorBoardWriter
 
 

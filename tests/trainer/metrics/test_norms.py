@@ -8,8 +8,8 @@ from data import TrainBatches, open_dataset
 from trainer.batches import batch_sharding, global_batch
 from trainer.hosts.requests import request_array
 from trainer.mesh import make_mesh
+from trainer.metrics.norms import norms_by_layer
 from trainer.metrics.steps import norm_scalars
-from trainer.norms import norms_by_layer
 from trainer.settings import read_settings
 from trainer.state import init_state
 from trainer.step import make_train_step

@@ -17,9 +17,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.support import ROOT
-from trainer import lease
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, LeaseError
-from trainer.lease import Holder, Lease
+from trainer.hosts import lease
+from trainer.hosts.lease import Holder, Lease
 
 ELSEWHERE = Holder("elsewhere", pid=1, processes=4, since=0.0, machine="another", started="1")
 
@@ -115,7 +115,7 @@ def test_what_another_machine_holds_is_refused_at_its_next_sign_of_life(held_els
 def test_of_many_that_would_take_over_at_once_one_does(held_elsewhere, tmp_path):
     program = """
 import pathlib, sys
-from trainer.lease import Lease, LeaseError
+from trainer.hosts.lease import Lease, LeaseError
 import jax
 jax.process_index()
 print("ready", flush=True)
