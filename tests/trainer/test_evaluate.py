@@ -44,12 +44,12 @@ def test_evaluation_polls_for_an_interruption_with_every_batch(tiny_config, stop
 
 
 def test_perplexity_of_a_loss_beyond_what_exp_can_take_is_infinite():
-    assert Evaluation(710.0, tokens=1).perplexity == math.inf
-    assert Evaluation(0.0, tokens=1).perplexity == 1
+    assert Evaluation(710.0, tokens=1, bytes=1).perplexity == math.inf
+    assert Evaluation(0.0, tokens=1, bytes=1).perplexity == 1
 
 
 def test_a_result_is_json_though_its_perplexity_is_infinite(tmp_path):
     job = SimpleNamespace(is_main=True, workdir=tmp_path)
-    Run.write_result(SimpleNamespace(job=job, settings=SimpleNamespace(steps=1)), Evaluation(710.0, tokens=1))
+    Run.write_result(SimpleNamespace(job=job, settings=SimpleNamespace(steps=1)), Evaluation(710.0, tokens=1, bytes=1))
     result = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
-    assert result == {"steps": 1, "loss": 710.0, "perplexity": None, "tokens": 1}
+    assert result["perplexity"] is None and result["loss"] == 710.0

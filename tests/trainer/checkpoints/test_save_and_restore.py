@@ -19,7 +19,7 @@ from trainer.checkpoints.digest import digest
 from trainer.checkpoints.disk import check_workdir
 from trainer.checkpoints.identity import Identity
 from trainer.checkpoints.manager import Checkpoints
-from trainer.errors import ConfigError, ResumeError
+from trainer.errors import ConfigError, LeaseError, ResumeError
 from trainer.export import load_model
 from trainer.mesh import make_mesh
 from trainer.settings import read_settings
@@ -124,6 +124,24 @@ def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tm
     save(checkpoints, 2, state)
     assert checkpoints.poll() == "idle" and checkpoints.failures_in_a_row == 0
     assert steps(tmp_path) == [2]
+    checkpoints.close()
+
+
+def test_no_checkpoint_is_completed_while_the_folder_may_be_another_runs(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    state = random_state(config, layout(config, data=8))
+    refusals = [LeaseError("out of sight")]
+
+    def confirm() -> None:
+        if refusals:
+            raise refusals.pop()
+
+    checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint", confirm=confirm)
+    save(checkpoints, 1, state)
+    assert checkpoints.poll() == "failed" and checkpoints.saved_step is None
+    assert not list((tmp_path / "checkpoints").glob("*.checksums.json"))
+    save(checkpoints, 1, state)
+    assert checkpoints.poll() == "idle" and checkpoints.saved_step == 1
     checkpoints.close()
 
 
