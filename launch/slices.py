@@ -66,6 +66,9 @@ GENERATIONS = {
         *(*_TWO_SIDES, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice"),
     ),
 }
+# Dollars per chip and hour on demand in the cheapest region of the United States, and when Google's page
+# "Cloud TPU pricing" was last seen quoted so. Spot and reserved slices cost less.
+LIST_PRICES = {"v4": (3.22, "2025-01"), "v5p": (4.20, "2025"), "v5e": (1.20, "2026-09"), "v6e": (2.70, "2026-08")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Topology:
     @property
     def chip(self) -> Generation:
         return GENERATIONS[self.generation]
+
+    @property
+    def list_price(self) -> tuple[float, str]:
+        """Dollars per chip and hour on demand, 0 where that is not known, and of when."""
+        return LIST_PRICES.get(self.generation, (0.0, ""))
 
     @property
     def num_chips(self) -> int:

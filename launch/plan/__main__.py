@@ -38,7 +38,7 @@ SWEEP = flags.DEFINE_bool("sweep", False, "Compile all sensible meshes, and rank
 JSON = flags.DEFINE_string("json", "", "File for the result as JSON.")
 HLO = flags.DEFINE_string("hlo", "", "File for the optimised program of a single plan.")
 PNG = flags.DEFINE_string("png", "", "File for a picture of how several topologies scale.")
-PRICE = flags.DEFINE_float("price-per-chip-hour", 0.0, "Dollars.", lower_bound=0.0)
+PRICE = flags.DEFINE_float("price-per-chip-hour", 0.0, "Dollars; by default the list price.", lower_bound=0.0)
 EXIT_STOPPED = 130  # by Ctrl-C, as shells say it
 
 
@@ -91,7 +91,8 @@ def _run(config: Settings, topologies: list[Topology], fixed: dict[str, int]) ->
         print("It does not fit; compiling what might", file=sys.stderr)
         remedies = try_remedies(config, made, plan)
     _write(made.to_json() | ({} if remedies is None else {"remedies": remedies}))
-    print(tables.plan_table(made, PRICE.value, remedies))
+    dollars, date = (PRICE.value, "") if PRICE.value else topology.list_price
+    print(tables.plan_table(made, dollars, remedies, date))
     return 0 if made.fits else EXIT_OUT_OF_MEMORY
 
 

@@ -9,8 +9,16 @@ GIB = 2**30
 LEFT_OUT = "Estimates: input, host and network jitter left out; nothing overlaps."
 
 
-def plan_table(plan: Plan | DoesNotFit, price: float = 0.0, remedies: Sequence[Remedy] | None = None) -> str:
-    """One plan, whether it fits or not; with dollars for a chip-hour and what was tried to make it fit."""
+def plan_table(
+    plan: Plan | DoesNotFit, price: float = 0.0, remedies: Sequence[Remedy] | None = None, listed: str = ""
+) -> str:
+    """One plan, whether it fits or not.
+
+    Args:
+      price: dollars for a chip-hour; without them nothing is said of the cost.
+      remedies: what was tried to make it fit.
+      listed: of when `price` is, if it is the list price.
+    """
     mesh = ",".join(f"{axis}={plan.mesh[axis]}" for axis in AXES)
     batch = f"batch {plan.place.batch_size} x {plan.place.context_length}"
     lines = [f"{_place(plan.place)}, mesh {mesh}, {batch}", *_memory(plan)]
@@ -27,7 +35,7 @@ def plan_table(plan: Plan | DoesNotFit, price: float = 0.0, remedies: Sequence[R
             what = f"{row['kind']} over {row['axes']}"
             sizes = f"{row['count']:8,.0f}{row['bytes'] / 1e6:12,.1f}{row['milliseconds']:10.2f}"
             lines.append(f"  {what:<34}{row['size']:6}{row['network']:>5}{sizes}")
-    return "\n".join([*lines, "", *_run(plan.run, price), *_remedies(remedies), "", LEFT_OUT])
+    return "\n".join([*lines, "", *_run(plan.run, price, listed), *_remedies(remedies), "", LEFT_OUT])
 
 
 def sweep_table(plans: Sequence[Plan | DoesNotFit | Impossible]) -> str:
@@ -83,7 +91,7 @@ def _memory(plan: Plan | DoesNotFit) -> list[str]:
     return [*lines, f"  {'total':<32}{plan.hbm_total_bytes / GIB:10.2f}   {verdict}"]
 
 
-def _run(run: Run, price: float) -> list[str]:
+def _run(run: Run, price: float, listed: str) -> list[str]:
     every = run.checkpoint_every_seconds
     lines = [
         f"The run: {run.steps:,} steps, {run.tokens:,} tokens",
@@ -95,7 +103,8 @@ def _run(run: Run, price: float) -> list[str]:
     if run.epochs is not None:
         lines[-1] += f"; this dataset of {run.dataset_tokens:,} tokens: {run.epochs:,.1f} epochs"
     if price:
-        lines.append(f"  at {price:g} dollars a chip-hour: {price * run.chip_hours:,.0f} dollars")
+        source = f" (list of {listed}, on demand)" if listed else ""
+        lines.append(f"  at {price:g} dollars a chip-hour{source}: {price * run.chip_hours:,.0f} dollars")
     return lines
 
 

@@ -91,6 +91,14 @@ class Run:
         return self.topology.num_chips * self.slices
 
     @property
+    def rate(self) -> tuple[float, str]:
+        """Dollars per chip and hour, 0 where nobody knows, and whose price that is: --price or the list's."""
+        if self.price:
+            return float(self.price), f"${self.price} per chip-hour"
+        dollars, date = self.topology.list_price
+        return dollars, f"the list price of {date}, ${dollars:.2f} per chip-hour on demand"
+
+    @property
     def url(self) -> str:
         return f"{self.bucket}/runs/{self.name}"
 

@@ -98,10 +98,10 @@ def _progress(gcloud: Gcloud, run: Run) -> str:
 def _cost(run: Run, history: History) -> str:
     hours = history.billed(time.time()) / 3600
     text = f"cost      slices were up for {hours:.2f} h = {hours * run.chips:.1f} chip-hours"
-    if run.price:
-        text += f" = ${hours * run.chips * float(run.price):.2f} at ${run.price} per chip-hour"
-    text += f", and {'one is up' if history.slice_is_up else 'none is up now'}"
-    return text if run.price else f"{text}; submit --price USD_PER_CHIP_HOUR to see dollars"
+    dollars, source = run.rate
+    if dollars:
+        text += f" = ${hours * run.chips * dollars:.2f} at {source}"
+    return f"{text}, and {'one is up' if history.slice_is_up else 'none is up now'}"
 
 
 def logs(gcloud: Gcloud, run: Run, given: Options) -> int:

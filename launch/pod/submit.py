@@ -92,13 +92,16 @@ def _confirm_other_code(gcloud: Gcloud, run: Run, given: Options) -> None:
 
 def _confirm_cost(run: Run, given: Options) -> None:
     """Says what the run may cost, and asks where somebody can answer. Raises UsageError at no."""
-    chips = max(dataclasses.replace(run, type=kind).chips for _, kind in run.places)
+    places = [dataclasses.replace(run, type=kind) for _, kind in run.places]
+    chips = max(place.chips for place in places)
     text = f"at most {run.max_hours} h of {chips} chips = {run.max_hours * chips} chip-hours"
-    if run.price:
-        hour = chips * float(run.price)
+    if all(place.rate[0] for place in places):
+        hour, source = max((place.chips * place.rate[0], place.rate[1]) for place in places)
         text += f": ${hour:.2f} an hour, at most ${hour * run.max_hours:.2f}"
+        if not run.price:
+            text += f", by {source}{' (spot costs less)' if run.tier == 'spot' else ''}; --price gives another"
     else:
-        text += " (--price shows dollars, --max-hours and --max-cost are the limits)"
+        text += " (no price known; give --price. --max-hours and --max-cost are the limits)"
     say(text)
     if not given.yes and sys.stdin.isatty() and not yes("Go on? [y/N] "):
         raise UsageError("nothing was created; answer y, or give --yes")

@@ -2,12 +2,16 @@
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 
 import pytest
 
+from launch import slices
+from launch.pod import record, submit
+from launch.pod.options import Options
 from tests.support.cloud import SUBMIT, TRAINER
 
 from .test_tpu_pod_life import created
@@ -208,6 +212,22 @@ def test_cost_is_said_before_and_limited(cloud):
     assert "MAX_HOURS=10\n" in cloud.object("run")
     code, output = cloud.submit("--max-cost", "9", "--price", "1.25")
     assert code == 2 and "--max-cost=9 is less than an hour of 8 chips at $1.25" in output
+
+
+def test_cost_without_a_price_is_by_the_list_and_says_of_when(cloud):
+    cloud.trainer("0")
+    code, output = cloud.submit("--max-hours", "10")
+    assert code == 0, output
+    assert "80 chip-hours: $25.76 an hour, at most $257.60, by the list price of 2025-01, $3.22 per chip" in output
+    assert "on demand (spot costs less); --price gives another" in output
+    assert re.search(r"chip-hours = \$\d+\.\d\d at the list price of 2025-01, \$3.22", cloud.run("status")[1])
+
+
+def test_cost_is_not_guessed_where_no_price_is_known(monkeypatch, capsys):
+    monkeypatch.delitem(slices.LIST_PRICES, "v4")
+    run = record.Run("run", "p", "z", "v4-16", 1, "spot", "gs://bucket", "", "", 1, 10)
+    submit._confirm_cost(run, Options("submit", [], yes=True))
+    assert "80 chip-hours (no price known; give --price." in capsys.readouterr().out
 
 
 def test_person_at_a_terminal_is_asked_before_it_costs(cloud):

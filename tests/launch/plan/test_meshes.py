@@ -209,3 +209,11 @@ def test_remedies_go_together_only_where_none_alone_is_enough():
     assert len(rows) == 5 and all(row["needs"] == "needs more" for row in rows)
     table = plan_table(too_large, remedies=rows)
     assert "choose a larger slice" in table and max(map(len, table.splitlines())) <= 80
+
+
+def test_a_price_that_is_the_lists_says_so_and_of_when():
+    plan = ideal(read_settings(c4.get_config("d12")), find("v4-32"), 1)
+    dollars, date = find("v4-32").list_price
+    line = next(line for line in plan_table(plan, dollars, listed=date).splitlines() if "dollars" in line)
+    assert line.startswith("  at 3.22 dollars a chip-hour (list of 2025-01, on demand): ") and len(line) <= 80
+    assert "(" not in next(line for line in plan_table(plan, 1.5).splitlines() if "dollars a chip-hour" in line)
