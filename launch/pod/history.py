@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-import time
 from pathlib import Path
 
+from .clock import BucketClock
 from .gcloud import Gcloud, Kind
 from .record import Run
 from .terminal import BlockedError, one_line, say
@@ -32,6 +32,7 @@ class History:
 
     def __init__(self, gcloud: Gcloud, run: Run) -> None:
         self._gcloud, self._file, self._url = gcloud, run.local / "events", f"{run.url}/events"
+        self._clock = BucketClock(gcloud, run.url)
         self.events: list[Event] = []
 
     def load(self, bucket_needed: bool = True) -> None:
@@ -49,7 +50,7 @@ class History:
         """On the terminal, in the local copy and in the bucket. Returns why the bucket has not got it, or nothing."""
         detail = one_line(detail.replace("\t", " "))
         say(f"{name} {detail}".rstrip())
-        event = Event(float(int(time.time())), name, detail)
+        event = Event(float(int(self._clock.time())), name, detail)
         self.events.append(event)
         with self._file.open("a") as file:
             file.write(f"{event.time:.0f}\t{name}\t{detail}\n")
@@ -74,8 +75,9 @@ class History:
         """Whether a request was made of which nothing was seen since: the service may not find it yet."""
         return next((e.name == "attempt" for e in reversed(self.events) if e.name != "submitted"), False)
 
-    def billed(self, now: float) -> float:
-        return billed(self.events, now)
+    def billed(self) -> float:
+        """Seconds that slices were up; the time is asked for only if one still is."""
+        return billed(self.events, self._clock.time() if self.slice_is_up else 0.0)
 
 
 def attempt(events: list[Event]) -> int:

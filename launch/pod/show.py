@@ -96,7 +96,7 @@ def _progress(gcloud: Gcloud, run: Run) -> str:
 
 
 def _cost(run: Run, history: History) -> str:
-    hours = history.billed(time.time()) / 3600
+    hours = history.billed() / 3600
     text = f"cost      slices were up for {hours:.2f} h = {hours * run.chips:.1f} chip-hours"
     dollars, source = run.rate
     if dollars:

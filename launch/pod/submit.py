@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from . import checks, code, hosts, options, queued, record, watch
+from .clock import clock_commands
 from .gcloud import Gcloud, Kind, seconds
 from .history import History
 from .lock import Lock
@@ -286,6 +287,7 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
         _gcloud(*cp, "TREE.tar.gz", f"{run.url}/code/TREE.tar.gz"),
         _gcloud(*cp, "uncommitted.patch", f"{run.url}/code/TREE.patch"),
         _gcloud(*cp, "trainer.args", f"{run.url}/trainer.args"),
+        *(_gcloud(*command) for command in clock_commands(run.url, "clock")),
         _gcloud(*cp, "events", f"{run.url}/events"),
         "# --- ask for the slice, and look at it until it is ACTIVE and its nodes READY",
         _gcloud(*queued.create_command(run, "watchdog.sh")),

@@ -8,6 +8,7 @@ import time
 
 from . import decide, hosts, queued
 from . import notify as notice
+from .clock import now
 from .gcloud import Gcloud, Kind, seconds
 from .history import History, failed_stages, uncounted
 from .lock import LOST, OURS, Lock, shown
@@ -34,11 +35,6 @@ from .terminal import UsageError, printable, say
 
 # How often a trouble that goes on is said again.
 _SAY_AGAIN = 900
-
-
-def now() -> float:
-    """Seconds on a clock that nobody sets, and that counts a laptop's sleep where the system can."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def limits_of(run: Run, watch: bool) -> Limits:
@@ -90,7 +86,7 @@ class Watcher:
         self._workers: list[hosts.Worker] = []
         self._beats: set[str] = set()
         self._stale: set[str] | None = None  # what workers said before this watcher started them
-        self._billed, self._looked = history.billed(time.time()), now()
+        self._billed, self._looked = history.billed(), now()
         self._said: dict[str, float] = {}
         self._request = ""
         self._told = False

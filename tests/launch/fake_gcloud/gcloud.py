@@ -344,6 +344,9 @@ def cat(state, script, positionals, options):
 def object_describe(state, script, positionals, options):
     if not os.path.isfile(local(positionals[0])):
         fail(f"ERROR: (gcloud.storage.objects.describe) gs://{positionals[0]} not found: 404.")
+    if "update_time" in options["--format"]:
+        print(time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(os.path.getmtime(local(positionals[0])))))
+        return
     print(generation(local(positionals[0])))
 
 
