@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .code import Code
 from .gcloud import Gcloud, Kind
-from .options import ROOT
+from .options import EMAIL, ROOT, matches
 from .record import Run
 from .terminal import BlockedError, UsageError, say
 
@@ -35,7 +35,11 @@ def type_command(run: Run) -> list[str]:
 
 
 def check_cloud(gcloud: Gcloud, run: Run, temporary: Path) -> None:
-    """The person, the project, the slice type in the zone, and the bucket. Raises UsageError or BlockedError."""
+    """The person, who is the run's owner, the project, the slice type in the zone, and the bucket.
+
+    Raises:
+      UsageError, BlockedError: what has to be done first.
+    """
     if shutil.which("gcloud") is None:
         raise UsageError("gcloud is not installed; see cloud.google.com/sdk/docs/install")
     answer = gcloud.ask(*account_command())
@@ -43,6 +47,7 @@ def check_cloud(gcloud: Gcloud, run: Run, temporary: Path) -> None:
         raise BlockedError(f"gcloud auth list failed: {answer.reason}")
     if not answer.out:
         raise UsageError("gcloud has no account; run gcloud auth login")
+    run.owner = answer.out if matches(answer.out, EMAIL) else ""  # a federated account has no address
     for zone, kind in run.places:
         _check_type(gcloud, dataclasses.replace(run, zone=zone, type=kind))
     _check_bucket(gcloud, run, temporary)

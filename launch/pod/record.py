@@ -38,6 +38,7 @@ PATTERNS = {
     "INTERNAL_IPS": "1?",
     "TUNNEL_THROUGH_IAP": "1?",
     "RUNTIME_VERSION": f"({options.RUNTIME})?",
+    "OWNER": f"({options.EMAIL})?",
     "TREE": "[0-9a-f]{40,64}",
     "COMMIT": "[0-9a-f]{40,64}",
     "CODE_SHA256": "[0-9a-f]{64}|",
@@ -69,6 +70,7 @@ class Run:
     internal_ips: bool = False
     tunnel_through_iap: bool = False
     runtime_version: str = ""  # the VM image, if not that of the type
+    owner: str = ""  # the account that submitted it last
     tree: str = ""
     commit: str = ""
     code_sha256: str = ""  # of the archive that the hosts load

@@ -250,7 +250,7 @@ def _seize(gcloud: Gcloud, run: Run, word: str) -> History:
 
 
 def list_runs(gcloud: Gcloud, given: Options) -> int:
-    """Those of a bucket with their watchers, or those of this machine."""
+    """Those of a bucket with their owners and watchers, or those of this machine."""
     runs = _recorded(gcloud, given.bucket) if given.bucket else []
     if not given.bucket:
         runs = [record.load(file) for file in sorted((record.STATE / "runs").glob("*/run"))]
@@ -260,7 +260,7 @@ def list_runs(gcloud: Gcloud, given: Options) -> int:
         line = f"{run.name:24} {run.slices} x {run.type:12} {run.zone:16} {state}"
         if given.bucket:
             answer = gcloud.cat(f"{run.url}/watch")
-            line = f"{line:64} {shown(answer.out) if answer.ok else answer.kind}"
+            line = f"{line:64} {run.owner or 'owner unknown':28} {shown(answer.out) if answer.ok else answer.kind}"
         print(line)
     if not runs:
         print(f"no run is in {given.bucket}" if given.bucket else "no run was submitted from this machine")

@@ -157,17 +157,18 @@ def test_run_is_watched_again_from_another_machine_with_its_recorded_code(cloud,
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
-def test_list_of_a_bucket_shows_every_run_with_its_slice_and_watcher(cloud):
+def test_list_of_a_bucket_shows_every_run_with_its_slice_owner_and_watcher(cloud):
     assert cloud.run("list", "--bucket", "gs://bucket") == (0, "no run is in gs://bucket\n")
     cloud.trainer("0")
     assert cloud.submit()[0] == 0
-    cloud.put("../walk/run", cloud.object("run").replace("NAME=run", "NAME=walk"))
+    walk = cloud.object("run").replace("NAME=run", "NAME=walk").replace("OWNER=me@example.com\n", "")
+    cloud.put("../walk/run", walk)  # as an earlier version left it
     cloud.put("../walk/watch", "watched office 4711 1700000000 01234567\n")
     cloud.somebody_elses("walk")
     code, output = cloud.run("list", "--bucket", "gs://bucket")
     assert code == 0 and [" ".join(line.split()) for line in output.splitlines()] == [
-        "run 1 x v4-16 us-central2-b ABSENT finished",
-        "walk 1 x v4-16 us-central2-b of somebody else watched office 4711 1700000000",
+        "run 1 x v4-16 us-central2-b ABSENT me@example.com finished",
+        "walk 1 x v4-16 us-central2-b of somebody else owner unknown watched office 4711 1700000000",
     ]
 
 
