@@ -74,14 +74,15 @@ install_packages() {
 
 install_gcsfuse() {
   grep -q '^DATA=gs://' "$home/run" || return 0
-  command -v gcsfuse >/dev/null && return
+  local version=3.11.2
+  [[ "$(gcsfuse --version 2>/dev/null)" != "gcsfuse version $version "* ]] || return 0
   # apt's lock is often held by unattended upgrades right after boot.
   local key=/usr/share/keyrings/cloud.google.asc apt=(sudo apt-get -qq -o DPkg::Lock::Timeout=600)
   curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
   printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$key" "$(lsb_release -cs)" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
   "${apt[@]}" update
-  "${apt[@]}" install -y gcsfuse
+  "${apt[@]}" install -y --allow-downgrades "gcsfuse=$version"
 }
 
 # The network is up for as long as the worker is: stopping goes the other way round, and a save needs it.

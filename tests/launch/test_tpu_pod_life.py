@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.support.cloud import SUBMIT, TRAINER
+from tests.support.cloud import SUBMIT, TRAINER, replaced
 
 QUEUED = ["CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 QUOTA = "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit "
@@ -162,3 +162,11 @@ def test_delete_ends_the_watcher_and_the_slice(cloud):
     output, _ = process.communicate(timeout=120)
     assert "this watcher ends: deleted" in output
     assert created(cloud) == 1
+
+
+def test_hosts_install_the_version_of_gcsfuse_that_is_pinned_whatever_they_have(cloud):
+    cloud.trainer("0")
+    cloud.host(FAKE_GCSFUSE="2.0.0")
+    code, output = cloud.run("submit", *replaced("--type", "v4-8"), *TRAINER)
+    assert code == 0, output
+    assert "install -y --allow-downgrades gcsfuse=3.11.2\n" in (cloud.folder / "apt-get-0").read_text()
