@@ -19,6 +19,7 @@ workdir=$(value_of WORKDIR) data=$(value_of DATA)
 backoff=${WORKER_BACKOFF_SECONDS:-15} beat_seconds=${WORKER_BEAT_SECONDS:-60} save_seconds=${WORKER_SAVE_SECONDS:-150}
 kill_seconds=${WORKER_KILL_SECONDS:-10} healthy_seconds=${WORKER_HEALTHY_SECONDS:-900} idle_seconds=${WORKER_IDLE_SECONDS:-1800}
 max_crashes=5 max_losses=20
+arguments=() environment=()
 trainer='' stop_why='' shipper='' killer='' signalled=''
 
 say() { printf 'worker: %s\n' "$*" >>"$log"; }
@@ -134,16 +135,54 @@ wait_for_chips() {
   say "something still holds the TPU chips; starting all the same"
 }
 
+# What the trainer is started with: flags, `env NAME=VALUE` and `secret NAME=projects/P/secrets/S/versions/V`. A secret
+# is fetched at each start, and is nowhere but in memory.
+read_arguments() {
+  local line name project secret version value
+  arguments=() environment=()
+  while IFS= read -r line || [ -n "$line" ]; do
+    case $line in
+      'env '*) environment+=("${line#env }") ;;
+      'secret '*)
+        line=${line#secret } name=${line%%=*}
+        IFS=/ read -r _ project _ secret _ version <<<"${line#*=}"
+        value=$(timeout 120 gcloud secrets versions access "$version" "--secret=$secret" "--project=$project" \
+          2>"$home/secret.error" </dev/null) || {
+          no_secret "$name" "$secret"
+          return 1
+        }
+        environment+=("$name=$value")
+        ;;
+      *) arguments+=("$line") ;;
+    esac
+  done <"$home/trainer.args"
+}
+
+# Denied or missing, no retry cures it; everything else may be the network.
+no_secret() {
+  local error
+  error=$(<"$home/secret.error")
+  code=1 state=crashed detail="error: secret $1 could not be fetched: $error"
+  case $error in
+    *PERMISSION_DENIED* | *"ermission '"*)
+      code=2 state=mistake detail="error: secret $1 is denied: give the slice's service account the role Secret Manager Secret Accessor on $2"
+      ;;
+    *NOT_FOUND* | *FAILED_PRECONDITION* | *INVALID_ARGUMENT*) code=2 state=mistake ;;
+  esac
+}
+
 run_trainer() {
-  local path=$data arguments=() argument got
+  local path=$data got
   [[ $data != gs://* ]] || path=$home/data
-  while IFS= read -r argument || [ -n "$argument" ]; do arguments+=("$argument"); done <"$home/trainer.args"
   lines_before=$(wc -l <"$log" | tr -d ' ')
   # In a group of its own, so that its data workers can be ended with it. With tpu,cpu a chip that cannot be
   # opened is an error; JAX would else train on the CPU. The model is this code's, whatever was installed earlier.
-  PYTHONPATH=$(pwd -P)/model JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} setsid "$home/venv/bin/python" -m trainer "${arguments[@]}" \
-    "--workdir=$workdir" "--config.data.path=$path" >>"$log" 2>&1 </dev/null &
-  trainer=$!
+  (
+    # Not as words of a command, which everybody on the machine could read.
+    export "${environment[@]}" "PYTHONPATH=$(pwd -P)/model" "JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}"
+    exec setsid "$home/venv/bin/python" -m trainer "${arguments[@]}" "--workdir=$workdir" "--config.data.path=$path"
+  ) >>"$log" 2>&1 </dev/null &
+  trainer=$! environment=()
   [ -z "$stop_why" ] || pass_on "$stop_why"
   # A trap ends wait early, with the signal's number; then the trainer is waited for again. 127: it was already.
   signalled=1
@@ -231,13 +270,14 @@ crashes=0 losses=0
 while :; do
   state=running detail=''
   say "start $((restarts + 1)) on host $host, attempt $attempt"
-  if mount_data; then
+  began=$SECONDS
+  if ! mount_data; then
+    code=1 state=crashed detail="the bucket of $data could not be mounted"
+  elif read_arguments; then
     report
     began=$SECONDS
     run_trainer
     judge
-  else
-    began=$SECONDS code=1 state=crashed detail="the bucket of $data could not be mounted"
   fi
   if [ "$stop_why" = stop ]; then
     case $state in

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from . import jobset, options, record, show, submit
+from . import environment, jobset, options, record, show, submit
 from .gcloud import Gcloud
 from .options import Options
 from .terminal import BlockedError, Interrupted, UsageError, quoted, say
@@ -34,7 +34,9 @@ submit runs to the end of the slice, and again after any failure goes on from wh
   --zones A,B --types V4,V5    tried in turn while there are no machines, instead of --zone and --type
   --notify COMMAND|URL  told when the run is preempted, failed, finished or still billing
   --valid-until 6h      give up if no slice was granted by then
-  --price USD           per chip and hour, for the cost in status
+  --price USD           per chip and hour, instead of the list price on demand
+  --env NAME=VALUE      in the trainer's environment; as often as needed, and stored with the flags
+  --secret NAME=ID[:VERSION]    the same from Secret Manager: each host fetches it, nothing stores it
   --no-plan             do not ask the TPU compiler first whether the run fits
   --network, --subnetwork, --service-account, --internal-ips, --runtime-version, --tunnel-through-iap    as gcloud's
   --yes                 do not ask before it costs, nor before a trainer at work gets other code
@@ -77,6 +79,7 @@ def _run(given: Options, temporary: Path) -> int:
     if given.command == "render-jobset":
         submit.fill_defaults(gcloud, given)
         options.check(given)
+        environment.check(given)
         print(jobset.render(record.from_options(given), given))
         return 0
     if given.command == "list":

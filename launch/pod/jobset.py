@@ -45,8 +45,11 @@ def render(run: Run, given: Options) -> str:
         "DATA_FOLDER": folder or ".",
         "ARGUMENTS": "".join(f"\n                    - {_yaml(argument)}" for argument in arguments),
     }
+    pairs = [pair.partition("=")[::2] for pair in given.env]
+    environment = [f"{{name: {_yaml(name)}, value: {_yaml(value)}}}" for name, value in pairs]
+    values["ENVIRONMENT"] = "\n                    - ".join(environment)
     values |= {"NAMESPACE": given.namespace, "QUEUE": given.queue, "SERVICE_ACCOUNT": given.kubernetes_account}
-    only = {"spot": run.tier == "spot", "namespace": given.namespace, "queue": given.queue}
+    only = {"spot": run.tier == "spot", "namespace": given.namespace, "queue": given.queue, "environment": pairs}
     only |= {"account": given.kubernetes_account}
     lines = []
     for line in (ROOT / "launch/jobset.yaml").read_text().splitlines():

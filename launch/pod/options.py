@@ -16,8 +16,8 @@ _NETWORK = "--network --subnetwork --service-account --internal-ips --tunnel-thr
 # What each command takes: an option that would be ignored is a mistake.
 ALLOWED = {
     "submit": f"{_SLICE} {_NETWORK} --valid-until --max-hours --price --no-plan --watch --detach --dry-run --take-over "
-    "--yes --max-cost --notify --zones --types",
-    "render-jobset": f"{_SLICE} --image --namespace --queue --kubernetes-account",
+    "--yes --max-cost --notify --zones --types --env --secret",
+    "render-jobset": f"{_SLICE} --image --namespace --queue --kubernetes-account --env",
     "logs": "--name --bucket --host --attempt --tail -f",
     "ssh": "--name --bucket --host --forward",
     "delete": "--name --bucket --yes",
@@ -57,7 +57,7 @@ SECRET = (
     r'BEGIN [A-Z ]*PRIVATE[ ]KEY|"private[_]key"|(hf|ghp|gho|ghs|ghu)_[A-Za-z0-9]{30,}|github[_]pat_[A-Za-z0-9_]{30,}'
     r"|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{35}|(^|[^A-Za-z0-9_-])sk-[A-Za-z0-9_-]{32,}"
 )
-_SECRET_NAME = re.compile(r"(token|secret|passw(or)?d?|credential|api_?key)s?$", re.I)
+SECRET_NAME = re.compile(r"(token|secret|passw(or)?d?|credential|api_?key)s?$", re.I)
 
 
 def matches(value: str, pattern: str) -> bool:
@@ -100,6 +100,8 @@ class Options:
     kubernetes_account: str = ""
     runtime_version: str = ""
     forward: str = ""
+    env: list[str] = dataclasses.field(default_factory=list)  # each NAME=VALUE
+    secret: list[str] = dataclasses.field(default_factory=list)  # each NAME=SECRET
     internal_ips: bool = False
     tunnel_through_iap: bool = False
     no_plan: bool = False
@@ -149,6 +151,8 @@ def _set(options: Options, option: str, value: str) -> None:
         options.tier = option[2:]
     elif option in SWITCHES:
         setattr(options, _field(option), True)
+    elif option in ("--env", "--secret"):  # as often as they are given
+        getattr(options, _field(option)).append(value)
     else:
         setattr(
             options, _field(option), value.rstrip("/") if _field(option) in ("bucket", "workdir", "data") else value
@@ -266,7 +270,7 @@ def _check_trainer(arguments: list[str]) -> str:
         if re.search(SECRET, argument):
             raise UsageError(f"the value of {flag} {advice}")
         # A number is no secret: --config.data.tokens=5 is how much to train on.
-        if _SECRET_NAME.search(flag.removeprefix("--")) and not re.fullmatch(r"[0-9.e+_-]*", value):
+        if SECRET_NAME.search(flag.removeprefix("--")) and not re.fullmatch(r"[0-9.e+_-]*", value):
             raise UsageError(f"{flag} {advice}")
     if not config:
         raise UsageError("the trainer's flags hold no --config=FILE, e.g. -- --config=configs/c4.py:d12")

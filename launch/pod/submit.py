@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import checks, code, hosts, options, queued, record, watch
+from . import checks, code, environment, hosts, options, queued, record, watch
 from .clock import clock_commands
 from .gcloud import Gcloud, Kind, seconds
 from .history import History
@@ -38,6 +38,7 @@ def submit(given: Options, temporary: Path) -> int:
     gcloud = Gcloud()
     fill_defaults(gcloud, given)
     options.check(given)
+    environment.check(given)
     run = record.from_options(given)
     config = next(a for a in given.trainer if a.startswith("--config="))[len("--config=") :].partition(":")[0]
     if given.dry_run:
@@ -65,7 +66,7 @@ def submit(given: Options, temporary: Path) -> int:
     if history.last == "finished" and resubmitted:
         return _finished_already(gcloud, run, lock, history)
     arguments = run.local / "trainer.args"
-    arguments.write_text("".join(f"{argument}\n" for argument in given.trainer))
+    arguments.write_text("".join(f"{line}\n" for line in [*given.trainer, *environment.lines(given)]))
     code.upload(gcloud, run, chosen, arguments)
     if trouble := history.add("submitted", f"commit {run.commit[:12]}, code {run.tree[:12]}"):
         raise BlockedError(f"cannot write to {run.url}: {trouble}")
@@ -122,7 +123,7 @@ def _same_flags(gcloud: Gcloud, run: Run, given: Options) -> bool:
         return False
     if not answer.ok:
         raise BlockedError(f"cannot read {run.url}/trainer.args: {answer.reason}")
-    return answer.out == "\n".join(given.trainer)
+    return answer.out == "\n".join([*given.trainer, *environment.lines(given)])
 
 
 def attach(gcloud: Gcloud, run: Run, given: Options) -> int:
@@ -274,6 +275,7 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
         f"{run.chips} chips",
         *(f"# {line}" for line in mesh.splitlines()),
         "# environment of every trainer: JAX_PLATFORMS=tpu,cpu; coordinator and process id from the TPU VM's metadata",
+        *(f"# {line}" for line in environment.lines(given)),
         f"# workdir {run.workdir}, dataset {run.data}",
         "# --- check",
         _gcloud(*checks.account_command()),

@@ -81,6 +81,13 @@ BAD = {
     "a secret": (SUBMIT, [*TRAINER, "--wandb_api_key=x"], "looks like a secret"),
     "a token": (SUBMIT, [*TRAINER, "--config.note=hf_" + 34 * "x"], "the value of --config.note looks like a secret"),
     "no dataset": ([*SUBMIT, "--data", "gs://bucket/nothing"], TRAINER, "holds no manifest.json"),
+    "value without a name": ([*SUBMIT, "--env", "=x"], TRAINER, "must be NAME=VALUE"),
+    "name without a value": ([*SUBMIT, "--env", "A"], TRAINER, "must be NAME=VALUE"),
+    "the launcher's own": ([*SUBMIT, "--env", "PATH=/x"], TRAINER, "--env=PATH is set by the launcher itself"),
+    "name twice": ([*SUBMIT, "--env", "A=1", "--secret", "A=x"], TRAINER, "--env=A is given twice"),
+    "value of two lines": ([*SUBMIT, "--env", "A=1\nsecret B=c"], TRAINER, "--env=A holds a control character"),
+    "secret in the open": ([*SUBMIT, "--env", "WANDB_API_KEY=x"], TRAINER, "give --secret WANDB_API_KEY=ID"),
+    "secret of no manager": ([*SUBMIT, "--secret", "A=p/q"], TRAINER, "--secret=A names no secret of Secret Manager"),
     "no such bucket": (replaced("--bucket", "gs://other"), TRAINER, "does not exist"),
 }
 
@@ -241,6 +248,7 @@ def dry_run_calls() -> list[list[str]]:
         ["alpha", "compute", "tpus", "tpu-vm", "ssh", "run", *place, "--worker=1", "--tunnel-through-iap"],
         ["storage", "cat", "--range=4-7", "gs://bucket/log"],
         ["storage", "objects", "describe", "gs://bucket/watch", "--format=value(generation)"],
+        ["secrets", "versions", "access", "latest", "--secret=s", "--project=my-project"],
         ["storage", "rsync", "--recursive", "--quiet", "gs://bucket/tensorboard", "/tmp"],
     ]  # fmt: skip
     lines = "".join((GOLDEN / f"{name}.txt").read_text() for name in ("v4-8-x1", "v4-32-x2")).splitlines()
@@ -290,6 +298,14 @@ def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cl
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert "--config.data.note='x': y" in pod["containers"][0]["args"]
     assert "serviceAccountName" not in pod and "namespace" not in yaml.safe_load(output)["metadata"]
+
+
+def test_jobset_hands_the_environment_on(cloud):
+    options = [*SUBMIT, "--image", "registry/trainer:1", "--env", "A='x': {y}", "--env", "B="]
+    code, output = cloud.run("render-jobset", *options, *TRAINER)
+    assert code == 0, output
+    pod = yaml.safe_load(output)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["env"][1:] == [{"name": "A", "value": "'x': {y}"}, {"name": "B", "value": ""}]
 
 
 def test_jobset_goes_to_the_namespace_queue_and_account_that_are_given(cloud):

@@ -164,6 +164,23 @@ def test_delete_ends_the_watcher_and_the_slice(cloud):
     assert created(cloud) == 1
 
 
+def test_environment_is_recorded_and_reaches_the_trainer_of_every_host(cloud):
+    cloud.script["secrets"] = {"projects/my-project/secrets/wandb/versions/3": "very secret"}
+    cloud.host()
+    cloud.trainer("0", "0")
+    code, output = cloud.submit("--env", "NOTE=a b", "--secret", "TOKEN=wandb:3")
+    assert code == 0 and "very secret" not in output, output
+    for host in (0, 1):
+        lines = (cloud.folder / f"environment-{host}").read_text().splitlines()
+        assert {"NOTE=a b", "TOKEN=very secret"} <= set(lines)
+    secret = "secret TOKEN=projects/my-project/secrets/wandb/versions/3"
+    assert cloud.object("trainer.args") == f"--config=configs/demo.py\nenv NOTE=a b\n{secret}\n"
+    # Another value is other flags: what was finished with the first is not taken for it.
+    code, output = cloud.submit("--env", "NOTE=c", "--secret", "TOKEN=wandb:3")
+    assert code == 0 and "finished already" not in output
+    assert "NOTE=c" in (cloud.folder / "environment-0").read_text().splitlines()
+
+
 def test_hosts_install_the_version_of_gcsfuse_that_is_pinned_whatever_they_have(cloud):
     cloud.trainer("0")
     cloud.host(FAKE_GCSFUSE="2.0.0")

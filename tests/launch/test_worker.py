@@ -186,3 +186,43 @@ def test_idle_worker_does_not_delete_a_slice_that_is_not_its_runs(cloud):
     cloud.trainer("0")
     Worker(cloud, WORKER_IDLE_SECONDS="1").run_to("the request run is not this run's; leaving it alone")
     assert "run" in cloud.state()["requests"]
+
+
+SECRET = "projects/my-project/secrets/wandb/versions/latest"
+
+
+def started_with(cloud, **secrets: str) -> Worker:
+    worker = Worker(cloud)
+    cloud.script["secrets"] = secrets
+    cloud.host()
+    with (worker.home / "trainer.args").open("a") as file:
+        file.write(f"env NOTE=$(id) 'a' b\nsecret TOKEN={SECRET}\n")
+    return worker
+
+
+def test_trainer_finds_values_and_secrets_in_its_environment_and_nothing_keeps_the_secret(cloud):
+    cloud.trainer("0")
+    worker = started_with(cloud, **{SECRET: "very secret=1"})
+    worker.run_to("worker: finished")
+    environment = cloud.folder / "environment-0"
+    assert {"NOTE=$(id) 'a' b", "TOKEN=very secret=1"} <= set(environment.read_text().splitlines())
+    assert "env " not in worker.starts()[0] and "secret" not in worker.starts()[0]
+    files = [path for path in cloud.folder.rglob("*") if path.is_file() and path != environment]
+    assert [path.name for path in files if b"very secret" in path.read_bytes()] == ["script.json"]
+
+
+def test_secret_that_is_denied_is_said_and_not_tried_again(cloud):
+    worker = started_with(cloud)
+    log = worker.run_to("worker: mistake")
+    assert "error: secret TOKEN is denied: give the slice's service account the role Secret Manager Secret" in log
+    assert worker.starts() == []
+    cloud.wait_for(lambda: worker.reported().startswith("0 mistake 2 0 "))
+
+
+def test_secret_that_the_network_keeps_back_is_asked_for_again(cloud):
+    cloud.trainer("0")
+    worker = started_with(cloud, **{SECRET: "very secret"})
+    cloud.error("secrets versions access", "ERROR: (gcloud) Max retries exceeded")
+    log = worker.run_to("worker: finished")
+    assert "crashed: error: secret TOKEN could not be fetched: ERROR: (gcloud) Max retries exceeded" in log
+    assert len(worker.starts()) == 1

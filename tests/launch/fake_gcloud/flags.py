@@ -80,6 +80,11 @@ COMMANDS: dict[str, dict[str, object]] = {
         "positionals": 1,
         "flags": {"--additional-headers", "--decryption-keys", "--fetch-encrypted-object-hashes", "--raw", "--soft-deleted"},
     },
+    "secrets versions access": {
+        "source": "surface/secrets/versions/access.py",
+        "positionals": 1,
+        "flags": {"--location", "--out-file", "--secret"},
+    },
 }  # fmt: skip
 # Of every command: calliope/cli.py and the gcloud-wide flags page.
 GLOBAL = {"--account", "--configuration", "--filter", "--flags-file", "--flatten", "--format", "--help",

@@ -359,6 +359,13 @@ def rsync(state, script, positionals, options):
     shutil.copytree(local(positionals[0]), positionals[1], dirs_exist_ok=True, ignore=ignore)
 
 
+def secret(state, script, positionals, options):
+    name = f"projects/{options['--project']}/secrets/{options['--secret']}/versions/{positionals[0]}"
+    if name not in script.get("secrets", {}):
+        fail(f"ERROR: (gcloud.secrets.versions.access) PERMISSION_DENIED: Permission denied on resource {name}.")
+    print(script["secrets"][name])
+
+
 ACTIONS = {
     "auth list": auth_list,
     "config get": config_get,
@@ -373,4 +380,5 @@ ACTIONS = {
     "storage cp": cp_many,
     "storage objects describe": object_describe,
     "storage rsync": rsync,
+    "secrets versions access": secret,
 }
