@@ -114,7 +114,8 @@ def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState,
     with jax.set_mesh(mesh):  # of this thread
         step = jax.jit(make_train_step(settings, pad_id), donate_argnums=0)
         compiled = step.lower(state_shape, Batch(inputs=tokens, targets=tokens, bytes=rows), requests).compile()
-    logger.info("compiled the train step in %.1f s", time.monotonic() - start)
+    if jax.process_index() == 0:
+        logger.info("compiled the train step in %.1f s", time.monotonic() - start)
     return compiled
 
 

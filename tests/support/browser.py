@@ -33,6 +33,10 @@ TEXT = """
 """
 
 
+class NavigatedError(RuntimeError):
+    """The page that was asked is not there any more."""
+
+
 class Page:
     """One page.
 
@@ -58,15 +62,19 @@ class Page:
     def wait_for(self, *texts: str, seconds: float = 120) -> str:
         """The page's text, once it has all of these."""
         deadline = time.monotonic() + seconds
-        while missing := [text for text in texts if text not in (shown := self.evaluate(TEXT))]:
+        while missing := [text for text in texts if text not in (shown := self.evaluate(TEXT) or "")]:
             if time.monotonic() > deadline:
                 pytest.fail(f"{missing} never came; the page says: {shown[:2000]}")
             time.sleep(0.3)
         return shown
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
-        return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        """The value of a JavaScript expression; None where the page goes to another address meanwhile."""
+        try:
+            answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        except NavigatedError:
+            return None
+        return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
         """What the window shows, as a PNG file."""
@@ -81,6 +89,8 @@ class Page:
         while True:
             answer = self._receive()
             if answer.get("id") == number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise NavigatedError
                 assert "error" not in answer, answer
                 return answer["result"]
             self._notice(answer)
