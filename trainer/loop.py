@@ -22,7 +22,7 @@ from trainer.hosts.lease import Lease
 from trainer.hosts.replicas import make_replica_check
 from trainer.hosts.requests import Request
 from trainer.job import Job, open_job
-from trainer.metrics.norms import norms_by_layer
+from trainer.metrics.norms import state_norms
 from trainer.metrics.profile import Profiler
 from trainer.metrics.run import open_metrics
 from trainer.metrics.steps import StepLog
@@ -137,7 +137,7 @@ class Run:
         self.saves = Saves(job, self.outcomes, self.writer, profiler)
         self.validate = Validation(job, self.writer, self.saves.requests)
         self.check_replicas = make_replica_check(job.state_shape.params, job.mesh)
-        self.parameter_norms = jax.jit(norms_by_layer)
+        self.state_norms = jax.jit(functools.partial(state_norms, settings))
         self.rollback = Rollback(job.checkpoints, job.restore, source)
 
     def run(self) -> int:
@@ -226,8 +226,8 @@ class Run:
             waited = time.monotonic() - start
             at.state, metrics = self.train_step(at.state, batch, self.saves.requests())
             at.step += 1
-            if is_kept(at.step, NORMS_EVERY):  # in the step they would cost as much as the update's
-                metrics["norms"]["parameter"] = self.parameter_norms(at.state.params)
+            if is_kept(at.step, NORMS_EVERY):
+                metrics["norms"] |= self.state_norms(at.state)
             self.outcomes.add(at.step, metrics, loading_seconds, waited)
 
     def roll_back(self) -> None:

@@ -56,6 +56,21 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
+def last_update(settings: Settings, state: TrainState) -> nnx.State:
+    """What the newest good update has added to the parameters, weight decay apart: Adam's moments still say so."""
+    o = settings.optimizer
+    (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    mean, square = (
+        optax.tree.bias_correction(moment, decay, adam.count) for moment, decay in ((adam.mu, o.b1), (adam.nu, o.b2))
+    )
+    rate = learning_rate(settings)(adam.count - 1)
+    return jax.tree.map(lambda m, s: -rate * m / (jnp.sqrt(s) + o.eps), mean, square)
+
+
+def _is_adam(node: object) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
 def _is_param(leaf: object) -> bool:
     return isinstance(leaf, nnx.Variable)
 

@@ -42,7 +42,7 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
     Where the loss or the gradient is not finite, or the loss a spike (`faults.spike_factor`), parameters and optimizer
     state stay as they were; `state.health` counts. Metrics are float32 scalars: loss (cross-entropy, nats per token),
     memory_loss, grad_norm (before clipping), learning_rate, tokens, bytes (of text), bad_steps (in a row); beside them
-    `norms`, of the gradient before clipping and of the update, both as `norms_by_layer`; and requests.
+    `norms`, of the gradient before clipping as `norms_by_layer`; and requests.
     """
     optimizer, schedule = make_optimizer(settings), learning_rate(settings)
     graph = model_graph(settings.transformer)
@@ -74,7 +74,6 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
             params, opt_state = jax.tree.map(
                 lambda new, old: jax.lax.select_n(good, old, new), updated, (state.params, state.opt_state)
             )
-            norms = {"gradient": norms_by_layer(grads), "update": norms_by_layer(updates)}
         health = _next_health(state.health, metrics["loss"], good)
         metrics |= {
             "grad_norm": grad_norm,
@@ -84,7 +83,7 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
             "bad_steps": health.bad_steps.astype(jnp.float32),
             "requests": jnp.max(requests, axis=0),
         }
-        metrics["norms"] = norms
+        metrics["norms"] = {"gradient": norms_by_layer(grads)}
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
     return train_step

@@ -118,7 +118,7 @@ class StepLog:
 
 
 def norm_scalars(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Scalars of a step's `norms`: of gradient and update, and with those of the parameters the ratio too."""
+    """Scalars of a step's `norms`: of the gradient, and perhaps of the update and the parameters, with their ratio."""
     groups = {f"weights_{name}_norm": by_kind for name, by_kind in norms.items()}
     if "parameter" in norms:
         groups["weights_update_ratio"] = {

@@ -45,7 +45,7 @@ class TensorBoardWriter(MetricsWriter):
         self._summarise(step, *values)
 
     def text(self, step: int, name: str, markdown: str) -> None:
-        self._summarise(step, summaries.text(name, markdown))
+        self._summarise(step, summaries.text(f"run/{name}", markdown))  # one group: the tab opens the first ones only
 
     def image(self, step: int, name: str, png: bytes) -> None:
         self._summarise(step, summaries.image(name, png))

@@ -37,7 +37,7 @@ def test_tensorboard_opens_on_the_run_and_shows_all_of_it_without_an_error(tenso
             "timeseries": ["run 12 cards", "/loss", "/bits_per_byte", "selection_mean_f"],
             "scalars": ["run", "selection_mean_f", "weights"],
             "images": ["selection/layers", "selection/text"],
-            "text": ["Fields that are not at their defaults are bold", "fingerprint", "memory_loss.epsilon"],
+            "text": ["Fields that are not at their defaults are bold", "memory_loss.epsilon", "fingerprint"],
             "hparams": ["optimizer.peak_lr", "run/validation_bits_per_byte"],
             "custom_scalars": ["The run", "loss, nats per token", "norm of the gradient"],
         }.items():

@@ -1,5 +1,7 @@
 """Norms by layer and kind are those of the arrays, on a mesh as well."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from data import TrainBatches, open_dataset
 from trainer.batches import batch_sharding, global_batch
 from trainer.hosts.requests import request_array
 from trainer.mesh import make_mesh
-from trainer.metrics.norms import norms_by_layer
+from trainer.metrics.norms import state_norms
 from trainer.metrics.steps import norm_scalars
 from trainer.settings import read_settings
 from trainer.state import init_state
@@ -41,13 +43,13 @@ def test_norms_of_a_step_are_those_of_gradient_update_and_parameters(tiny_config
         batch = global_batch(source, 0, batch_sharding(mesh))
         step = jax.jit(make_train_step(settings, pad_id=0))
         after, metrics = step(state, batch, request_array(mesh))
+        norms = jax.device_get(metrics["norms"] | jax.jit(functools.partial(state_norms, settings))(after))
     (adam,) = (x for x in jax.tree.leaves(after.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
     expected = {
         "gradient": directly(jax.tree.map(lambda mu: mu / (1 - settings.optimizer.b1), adam.mu)),
         "update": directly(jax.tree.map(jnp.subtract, after.params, state.params)),
         "parameter": directly(after.params),
     }
-    norms = jax.device_get(metrics["norms"] | {"parameter": jax.jit(norms_by_layer)(after.params)})
     for name, by_kind in expected.items():
         assert norms[name].keys() == by_kind.keys()
         for kind, value in by_kind.items():

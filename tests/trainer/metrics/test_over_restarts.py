@@ -123,4 +123,4 @@ def test_pictures_texts_and_hyperparameters_are_there(runs):
     metrics = read_metrics(runs[0])
     assert {"config", "environment", "command"} <= metrics.texts.keys()
     assert metrics.hparams["batch_size"] == 16
-    assert {"_hparams_/session_start_info", "custom_scalars__config__", "config"} <= set(events.Tags()["tensors"])
+    assert {"_hparams_/session_start_info", "custom_scalars__config__", "run/config"} <= set(events.Tags()["tensors"])
