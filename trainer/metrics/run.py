@@ -14,7 +14,7 @@ from trainer.job import Job
 from trainer.metrics.json_lines import METRICS_FILE, JsonLinesWriter
 from trainer.metrics.tensorboard import TensorBoardWriter
 from trainer.metrics.writer import Metrics, MetricsWriter
-from trainer.settings import flat, free_fields
+from trainer.settings import flat
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorboard")
 
@@ -36,12 +36,7 @@ def open_metrics(job: Job, first_step: int, others: Sequence[MetricsWriter] = ()
     metrics.text(first_step, "config", f"Fields that are not at their defaults are bold.\n\n{_table(shown)}")
     metrics.text(first_step, "environment", _table(environment(job)))
     metrics.text(first_step, "command", f"    {shlex.join(sys.orig_argv)}")
-    # The first ones are the table's columns: what a sweep changes.
-    free = tuple(free_fields())
-    ordered = sorted(config, key=lambda name: (name.startswith(free), config[name] == defaults[name]))
-    metrics.hparams(
-        first_step, {name: x for name in ordered if isinstance(x := config[name], bool | int | float | str)}
-    )
+    metrics.hparams(first_step, {name: x for name, x in config.items() if isinstance(x, bool | int | float | str)})
     return metrics
 
 

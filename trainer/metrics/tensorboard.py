@@ -11,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from trainer.metrics import summaries
 from trainer.metrics.events import EventFile, mend
 from trainer.metrics.writer import MetricsWriter
+from trainer.settings import free_fields
 
 logger = logging.getLogger("trainer")
 _MOST_KEPT = 100_000  # events
@@ -51,7 +52,10 @@ class TensorBoardWriter(MetricsWriter):
         self._summarise(step, summaries.image(name, png))
 
     def hparams(self, step: int, values: Mapping[str, bool | float | str]) -> None:
-        self._summarise(step, *summaries.hparams(values))
+        """Of these the table shows what makes another run of it: how it is computed and kept is left out."""
+        left_out = *free_fields(), "faults."
+        kept = {name: value for name, value in values.items() if not name.startswith(left_out)}
+        self._summarise(step, *summaries.hparams(kept))
 
     def flush(self) -> None:
         """Returns when everything written so far is in the file, or storage has refused it."""

@@ -7,8 +7,8 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.loop import train
+from trainer.metrics.profile import PROFILE_FILE, parse_steps
 from trainer.metrics.writer import MetricsWriter
-from trainer.profile import PROFILE_FILE, parse_steps
 from trainer.settings import read_settings
 
 PARTS = [b"layer/attention", b"layer/mlp", b"loss", b"optimizer"]
