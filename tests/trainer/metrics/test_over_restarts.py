@@ -1,5 +1,7 @@
 """Of a run that was interrupted, has crashed and was rolled back, both files say what they say of a quiet one."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -21,12 +23,15 @@ TIMES = ("run/tokens_per_second", "run/step_seconds", "run/goodput", "time/", "s
 class Disturbance(MetricsWriter):
     """Interrupts its run, or ends it with an exception, once a step is written."""
 
-    def __init__(self, step, ending):
+    def __init__(self, workdir, step, ending):
         self.interrupt, self._step, self._ending = Interrupt(), step, ending
+        self._seal = workdir / "checkpoints" / f"{step - step % 5}.checksums.json"  # of the newest checkpoint
 
     def write(self, step, scalars):
         if step == self._step and "run/loss" in scalars:
             if self._ending == "crash":
+                while not self._seal.exists():  # its thread goes on after the exception, unlike that of a dead process
+                    time.sleep(0.05)
                 raise RuntimeError("the host is gone")
             self.interrupt.requested = True
 
@@ -60,7 +65,7 @@ def runs(dataset_path, tmp_path_factory):
     patch.setattr(loop, "compile_train_step", compile_once_bad)
     disturbed, undisturbed = tmp_path_factory.mktemp("disturbed"), tmp_path_factory.mktemp("undisturbed")
     for step, ending in ((6, "interruption"), (13, "crash"), (16, "interruption")):
-        disturbance = Disturbance(step, ending)
+        disturbance = Disturbance(disturbed, step, ending)
         if ending == "crash":
             with pytest.raises(RuntimeError, match="the host is gone"):
                 train(settings, str(disturbed), disturbance.interrupt, writers=[disturbance])
@@ -113,7 +118,7 @@ def test_both_files_say_the_same(runs):
 def test_restarts_and_rollbacks_are_told_apart(runs):
     begins = [(begin.first_step, begin.is_rollback) for begin in read_metrics(runs[0]).begins]
     assert [is_rollback for _, is_rollback in begins] == [False] * 4 + [True]
-    assert begins[0] == (1, False) and begins[4] == (21, True)
+    assert begins[0] == (1, False) and begins[2] == (11, False) and begins[4] == (21, True)
 
 
 def test_pictures_texts_and_hyperparameters_are_there(runs):
