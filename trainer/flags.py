@@ -25,7 +25,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags; a mistake in them is one line that says what to do, and exit code 2."""
     for argument in argv:
         path = argument.removeprefix("--config=").partition(":")[0]
-        if path != argument and not os.path.isfile(path):
+        if argument.startswith("--config=") and not os.path.isfile(path):
             _exit_with(f"--config: there is no file {path}")
     try:
         return flags.FLAGS(argv)

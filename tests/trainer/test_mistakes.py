@@ -99,6 +99,7 @@ def test_workdir_that_cannot_be_made_is_refused(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--config=configs/demo.py", "--workdir=x", "--profile_steps=9:5"], "--profile_steps=9:5 must be"),
         (["--config=configs/demo.py"], "--workdir"),
         (["--config=configs/none.py", "--workdir=x"], "there is no file configs/none.py"),
         (["--config=configs/c4.py:d13", "--workdir=x"], "'d13' is not a size; choose one of d8"),

@@ -30,7 +30,7 @@ class Profiler:
         self._folder, self._steps = f"{workdir}/tensorboard", steps
         self._file = epath.Path(workdir) / PROFILE_FILE
         self._lock = threading.Lock()
-        self._traces = False
+        self._traces, self._is_main = False, is_main
         if is_main:
             threading.Thread(target=self._look, name="profile", daemon=True).start()
 
@@ -51,7 +51,8 @@ class Profiler:
         if self._traces:
             self._traces = False
             jax.profiler.stop_trace()
-            logger.info("the trace is in %s; see docs/training.md", self._folder)
+            if self._is_main:
+                logger.info("the trace is in %s/plugins/profile", self._folder)
 
     def _start(self, step: int) -> None:
         with self._lock:
