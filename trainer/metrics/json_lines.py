@@ -166,7 +166,6 @@ def _append(path: epath.Path, content: bytes) -> None:
         before = path.read_bytes() if path.exists() else b""
         path.write_bytes(before + _line_end(before[-1:]) + content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 1))

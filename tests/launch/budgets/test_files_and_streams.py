@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -175,11 +174,22 @@ def test_nobody_who_reads_on_is_no_mistake_and_no_word(folder):
     assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
-def test_an_interrupted_search_says_that_the_same_command_goes_on(folder, tmp_path):
-    process = start(*search(folder, TARGET, f"--output={tmp_path}/x.json"))
-    while not (tmp_path / "x.json.journal").exists() and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGINT)
+def test_an_interrupted_search_says_that_the_same_command_goes_on(folder, tmp_path, monkeypatch):
+    (tmp_path / "interrupts_itself.py").write_text(
+        "import os, signal, time\n"
+        "from inference_budget import OldestFirst\n"
+        "from launch.budgets.result import Journal\n"
+        "note = Journal.__setitem__\n"
+        "def note_then_ctrl_c(*arguments):\n"
+        "    note(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "Journal.__setitem__ = note_then_ctrl_c\n"
+        "class Policy(OldestFirst):\n"
+        "    name = 'policy'\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(*search(folder, TARGET, "--policy=interrupts_itself:Policy", f"--output={tmp_path}/x.json"))
     error = process.communicate()[1]
     assert error == "interrupted; the same command goes on from the journal beside its output\n"
     assert process.returncode == 130
