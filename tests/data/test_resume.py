@@ -59,6 +59,7 @@ sys.addaudithook(kill)
 """
 
 
+@pytest.mark.slow
 def test_killed_ten_times_it_gives_the_same_bytes(
     command: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, smal
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_save_keeps_no_memory(config, tmp_path):
     config.update_from_flattened_dict({"model.width": 1})
     state = random_state(config, layout(config, data=8))

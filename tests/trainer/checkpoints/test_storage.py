@@ -89,6 +89,7 @@ def test_a_workdir_that_may_be_written_to_again_is_waited_for(tmp_path, lock, mo
     assert len(pauses) == 2
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_a_dataset_that_is_not_mounted_yet(start_trainer, run_until, finish, dataset_path, tmp_path):
     process = start_trainer(
         tmp_path / "run", steps=2, data__path=tmp_path / "data", faults__storage_retry_seconds=600.0
@@ -104,6 +105,7 @@ def test_a_dataset_that_stays_away_ends_the_run_with_a_code_that_is_retried(star
     assert ExitCode(code).retried and "error: no dataset in" in output and "Traceback" not in output, output
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_moved_away_ends_the_run_for_good_and_is_not_made_anew(
     start_trainer, run_until, finish, tmp_path
 ):

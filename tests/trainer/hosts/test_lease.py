@@ -67,6 +67,7 @@ def test_a_pod_whose_first_host_was_killed_is_restarted_unhindered(start_pod, ru
     assert "sign of life" not in output and "was left by" not in output and "in use" not in output
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_workdir_was_taken_stops_without_writing(start_trainer, run_until, finish, tmp_path):
     rarely = {"eval__every_steps": 1_000_000, "checkpoint__every_steps": 1_000_000}
     process = start_trainer(tmp_path, steps=1_000_000, **rarely)

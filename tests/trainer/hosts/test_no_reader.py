@@ -60,6 +60,7 @@ def test_lines_that_went_nowhere_to_the_end_are_counted():
     assert done.stderr == "[pod] the last 2 lines are missing: nobody took them, or there was no space\n"
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_trainer_that_stands_still_in_a_write(start_trainer, run_until, tmp_path):
     process = start_trainer(tmp_path, steps=1_000_000, faults__exit_seconds=3)
     run_until(process, "step 3 ")
@@ -68,6 +69,7 @@ def test_sigterm_ends_a_trainer_that_stands_still_in_a_write(start_trainer, run_
     assert process.wait(timeout=60) == EXIT_PREEMPTED
 
 
+@pytest.mark.slow
 def test_the_watchdog_ends_a_trainer_that_stands_still_in_a_write(start_trainer, run_until, tmp_path):
     endless = {"steps": 1_000_000, "eval__every_steps": 1_000_000, "checkpoint__every_steps": 1_000_000}
     process = start_trainer(tmp_path, faults__step_timeout_seconds=5, **endless)

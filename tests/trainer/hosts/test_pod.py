@@ -67,6 +67,7 @@ def test_a_lost_host_is_named_and_the_others_leave(start_pod, run_until, finish,
     assert f"host {survivor}: {EXIT_PEER_LOST}" in output
 
 
+@pytest.mark.slow
 def test_the_supervisor_restarts_after_a_crash_and_the_run_ends_bit_equal(
     start_pod, run_until, finish, assert_same_run, undisturbed, tmp_path
 ):

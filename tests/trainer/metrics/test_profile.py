@@ -43,6 +43,7 @@ class Asker(MetricsWriter):
             time.sleep(0.3)
 
 
+@pytest.mark.slow
 def test_a_file_in_the_workdir_asks_a_running_run_for_a_trace_once(tiny_config, tmp_path):
     assert train(read_settings(tiny_config), str(tmp_path), writers=[Asker(tmp_path)]) == 0
     (name,) = traces(tmp_path)
