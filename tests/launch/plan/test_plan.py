@@ -16,6 +16,7 @@ from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
 from tests.support import ROOT
 from tests.support.plans import PLANS, TINY, run_plan
+from trainer.hosts.requests import Request
 from trainer.metrics.flops import matmul_flops, model_flops
 from trainer.settings import Settings, changed, read_settings
 
@@ -59,8 +60,8 @@ def test_arguments_are_the_state_and_the_batch_in_whole_tiles(planned, name):
     found = list(ENTRY.finditer(planned(name).hlo.split("entry_computation_layout={(", 1)[1].split(")->", 1)[0]))
     shapes = [[int(n) for n in argument["shape"].split(",") if n] for argument in found]
     rows = plan["batch_size"] // (plan["mesh"]["data"] * plan["mesh"]["fsdp"])
-    # Inputs and targets; the step, the health's two numbers and three requests.
-    beside = 2 * 4 * rows * plan["context_length"] + 6 * 4
+    # Inputs, targets and each row's bytes of text; the step, the health's two numbers and the requests.
+    beside = 4 * rows * (2 * plan["context_length"] + 1) + 4 * (3 + len(Request))
     bare = plan["hbm_bytes"]["parameters"] + plan["hbm_bytes"]["optimizer"] + beside
     assert sum(4 * math.prod(shape) for shape in shapes) == bare
     assert plan["argument_bytes"] == sum(
@@ -147,6 +148,7 @@ COMPILE = """
 import json, sys
 from launch.slices import find
 from trainer.mesh import make_mesh
+from trainer.hosts.requests import Request
 from trainer.settings import read_settings
 from trainer.state import abstract_state
 from trainer.step import compile_train_step
