@@ -100,6 +100,7 @@ class Eval:
 
     every_steps: Positive[int] = 5_000  # steps between evaluations
     batches: Positive[int] = 50  # validation batches of an evaluation on the way
+    pictures: bool = True  # draw what is masked, by layer and over a text, for TensorBoard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Validation:
         self._sharding, self._phases, self._is_main = batch_sharding(job.mesh), job.phases, job.is_main
         self._writer, self._requests = writer, requests
         self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id))
-        self._workdir, self._every_steps = job.workdir, settings.eval.every_steps
+        self._workdir, self._every_steps, self._draws = job.workdir, settings.eval.every_steps, settings.eval.pictures
         tokenizer, inputs_BN = job.dataset.tokenizer(), self._batches.rows(0, range(1))["inputs"]
         self._tokens = [legible(tokenizer.piece(token)) for token in inputs_BN[0]]  # of the text of the pictures
         self._selection_step = (
@@ -71,7 +71,7 @@ class Validation:
         for statistic, value_L in statistics.items():
             layers = {f"selection_{statistic}/layer_{n:02d}": float(value) for n, value in enumerate(value_L)}
             self._writer.write(step, layers | {f"selection/{statistic}": float(value_L.mean())})
-        if self._is_main and (is_final or pictures.is_due(step // self._every_steps)):
+        if self._is_main and self._draws and (is_final or pictures.is_due(step // self._every_steps)):
             self._writer.flush()
             self._writer.image(
                 step, "selection/layers", pictures.layers_over_steps(read_metrics(self._workdir).scalars)

@@ -18,6 +18,7 @@ TINY: dict[str, object] = {
     "optimizer.warmup_steps": 10,
     "checkpoint.every_steps": 5,
     "eval.every_steps": 10,
+    "eval.pictures": False,
     "log_every_steps": 1,
 }
 

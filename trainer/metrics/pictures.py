@@ -1,4 +1,7 @@
-"""Pictures of what is forgotten: by layer and step, and over a fixed text of the validation split."""
+"""Pictures of what is forgotten: by layer and step, and over a fixed text of the validation split.
+
+matplotlib is imported where something is drawn, since that takes a second.
+"""
 
 import io
 import math
@@ -6,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from trainer.metrics.json_lines import Series
 
@@ -26,6 +28,8 @@ def layers_over_steps(scalars: Mapping[str, Series]) -> bytes:
     Args:
       scalars: as `read_metrics`, with `selection_mean_f/layer_00` and so on.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, (statistic, title) in zip(figure.subplots(1, len(_STATISTICS)), _STATISTICS.items(), strict=True):
         layers = [
@@ -52,6 +56,8 @@ def text_masks(f_LNN: np.ndarray, tokens: Sequence[str]) -> bytes:
     """
     columns = min(4, len(f_LNN))
     rows = math.ceil(len(f_LNN) / columns)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3.2 * columns + 0.8, 3.4 * rows + 0.6))
     figure.subplots_adjust(left=0.6 / columns * 0.25 + 0.02, right=0.99, top=0.96, bottom=0.14 / rows, wspace=0.05)
     later_NN = np.triu(np.ones(f_LNN.shape[1:], bool), 1)

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 @pytest.fixture
 def tensorboard(tiny_config, tmp_path):
     """The address of a server that shows one finished run."""
+    tiny_config.eval.pictures = True
     assert train(read_settings(tiny_config), str(tmp_path / "run")) == 0
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={tmp_path}/run/tensorboard", "--port=0"]
     server = subprocess.Popen([*command, "--host=127.0.0.1"], stderr=subprocess.PIPE, text=True)

@@ -43,7 +43,8 @@ def runs(dataset_path, tmp_path_factory):
     from tests.support.runs import TINY
 
     config = demo.get_config()
-    config.update_from_flattened_dict(TINY | {"data.path": str(dataset_path), "faults.max_bad_steps": 1})
+    fields = {"data.path": str(dataset_path), "faults.max_bad_steps": 1, "eval.pictures": True}
+    config.update_from_flattened_dict(TINY | fields)
     settings, patch = read_settings(config), pytest.MonkeyPatch()
     real = loop.compile_train_step
     for module in (loop, outcomes):
