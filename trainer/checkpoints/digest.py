@@ -31,7 +31,8 @@ def digest(state: Any) -> dict[str, int]:
     return dict(zip(names, jax.device_get(digests).tolist(), strict=True))
 
 
-def shard_digest(x: Array, starts: Sequence[Array | int], shape: Sequence[int]) -> Array:
+@functools.partial(jax.jit, static_argnames="shape")  # traced once for all arrays alike
+def shard_digest(x: Array, starts: Sequence[Array | int], shape: tuple[int, ...]) -> Array:
     """uint32 scalar: the bits of a shard's elements times odd weights, summed modulo 2^32. Those of all shards add up
     to the whole array's.
 
