@@ -31,7 +31,7 @@ setup() {
   (umask 022 && install_gcsfuse)
   # Another attempt on the same machine starts anew; the same one goes on counting.
   if [ "$(cat "$home/attempt" 2>/dev/null)" != "$attempt" ]; then
-    rm -f "$home/status" "$home/log"
+    rm -f "$home/status" "$home/log" "$home/sent"
     printf '%s\n' "$attempt" >"$home/attempt"
   fi
   printf '%s\n' "$host" >"$home/host"

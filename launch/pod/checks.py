@@ -80,7 +80,7 @@ def _check_bucket(gcloud: Gcloud, run: Run, temporary: Path) -> None:
             f"--bucket={run.bucket} does not exist; "
             f"gcloud storage buckets create gs://NAME --location={run.zone.rpartition('-')[0]} "
             "--soft-delete-duration=0 makes one; soft delete, which is on by default, keeps "
-            "and bills replaced logs and checkpoints for seven days"
+            "and bills deleted checkpoints for seven days"
         )
     if answer.kind is Kind.PERMISSION:
         raise UsageError(

@@ -11,6 +11,7 @@ from . import checks, hosts, options, queued, record
 from .gcloud import Gcloud, Kind, seconds
 from .history import History
 from .lock import Lock, shown
+from .logs import Log
 from .options import Options
 from .record import Run
 from .state import ABSENT, UNKNOWN
@@ -118,17 +119,13 @@ def logs(gcloud: Gcloud, run: Run, given: Options) -> int:
         return _follow_logs(gcloud, run, history, chosen)
     attempt = int(given.attempt or history.attempt)
     for host in chosen:
-        answer = gcloud.cat(f"{run.url}/attempts/{attempt}/host-{host}.log")
-        if not answer.ok:
-            raise UsageError(f"no log of host {host} in attempt {attempt} ({answer.kind})")
-        lines = answer.out.split("\n")[-int(given.tail or 0) :]
-        print(hosts.prefixed("\n".join(lines), f"host {host}: " if every else ""), flush=True)
+        Log(gcloud, run, host, f"host {host}: " if every else "").show(attempt, int(given.tail or 0))
     return 0
 
 
 def _follow_logs(gcloud: Gcloud, run: Run, history: History, chosen: list[int]) -> int:
     """Until the run is at its end."""
-    followed = [hosts.Log(gcloud, run, host, f"host {host}: " if len(chosen) > 1 else "") for host in chosen]
+    followed = [Log(gcloud, run, host, f"host {host}: " if len(chosen) > 1 else "") for host in chosen]
     attempt = history.attempt
     while True:
         history.load()

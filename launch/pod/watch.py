@@ -12,6 +12,7 @@ from .clock import now
 from .gcloud import Gcloud, Kind, seconds
 from .history import History, failed_stages, uncounted
 from .lock import LOST, OURS, Lock, shown
+from .logs import Log
 from .record import Run
 from .state import (
     ABSENT,
@@ -82,7 +83,7 @@ class Watcher:
             asked=now() if history.asked else None,
         )
         self._job: hosts.Job | None = None
-        self._log = hosts.Log(gcloud, run, 0)
+        self._log = Log(gcloud, run, 0)
         self._workers: list[hosts.Worker] = []
         self._beats: set[str] = set()
         self._stale: set[str] | None = None  # what workers said before this watcher started them

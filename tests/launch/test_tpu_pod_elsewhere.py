@@ -122,9 +122,9 @@ def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
 def test_log_of_every_host_of_an_attempt_and_only_its_end(cloud):
     cloud.trainer("0")
     assert cloud.submit()[0] == 0
-    cloud.put("attempts/1/host-0.log", "one\ntwo\nthree\n")
-    cloud.put("attempts/1/host-1.log", "eins\nzwei\n")
-    code, output = cloud.run("logs", "--host", "all", "--attempt", "1", "--tail", "2")
+    cloud.put_log(0, "one\ntwo\nthree\n", attempt=2)
+    cloud.put_log(1, "eins\nzwei\n", attempt=2)
+    code, output = cloud.run("logs", "--host", "all", "--attempt", "2", "--tail", "2")
     assert (code, output) == (0, "host 0: two\nhost 0: three\nhost 1: eins\nhost 1: zwei\n")
     code, output = cloud.run("logs", "--attempt", "7")
     assert code == 2 and "no log of host 0 in attempt 7 (absent)" in output

@@ -67,9 +67,10 @@ COMMANDS: dict[str, dict[str, object]] = {
     },
     "storage cp": {
         "source": "surface/storage/cp.py, command_lib/storage/flags.py",
-        "positionals": 99,
+        "positionals": 999,
         "flags": {"--if-generation-match", "--if-metageneration-match", "--no-clobber", "--recursive"},
     },
+    "storage ls": {"source": "surface/storage/ls.py", "positionals": 99, "flags": {"--long", "--recursive"}},
     "storage rsync": {
         "source": "surface/storage/rsync.py",
         "positionals": 2,

@@ -341,6 +341,16 @@ def cat(state, script, positionals, options):
     sys.stdout.flush()
 
 
+def ls(state, script, positionals, options):
+    folder = local(positionals[0])
+    names = (
+        sorted(name for name in os.listdir(folder) if not name.endswith(".generation")) if os.path.isdir(folder) else []
+    )
+    if not names:
+        fail("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+    print("\n".join(positionals[0] + name for name in names))
+
+
 def object_describe(state, script, positionals, options):
     if not os.path.isfile(local(positionals[0])):
         fail(f"ERROR: (gcloud.storage.objects.describe) gs://{positionals[0]} not found: 404.")
@@ -378,6 +388,7 @@ ACTIONS = {
     "alpha compute tpus tpu-vm ssh": ssh,
     "storage cat": cat,
     "storage cp": cp_many,
+    "storage ls": ls,
     "storage objects describe": object_describe,
     "storage rsync": rsync,
     "secrets versions access": secret,
