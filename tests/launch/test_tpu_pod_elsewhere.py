@@ -83,17 +83,6 @@ def test_words_of_a_detached_watcher_are_nobody_elses_and_stay_what_they_are(clo
     os.kill(int(pid), signal.SIGTERM)
 
 
-def test_packages_of_a_host_and_what_builds_them_have_the_versions_of_the_code(cloud):
-    cloud.trainer("-")
-    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
-    cloud.wait_for(lambda: "started" in cloud.object("events"))
-    process.kill()
-    process.communicate()
-    install = (cloud.folder / "hosts/run-0/uv").read_text().splitlines()[1].split()
-    for option in ("--constraint", "--build-constraints"):
-        assert install[install.index(option) + 1].endswith("/constraints.txt")
-
-
 def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     cloud.trainer("-")
     process = cloud.start("submit", "--watch", *SUBMIT, "--internal-ips", "--network", "n", *TRAINER)
