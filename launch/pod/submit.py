@@ -102,8 +102,10 @@ def _confirm_cost(run: Run, given: Options) -> None:
         text += f": ${hour:.2f} an hour, at most ${hour * run.max_hours:.2f}"
         if not run.price:
             text += f", by {source}{' (spot costs less)' if run.tier == 'spot' else ''}; --price gives another"
+        if given.max_cost:
+            text += f"; --max-cost={given.max_cost} is {run.max_hours} h at that price"
     else:
-        text += " (no price known; give --price. --max-hours and --max-cost are the limits)"
+        text += " (no price known; give --price. --max-hours is the limit)"
     say(text)
     if not given.yes and sys.stdin.isatty() and not yes("Go on? [y/N] "):
         raise UsageError("nothing was created; answer y, or give --yes")
