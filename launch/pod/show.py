@@ -65,6 +65,10 @@ def status(gcloud: Gcloud, run: Run) -> int:
     print(f"run       {run.name}: {run.slices} x {run.type} ({run.tier}) in {run.zone}, project {run.project}")
     owner = "" if request.ours or request.state in (ABSENT, UNKNOWN) else ", of somebody else"
     print(f"slice     {request.state}{owner}{trouble}")
+    if request.state not in (ABSENT, UNKNOWN):
+        warning = gcloud.cat(queued.cannot_delete_itself(run, history.attempt))
+        if warning.ok:
+            print(f"WARNING   {one_line(warning.out)}")
     print(f"attempts  {history.attempt} of {run.max_attempts}")
     answer = gcloud.cat(f"{run.url}/watch")
     print(f"watcher   {shown(answer.out) if answer.ok else f'none ({answer.kind})'}")

@@ -52,6 +52,7 @@ def submit(given: Options, temporary: Path) -> int:
     if not given.no_plan:
         checks.check_plan(run, chosen, given.trainer)
     _confirm_other_code(gcloud, run, given)
+    checks.check_slices_account(gcloud, run)
     _confirm_cost(run, given)
     if given.detach:
         return _detach(given, run)
@@ -282,6 +283,7 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
         "# --- check",
         _gcloud(*checks.account_command()),
         _gcloud(*checks.type_command(run)),
+        _gcloud(*checks.policy_command(run)),
         *([_gcloud("storage", "cat", f"{run.data}/manifest.json")] if run.data.startswith("gs://") else []),
         *([] if given.no_plan else [pasteable("python", *checks.plan_command(run, given.trainer))]),
         "# --- record the run and its code (TREE is that of git, RUN_ID is random)",

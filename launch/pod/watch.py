@@ -294,7 +294,7 @@ class Watcher:
         if self._lock.look() != OURS:
             return False
         run = self._run
-        script = queued.write_startup_script(run, run.max_hours * 3600 - self._billed)
+        script = queued.write_startup_script(run, action.attempt, run.max_hours * 3600 - self._billed)
         answer = self._gcloud.call(*queued.create_command(run, str(script)), limit=seconds("CREATE", 600))
         self._state = decide.asked_for(self._state, action, answer.kind, answer.reason, now(), self._limits)
         if answer.ok:

@@ -33,7 +33,7 @@ def main(arguments):
     if os.environ.get("FAKE_NO_TPU_ROLE") and "tpus" in command:  # of a host
         fail("ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.delete' denied on 'projects/p'")
     options = dict(a.partition("=")[::2] for a in rest if a.startswith("-"))
-    positionals = [a for a in rest if not a.startswith("-")]
+    positionals = [a for a in rest if a == "-" or not a.startswith("-")]
     with Locked():
         state, script = read("state.json"), read("script.json")
         trouble = next(
@@ -95,6 +95,11 @@ def auth_list(state, script, positionals, options):
 
 def config_get(state, script, positionals, options):
     print(script.get(positionals[0], ""))
+
+
+def iam_policy(state, script, positionals, options):
+    default = {"role": "roles/tpu.admin", "members": ["serviceAccount:1-compute@developer.gserviceaccount.com"]}
+    print(json.dumps({"bindings": script.get("bindings", [default])}))
 
 
 def accelerator(state, script, positionals, options):
@@ -299,7 +304,11 @@ def cp(state, script, positionals, options):
 
     new = generation(path) + 1 if generation(path) else time.time_ns()
     # Whole or not at all, should this process be killed.
-    shutil.copyfile(source, f"{CLOUD}/upload")
+    if source == "-":
+        with open(f"{CLOUD}/upload", "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    else:
+        shutil.copyfile(source, f"{CLOUD}/upload")
     with open(f"{CLOUD}/upload.generation", "w") as file:
         file.write(str(new))
     os.replace(f"{CLOUD}/upload.generation", f"{path}.generation")
@@ -379,6 +388,7 @@ def secret(state, script, positionals, options):
 ACTIONS = {
     "auth list": auth_list,
     "config get": config_get,
+    "projects get-iam-policy": iam_policy,
     "compute tpus accelerator-types describe": accelerator,
     "compute tpus queued-resources create": create,
     "compute tpus queued-resources describe": describe,
