@@ -149,7 +149,7 @@ def create(state, script, positionals, options):
 
 
 def describe(state, script, positionals, options):
-    request = state["requests"].get(positionals[0]) or missing(positionals[0])
+    request = state["requests"].get(in_zone(state, positionals[0], options)) or missing(positionals[0])
     if request.get("zone", options["--zone"]) != options["--zone"]:
         missing(positionals[0])
     if request.get("hidden"):
@@ -172,10 +172,17 @@ def describe(state, script, positionals, options):
         request["states"] = request["states"][1:]
 
 
+def in_zone(state, name, options):
+    """A second request of the name in another zone, as only a mistake makes one, stands as NAME@ZONE."""
+    other = f"{name}@{options['--zone']}"
+    return other if other in state["requests"] else name
+
+
 def delete(state, script, positionals, options):
-    if state["requests"].get(positionals[0], {}).get("zone", options["--zone"]) != options["--zone"]:
-        missing(positionals[0])
-    request = state["requests"].pop(positionals[0], None) or missing(positionals[0])
+    name = in_zone(state, positionals[0], options)
+    if state["requests"].get(name, {}).get("zone", options["--zone"]) != options["--zone"]:
+        missing(name)
+    request = state["requests"].pop(name, None) or missing(name)
     import glob
 
     for node in request["nodes"]:
