@@ -1,4 +1,4 @@
-# make setup | train | study | test | test-all | lint | results | bench: each sets up what it needs.
+# make setup | train | study | test | test-all | lint | lock | results | bench: each sets up what it needs.
 PYTHON ?= python3
 EXTRAS ?= dev
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(EXTRAS)
 PROJECTS := pyproject.toml model/selective_attention/pyproject.toml model/inference_budget/pyproject.toml
 .DELETE_ON_ERROR:
-.PHONY: setup train study test test-all test-exhaustive test-faults soak lint results bench clean
+.PHONY: setup train study test test-all test-exhaustive test-faults soak lint lock results bench clean
 
 setup: $(STAMP)
 
@@ -63,6 +63,11 @@ lint: setup
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/shellcheck -x -a launch/*.sh launch/pod/*.sh
 	@$(VENV)/bin/shfmt -i 2 -ci -d launch
+
+# After a change of constraints.txt: what hosts of a slice install, with hashes.
+lock: setup
+	@$(RUN) -m pip install --quiet --constraint constraints.txt uv
+	@$(RUN) -m launch.lock
 
 # The tables of docs/ that the TPU compiler makes: all, or those whose command has the word ONLY.
 results:

@@ -26,12 +26,12 @@ setup() {
     return 1
   }
   [ "$host" != 0 ] || may_delete_itself
-  install_packages "$code"
+  install_packages "$code" "$host"
   # What apt reads is read by all.
   (umask 022 && install_gcsfuse)
   # Another attempt on the same machine starts anew; the same one goes on counting.
   if [ "$(cat "$home/attempt" 2>/dev/null)" != "$attempt" ]; then
-    rm -f "$home/status" "$home/log"
+    rm -f "$home/status" "$home/log" "$home/sent"
     printf '%s\n' "$attempt" >"$home/attempt"
   fi
   printf '%s\n' "$host" >"$home/host"
@@ -55,34 +55,74 @@ may_delete_itself() {
   fi
 }
 
-# A Python of its own, since the image's is older than 3.11; made anew only when the pinned versions change.
+# A Python of its own, since the image's is older than 3.11; made anew only when the pinned versions change. It is made
+# of files that the first host ever has put into the bucket, so that a slice that replaces another one needs no package
+# index. Whoever may write there cannot change them: launch/packages.txt has the hashes of wheels, uv that of Python.
 install_packages() {
-  local code=$1 key venv
-  key=$(cat "$code/constraints.txt" "$code/pyproject.toml" "$code"/model/*/pyproject.toml | cksum | tr ' ' -)
-  venv=$home/venv-$key
+  local code=$1 host=$2 key venv packages=$home/packages url
+  key=$(cat "$code/launch/packages.txt" "$code/pyproject.toml" "$code"/model/*/pyproject.toml | cksum | tr ' ' -)
+  venv=$home/venv-$key url=$(value_of BUCKET)/packages/$(cksum <"$code/launch/packages.txt" | tr ' ' -).tar
   if [ ! -e "$venv/complete" ]; then
-    command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$code/constraints.txt" uv
-    export PATH=$HOME/.local/bin:$PATH
-    uv venv --quiet --clear --python 3.11 "$venv"
-    # What builds the packages is pinned as they are.
-    uv pip install --quiet --python "$venv/bin/python" --constraint "$code/constraints.txt" \
-      --build-constraints "$code/constraints.txt" "$code/model/selective_attention" "$code/model/inference_budget" "${code}[tpu,gcs]"
+    if ! { take_packages "$url" && make_venv "$code" "$venv"; }; then
+      echo "not yet to be had from $url; loading the packages from the index"
+      rm -rf "$packages"
+      load_packages "$code"
+      make_venv "$code" "$venv"
+      [ "$host" != 0 ] || keep_packages "$url" ||
+        echo "WARNING: the packages could not be kept in $url; the next slice will need the package index" >&2
+    fi
     touch "$venv/complete"
+    rm -rf "$packages" "$packages.tar"
   fi
   ln -sfn "$venv" "$home/venv"
+}
+
+take_packages() {
+  rm -rf "$packages" && mkdir -p "$packages" && gcloud storage cp --quiet "$1" "$packages.tar" &&
+    tar -xf "$packages.tar" -C "$packages"
+}
+
+keep_packages() { tar -cf "$packages.tar" -C "$packages" . && gcloud storage cp --quiet "$packages.tar" "$1"; }
+
+# For the Python that will be there, by the one that is.
+load_packages() {
+  local minor platforms=()
+  for ((minor = $(getconf GNU_LIBC_VERSION | cut -d . -f 2); minor >= 5; minor--)); do
+    platforms+=(--platform "manylinux_2_${minor}_x86_64")
+  done
+  platforms+=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64)
+  python3 -m pip download --quiet --no-deps --only-binary :all: --require-hashes --implementation cp \
+    --python-version 3.11 "${platforms[@]}" --requirement "$1/launch/packages.txt" --dest "$packages/wheels"
+}
+
+make_venv() {
+  local code=$1 venv=$2 uv=$home/uv/bin/uv wheels=(--no-index --find-links "$packages/wheels" --no-deps --require-hashes)
+  export UV_PYTHON_CACHE_DIR=$packages/python UV_PYTHON_INSTALL_DIR=$venv.python
+  rm -rf "$home/uv" && grep '^uv==' "$code/launch/packages.txt" >"$packages/uv.txt" &&
+    python3 -m pip install --quiet "${wheels[@]}" --target "$home/uv" --requirement "$packages/uv.txt" &&
+    "$uv" venv --quiet --clear --managed-python --python 3.11 "$venv" &&
+    "$uv" pip install --quiet --python "$venv/bin/python" "${wheels[@]}" --requirement "$code/launch/packages.txt" &&
+    "$uv" pip install --quiet --python "$venv/bin/python" --no-index --no-deps --no-build-isolation \
+      "$code/model/selective_attention" "$code/model/inference_budget" "$code"
 }
 
 install_gcsfuse() {
   grep -q '^DATA=gs://' "$home/run" || return 0
   local version=3.11.2
   [[ "$(gcsfuse --version 2>/dev/null)" != "gcsfuse version $version "* ]] || return 0
+  if ! install_from_apt "$version"; then
+    command -v gcsfuse >/dev/null || return 1
+    echo "WARNING: gcsfuse $version could not be installed; going on with $(gcsfuse --version)" >&2
+  fi
+}
+
+install_from_apt() {
   # apt's lock is often held by unattended upgrades right after boot.
   local key=/usr/share/keyrings/cloud.google.asc apt=(sudo apt-get -qq -o DPkg::Lock::Timeout=600)
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
-  printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$key" "$(lsb_release -cs)" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  "${apt[@]}" update
-  "${apt[@]}" install -y --allow-downgrades "gcsfuse=$version"
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null &&
+    printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$key" "$(lsb_release -cs)" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null &&
+    "${apt[@]}" update && "${apt[@]}" install -y --allow-downgrades "gcsfuse=$1"
 }
 
 # The network is up for as long as the worker is: stopping goes the other way round, and a save needs it.

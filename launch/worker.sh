@@ -3,9 +3,10 @@
 # writes the log and a line about itself to the bucket.
 #   worker.sh HOME    the folder that launch/host.sh set up
 #
-# The line, in attempts/N/host-I.status: HOST STATE EXIT_CODE RESTARTS LOG_BYTES BEAT DETAIL. States: running,
-# restarting, stopped (told to), and for good: finished, mistake, out_of_memory, diverged, corrupt (a chip),
-# crashed, lost (its peers).
+# The line, in attempts/N/host-I.status: HOST STATE EXIT_CODE RESTARTS LOG_BYTES BEAT DETAIL, of which LOG_BYTES are
+# those that were sent. States: running, restarting, stopped (told to), and for good: finished, mistake, out_of_memory,
+# diverged, corrupt (a chip), crashed, lost (its peers).
+# The log, in attempts/N/logs/host-I: parts, each named by its first byte. What was sent is taken off the disk.
 set -uo pipefail
 
 home=$1
@@ -18,6 +19,8 @@ workdir=$(value_of WORKDIR) data=$(value_of DATA)
 # is done deletes itself.
 backoff=${WORKER_BACKOFF_SECONDS:-15} beat_seconds=${WORKER_BEAT_SECONDS:-60} save_seconds=${WORKER_SAVE_SECONDS:-150}
 kill_seconds=${WORKER_KILL_SECONDS:-10} healthy_seconds=${WORKER_HEALTHY_SECONDS:-900} idle_seconds=${WORKER_IDLE_SECONDS:-1800}
+# Bytes: of a part of the log, of what was sent and stays on the disk, of what may wait for the bucket.
+part_bytes=${WORKER_PART_BYTES:-1048576} kept_bytes=${WORKER_KEPT_BYTES:-67108864} unsent_bytes=${WORKER_UNSENT_BYTES:-1073741824}
 max_crashes=5 max_losses=20
 arguments=() environment=()
 trainer='' stop_why='' shipper='' killer='' signalled=''
@@ -31,13 +34,59 @@ write_status() {
   mv "$status.new" "$status"
 }
 
+# Sends what the log has gained, at most so many parts. What the bucket has, and where the part ends that is on its way,
+# is on disk first: a sender that was ended in the middle and the next one send the same bytes under the same name.
+ship_log() {
+  local count sent end part=$home/log.part
+  # A hole instead of a second file, since the trainer goes on writing to this one.
+  read -r sent end <"$home/sent"
+  [ "$sent" -le "$kept_bytes" ] || fallocate --punch-hole --offset 0 --length "$((sent - kept_bytes))" "$log" 2>/dev/null
+  for ((count = 0; count < $1; count++)); do
+    if [ "$end" = "$sent" ]; then
+      sent=$(not_dropped "$sent") end=$(next_part "$sent")
+      [ "$end" -gt "$sent" ] && remember_sent "$sent" "$end" || return
+    fi
+    bytes_of_log "$sent" "$((end - sent))" >"$part"
+    [ "$(stat -c %s "$part")" = "$((end - sent))" ] || return # the disk is full
+    timeout 300 gcloud storage cp --quiet "$part" "$url/attempts/$attempt/logs/host-$host/$(printf %015d "$sent")" \
+      >/dev/null 2>&1 && remember_sent "$end" "$end" || return
+    sent=$end
+  done
+}
+
+bytes_of_log() { tail -c "+$(($1 + 1))" "$log" | head -c "$2"; }
+
+# On a full disk the old words stay.
+remember_sent() { printf '%s %s\n' "$1" "$2" >"$home/sent.new" && mv "$home/sent.new" "$home/sent"; }
+
+# A bucket that took nothing for long does not fill the disk.
+not_dropped() {
+  local oldest=$(($(stat -c %s "$log") - unsent_bytes))
+  if [ "$oldest" -gt "$1" ]; then
+    say "$((oldest - $1)) bytes of the log are dropped, since the bucket took nothing"
+  else
+    oldest=$1
+  fi
+  printf '%s\n' "$oldest"
+}
+
+# Where the next part ends: with a whole line, unless one is longer than a part.
+next_part() {
+  local bytes rest=0 part=$home/log.part
+  bytes_of_log "$1" "$part_bytes" >"$part"
+  bytes=$(wc -c <"$part")
+  [ "$(tail -c 1 "$part" | wc -l)" -gt 0 ] || rest=$(tail -n 1 "$part" | wc -c)
+  [ "$rest" -lt "$bytes" ] || rest=0
+  printf '%s\n' "$(($1 + bytes - rest))"
+}
+
 # Never fails: without the bucket for a while the training goes on.
 ship() {
-  local size line
-  size=$(wc -c <"$log" | tr -d ' ')
-  cp "$log" "$log.sent" && timeout 300 gcloud storage cp --quiet "$log.sent" "$url/attempts/$attempt/host-$host.log" >/dev/null 2>&1
+  local sent line
+  ship_log "$1"
+  read -r sent _ <"$home/sent"
   read -r -a line <"$status" # the sender that is being replaced must not send a new state with old words
-  printf '%s %s %s %s\n' "${line[*]:0:4}" "$size" "$(date +%s)" "${line[*]:4}" >"$status.sent"
+  printf '%s %s %s %s\n' "${line[*]:0:4}" "$sent" "$(date +%s)" "${line[*]:4}" >"$status.sent"
   timeout 120 gcloud storage cp --quiet "$status.sent" "$url/attempts/$attempt/host-$host.status" >/dev/null 2>&1
   # A workdir on the hosts is not seen from outside; these two files are what status and the watcher need of it.
   if [ "$host" = 0 ] && [[ $workdir != gs://* ]]; then
@@ -63,13 +112,13 @@ report() {
         while :; do
           # The slice's watchdog (launch/pod/watchdog.sh) deletes a slice on which this stands still.
           touch "$home/beat"
-          ship
+          ship 16 # a log that pours must not keep the line back
           sleep "$beat_seconds"
         done
       ) &
       shipper=$!
       ;;
-    *) ship ;;
+    *) ship 1024 ;;
   esac
 }
 
@@ -174,7 +223,7 @@ no_secret() {
 run_trainer() {
   local path=$data got
   [[ $data != gs://* ]] || path=$home/data
-  lines_before=$(wc -l <"$log" | tr -d ' ')
+  log_before=$(stat -c %s "$log")
   # In a group of its own, so that its data workers can be ended with it. With tpu,cpu a chip that cannot be
   # opened is an error; JAX would else train on the CPU. The model is this code's, whatever was installed earlier.
   (
@@ -200,8 +249,9 @@ run_trainer() {
 
 # What the exit code means, with the log of this start for the one case that needs it. Sets state and detail.
 judge() {
-  local output
-  output=$(tail -n "+$((lines_before + 1))" "$log" | tail -n 300)
+  local output end
+  end=$(stat -c %s "$log")
+  output=$(bytes_of_log $((end - log_before > 262144 ? end - 262144 : log_before)) 262144 | tail -n 300)
   case $code in
     0) state=finished ;;
     75) state=interrupted ;;
@@ -243,13 +293,14 @@ leave() {
   [ -z "$stop_why" ] || exit 0
   say "nobody deleted the slice in $idle_seconds s; deleting it"
   delete_slice || say "this machine may not delete its slice: it needs the role TPU Admin"
-  ship
+  ship 16
   exit 0
 }
 
 trap 'pass_on stop' TERM INT
 trap 'pass_on "maintenance or preemption announced"' USR1
 touch "$log"
+[ -s "$home/sent" ] || remember_sent 0 0
 if [ -f "$status" ]; then
   read -r _ state code restarts detail <"$status"
   case $state in

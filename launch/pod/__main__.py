@@ -19,7 +19,7 @@ launch/tpu_pod.sh attach --name NAME --bucket gs://B       watch it, from any ma
 launch/tpu_pod.sh status | tensorboard | ssh [--host N] [--forward PORT] | stop | delete [--yes] | list
 launch/tpu_pod.sh logs [--host N|all] [--attempt N] [--tail LINES] [-f]
 launch/tpu_pod.sh render-jobset [submit's options] --image IMAGE [--namespace N] [--queue KUEUE]
-                         [--kubernetes-account A] -- [trainer's flags]
+                         [--kubernetes-account A] [--secret NAME=SECRET:KEY] -- [trainer's flags]
 
 submit runs to the end of the slice, and again after any failure goes on from where it was. Its options:
   --watch               make a new slice after each preemption, until the run is finished
@@ -30,7 +30,7 @@ submit runs to the end of the slice, and again after any failure goes on from wh
   --workdir gs://B/DIR  checkpoints, TensorBoard, result; or a path all hosts share (BUCKET/runs/NAME/workdir)
   --max-attempts N      slices that are asked for at most (100)
   --max-hours N         hours that slices may be up in all (720)
-  --max-cost USD        the same in dollars, with --price
+  --max-cost USD        the same in dollars, by --price or the list price
   --zones A,B --types V4,V5    tried in turn while there are no machines, instead of --zone and --type
   --notify COMMAND|URL  told when the run is preempted, failed, finished or still billing
   --valid-until 6h      give up if no slice was granted by then

@@ -1,6 +1,7 @@
 """What submit makes sure of before anything is created."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -10,11 +11,14 @@ import zlib
 from pathlib import Path
 
 from .code import Code
-from .gcloud import Gcloud, Kind
+from .gcloud import Answer, Gcloud, Kind
 from .options import EMAIL, ROOT, matches
 from .record import Run
 from .terminal import BlockedError, UsageError, say
 
+# Those that hold tpu.nodes.delete; of a role of one's own it is not known.
+_MAY_DELETE = {"roles/tpu.admin", "roles/editor", "roles/owner"}
+_COMPUTE_ENGINE = "-compute@developer.gserviceaccount.com"
 _LOGIN = "gcloud's login has expired; run gcloud auth login"
 
 
@@ -71,6 +75,39 @@ def _check_type(gcloud: Gcloud, run: Run) -> None:
         raise BlockedError(f"cannot ask for {run.type} in {run.zone}: {answer.reason}")
 
 
+def policy_command(run: Run) -> list[str]:
+    return ["projects", "get-iam-policy", run.project, "--format=json"]
+
+
+def check_slices_account(gcloud: Gcloud, run: Run) -> None:
+    """Says if the slice's service account lacks the role by which a slice that nobody watches deletes itself.
+
+    It says so and goes on: a role may come from a folder or a group, which the project's policy does not show, and not
+    everybody may read that. Set-up, which tries it on the slice, refuses; but it needs somebody who watches.
+    """
+    account = run.service_account or "the project's Compute Engine account"
+    answer = gcloud.ask(*policy_command(run))
+    try:
+        bindings = json.loads(answer.out)["bindings"] if answer.ok else []
+        held = {binding["role"] for binding in bindings if any(_is_of(run, m) for m in binding["members"])}
+    except (ValueError, KeyError, TypeError):
+        held, answer = set(), Answer(Kind.NETWORK, error="its policy is not understood")
+    if not answer.ok:
+        say(f"cannot see whether {account} has the role TPU Admin ({answer.reason}); set-up tries it on the slice")
+    elif not held & _MAY_DELETE:
+        member = f"serviceAccount:{run.service_account or 'NUMBER-compute@developer.gserviceaccount.com'}"
+        say(
+            f"WARNING: {account} has not the role TPU Admin, by the policy of the project: a slice that is granted "
+            "when nobody watches COULD NOT DELETE ITSELF AND WOULD BILL until somebody deletes it; set-up refuses it. "
+            f"gcloud projects add-iam-policy-binding {run.project} --role=roles/tpu.admin --member={member} gives it"
+        )
+
+
+def _is_of(run: Run, member: str) -> bool:
+    account = member.removeprefix("serviceAccount:")
+    return account == run.service_account if run.service_account else account.endswith(_COMPUTE_ENGINE)
+
+
 def _check_bucket(gcloud: Gcloud, run: Run, temporary: Path) -> None:
     probe = temporary / "probe"
     probe.write_text("written by launch/tpu_pod.sh to see whether it may\n")
@@ -80,7 +117,7 @@ def _check_bucket(gcloud: Gcloud, run: Run, temporary: Path) -> None:
             f"--bucket={run.bucket} does not exist; "
             f"gcloud storage buckets create gs://NAME --location={run.zone.rpartition('-')[0]} "
             "--soft-delete-duration=0 makes one; soft delete, which is on by default, keeps "
-            "and bills replaced logs and checkpoints for seven days"
+            "and bills deleted checkpoints for seven days"
         )
     if answer.kind is Kind.PERMISSION:
         raise UsageError(

@@ -48,8 +48,9 @@ def choose(temporary: Path, config: str, quiet: bool = False) -> Code:
     patch = temporary / "uncommitted.patch"
     with patch.open("wb") as output:
         subprocess.run(["git", "-C", str(ROOT), "diff", "--binary", commit, tree], stdout=output, check=True)
-    # Lines that were taken out are in the patch still.
-    if subprocess.run(["grep", "-a", "-q", "-E", SECRET, patch]).returncode == 0:
+    # Lines that were taken out are in the patch still. As text alone: what a binary file looks like there is chance.
+    text = subprocess.run(["git", "-C", str(ROOT), "diff", commit, tree], stdout=subprocess.PIPE, check=True).stdout
+    if subprocess.run(["grep", "-a", "-q", "-E", SECRET], input=text).returncode == 0:
         raise UsageError(
             "the uncommitted changes take a key or token out, and are recorded with the run; commit them first"
         )

@@ -1,7 +1,8 @@
 """What the trainer finds in its environment: values, and secrets that each host fetches itself.
 
 Both stand in `trainer.args` behind the flags, as lines that launch/worker.sh reads: `env NAME=VALUE` and
-`secret NAME=projects/P/secrets/S/versions/V`. So other ones count as other flags do.
+`secret NAME=projects/P/secrets/S/versions/V`. So other ones count as other flags do. A JobSet takes its secrets from
+the cluster's own: NAME=SECRET:KEY.
 """
 
 import re
@@ -33,7 +34,8 @@ def check(given: Options) -> None:
             raise UsageError(f"--env={name} holds a control character; give each value on one line")
         if re.search(SECRET, value) or SECRET_NAME.search(name):
             raise UsageError(f"--env={name} looks like a secret, and is stored; give --secret {name}=ID")
-    given.secret = [_complete(pair, given.project) for pair in given.secret]
+    complete = _of_kubernetes if given.command == "render-jobset" else _complete
+    given.secret = [complete(pair, given.project) for pair in given.secret]
 
 
 def _complete(pair: str, project: str) -> str:
@@ -47,6 +49,13 @@ def _complete(pair: str, project: str) -> str:
             f"{name}=projects/P/secrets/ID/versions/VERSION"
         )
     return f"{name}={secret}"
+
+
+def _of_kubernetes(pair: str, project: str) -> str:
+    name, _, secret = pair.partition("=")
+    if not matches(secret, "[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?:[A-Za-z0-9._-]{1,253}"):
+        raise UsageError(f"--secret={name} names no key of a Kubernetes secret; give {name}=SECRET:KEY")
+    return pair
 
 
 def lines(given: Options) -> list[str]:

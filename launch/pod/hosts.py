@@ -169,30 +169,3 @@ def all_beat(workers: list[Worker], before: set[str], hosts: int) -> bool:
         if worker.state == "finished" or (worker.state in ("running", "restarting") and worker.line not in before)
     ]
     return len(at_work) == hosts
-
-
-class Log:
-    """The log of a host, of which each look prints what it has gained."""
-
-    def __init__(self, gcloud: Gcloud, run: Run, host: int, prefix: str = "", tail: int = 16384) -> None:
-        self._gcloud, self._run, self._host, self._prefix = gcloud, run, host, prefix
-        self._seen, self._tail = 0, tail  # bytes; of a log that is long already only the end is printed
-
-    def restart(self) -> None:
-        self._seen = self._tail = 0
-
-    def follow(self, workers: list[Worker], attempt: int) -> None:
-        size = next((worker.log_bytes for worker in workers if worker.host == self._host), 0)
-        if size <= self._seen:
-            return
-        if self._tail and self._seen == 0:
-            self._seen = max(0, size - self._tail)
-        url = f"{self._run.url}/attempts/{attempt}/host-{self._host}.log"
-        answer = self._gcloud.cat(url, f"--range={self._seen}-{size - 1}")
-        if answer.ok:
-            self._seen = size
-            print(prefixed(answer.out, self._prefix), flush=True)
-
-
-def prefixed(text: str, prefix: str) -> str:
-    return "\n".join(prefix + line for line in printable(text).split("\n"))

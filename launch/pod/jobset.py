@@ -47,9 +47,13 @@ def render(run: Run, given: Options) -> str:
     }
     pairs = [pair.partition("=")[::2] for pair in given.env]
     environment = [f"{{name: {_yaml(name)}, value: {_yaml(value)}}}" for name, value in pairs]
+    for pair in given.secret:
+        name, secret, key = re.split("[=:]", pair)
+        reference = f"{{secretKeyRef: {{name: {_yaml(secret)}, key: {_yaml(key)}}}}}"
+        environment.append(f"{{name: {_yaml(name)}, valueFrom: {reference}}}")
     values["ENVIRONMENT"] = "\n                    - ".join(environment)
     values |= {"NAMESPACE": given.namespace, "QUEUE": given.queue, "SERVICE_ACCOUNT": given.kubernetes_account}
-    only = {"spot": run.tier == "spot", "namespace": given.namespace, "queue": given.queue, "environment": pairs}
+    only = {"spot": run.tier == "spot", "namespace": given.namespace, "queue": given.queue, "environment": environment}
     only |= {"account": given.kubernetes_account}
     lines = []
     for line in (ROOT / "launch/jobset.yaml").read_text().splitlines():

@@ -17,7 +17,7 @@ _NETWORK = "--network --subnetwork --service-account --internal-ips --tunnel-thr
 ALLOWED = {
     "submit": f"{_SLICE} {_NETWORK} --valid-until --max-hours --price --no-plan --watch --detach --dry-run --take-over "
     "--yes --max-cost --notify --zones --types --env --secret",
-    "render-jobset": f"{_SLICE} --image --namespace --queue --kubernetes-account --env",
+    "render-jobset": f"{_SLICE} --image --namespace --queue --kubernetes-account --env --secret",
     "logs": "--name --bucket --host --attempt --tail -f",
     "ssh": "--name --bucket --host --forward",
     "delete": "--name --bucket --yes",
@@ -214,8 +214,6 @@ def check(options: Options) -> None:
         optional = (field, pattern, words) in _OPTIONAL
         if not (optional and value == "") and not matches(value, pattern):
             raise UsageError(f"--{field.replace('_', '-')}={quoted(value)} {words}")
-    if options.max_cost and not options.price:
-        raise UsageError("--max-cost needs --price, dollars per chip and hour")
     check_bucket(options.bucket)
     if not options.tier:
         raise UsageError("say how the slice is paid for: --spot, --reserved or --on-demand (the full price)")

@@ -36,15 +36,21 @@ def create_command(run: Run, startup_script: str) -> list[str]:
     return [*command, "--quiet"]
 
 
-def write_startup_script(run: Run, seconds_left: float) -> Path:
+def write_startup_script(run: Run, attempt: int, seconds_left: float) -> Path:
     """What each host does at boot: see watchdog.sh. `seconds_left` are those that slices may be up still."""
     text = (Path(__file__).parent / "watchdog.sh").read_text()
     values = {"NAME": run.name, "RUN_ID": run.run_id, "PROJECT": run.project, "ZONE": run.zone}
+    values |= {"WARNING": cannot_delete_itself(run, attempt)}
     for key, value in (values | {"MAX_SECONDS": f"{seconds_left:.0f}", "MAX_HOURS": str(run.max_hours)}).items():
         text = text.replace(f"@{key}@", value)
     file = run.local / "watchdog.sh"
     file.write_text(text)
     return file
+
+
+def cannot_delete_itself(run: Run, attempt: int) -> str:
+    """Where a slice's watchdog writes that it may not delete the slice."""
+    return f"{run.url}/attempts/{attempt}/cannot-delete-itself"
 
 
 def describe_command(run: Run) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run is and where: `run` in its folder of the bucket, key=value lines, and a copy on this machine."""
 
 import dataclasses
+import math
 import os
 import re
 import secrets
@@ -132,10 +133,15 @@ def _hours(given: Options) -> int:
     hours = int(given.max_hours)
     if not given.max_cost:
         return hours
-    chips = max(find(name).num_chips for name in (given.types or given.type).split(",")) * int(given.slices)
-    affordable = int(int(given.max_cost) / (float(given.price) * chips))
+    wanted = [find(name) for name in (given.types or given.type).split(",")]
+    for topology in wanted:
+        if not given.price and not topology.list_price[0]:
+            raise UsageError(f"--max-cost needs --price: no list price of {topology.generation} is known")
+    prices = [(t.num_chips * int(given.slices), float(given.price or t.list_price[0])) for t in wanted]
+    chips, price = max(prices, key=lambda chips_and_price: math.prod(chips_and_price))
+    affordable = int(int(given.max_cost) / (chips * price))
     if affordable < 1:
-        raise UsageError(f"--max-cost={given.max_cost} is less than an hour of {chips} chips at ${given.price}")
+        raise UsageError(f"--max-cost={given.max_cost} is less than an hour of {chips} chips at ${price:g}")
     return min(hours, affordable)
 
 

@@ -11,6 +11,7 @@ from . import checks, hosts, options, queued, record
 from .gcloud import Gcloud, Kind, seconds
 from .history import History
 from .lock import Lock, shown
+from .logs import Log
 from .options import Options
 from .record import Run
 from .state import ABSENT, UNKNOWN
@@ -64,6 +65,10 @@ def status(gcloud: Gcloud, run: Run) -> int:
     print(f"run       {run.name}: {run.slices} x {run.type} ({run.tier}) in {run.zone}, project {run.project}")
     owner = "" if request.ours or request.state in (ABSENT, UNKNOWN) else ", of somebody else"
     print(f"slice     {request.state}{owner}{trouble}")
+    if request.state not in (ABSENT, UNKNOWN):
+        warning = gcloud.cat(queued.cannot_delete_itself(run, history.attempt))
+        if warning.ok:
+            print(f"WARNING   {one_line(warning.out)}")
     print(f"attempts  {history.attempt} of {run.max_attempts}")
     answer = gcloud.cat(f"{run.url}/watch")
     print(f"watcher   {shown(answer.out) if answer.ok else f'none ({answer.kind})'}")
@@ -118,17 +123,13 @@ def logs(gcloud: Gcloud, run: Run, given: Options) -> int:
         return _follow_logs(gcloud, run, history, chosen)
     attempt = int(given.attempt or history.attempt)
     for host in chosen:
-        answer = gcloud.cat(f"{run.url}/attempts/{attempt}/host-{host}.log")
-        if not answer.ok:
-            raise UsageError(f"no log of host {host} in attempt {attempt} ({answer.kind})")
-        lines = answer.out.split("\n")[-int(given.tail or 0) :]
-        print(hosts.prefixed("\n".join(lines), f"host {host}: " if every else ""), flush=True)
+        Log(gcloud, run, host, f"host {host}: " if every else "").show(attempt, int(given.tail or 0))
     return 0
 
 
 def _follow_logs(gcloud: Gcloud, run: Run, history: History, chosen: list[int]) -> int:
     """Until the run is at its end."""
-    followed = [hosts.Log(gcloud, run, host, f"host {host}: " if len(chosen) > 1 else "") for host in chosen]
+    followed = [Log(gcloud, run, host, f"host {host}: " if len(chosen) > 1 else "") for host in chosen]
     attempt = history.attempt
     while True:
         history.load()

@@ -52,6 +52,7 @@ def submit(given: Options, temporary: Path) -> int:
     if not given.no_plan:
         checks.check_plan(run, chosen, given.trainer)
     _confirm_other_code(gcloud, run, given)
+    checks.check_slices_account(gcloud, run)
     _confirm_cost(run, given)
     if given.detach:
         return _detach(given, run)
@@ -102,8 +103,10 @@ def _confirm_cost(run: Run, given: Options) -> None:
         text += f": ${hour:.2f} an hour, at most ${hour * run.max_hours:.2f}"
         if not run.price:
             text += f", by {source}{' (spot costs less)' if run.tier == 'spot' else ''}; --price gives another"
+        if given.max_cost:
+            text += f"; --max-cost={given.max_cost} is {run.max_hours} h at that price"
     else:
-        text += " (no price known; give --price. --max-hours and --max-cost are the limits)"
+        text += " (no price known; give --price. --max-hours is the limit)"
     say(text)
     if not given.yes and sys.stdin.isatty() and not yes("Go on? [y/N] "):
         raise UsageError("nothing was created; answer y, or give --yes")
@@ -280,6 +283,7 @@ def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, tempor
         "# --- check",
         _gcloud(*checks.account_command()),
         _gcloud(*checks.type_command(run)),
+        _gcloud(*checks.policy_command(run)),
         *([_gcloud("storage", "cat", f"{run.data}/manifest.json")] if run.data.startswith("gs://") else []),
         *([] if given.no_plan else [pasteable("python", *checks.plan_command(run, given.trainer))]),
         "# --- record the run and its code (TREE is that of git, RUN_ID is random)",

@@ -12,6 +12,8 @@ from .clock import now
 from .gcloud import Gcloud, Kind, seconds
 from .history import History, failed_stages, uncounted
 from .lock import LOST, OURS, Lock, shown
+from .logs import Log
+from .places import Places
 from .record import Run
 from .state import (
     ABSENT,
@@ -81,8 +83,9 @@ class Watcher:
             # A request that the watcher before made at its end may not be found yet.
             asked=now() if history.asked else None,
         )
+        self._places, self._sweep = Places(gcloud, run, lock), seconds("SWEEP", 900)
         self._job: hosts.Job | None = None
-        self._log = hosts.Log(gcloud, run, 0)
+        self._log = Log(gcloud, run, 0)
         self._workers: list[hosts.Worker] = []
         self._beats: set[str] = set()
         self._stale: set[str] | None = None  # what workers said before this watcher started them
@@ -103,8 +106,11 @@ class Watcher:
                 if isinstance(action, End):
                     if action.how in ("finished", "failed", "ended"):
                         self._notify("finished" if action.how == "finished" else "failed", action.why)
+                    if action.how == "lost" and self._state.asked is not None:
+                        self._places.leave()
                     return action
                 if not self._act(action):
+                    self._places.elsewhere(self._sweep)
                     self._pause()
         finally:
             if self._job is not None:
@@ -249,30 +255,9 @@ class Watcher:
             case Dropped(ending):
                 self._state = decide.dropped(self._state, ending, now(), self._limits)
                 if ending.uncounted:
-                    self._next_place()
+                    self._places.move()
                 return True
         return False
-
-    def _next_place(self) -> None:
-        """The next zone and type to try: only now, when the request in the one before is surely gone."""
-        if self._lock.look() != OURS:  # the record is another watcher's by now
-            return
-        run, places = self._run, self._run.places
-        here = places.index((run.zone, run.type)) if (run.zone, run.type) in places else -1
-        before = run.zone, run.type
-        run.zone, run.type = places[(here + 1) % len(places)]
-        if (run.zone, run.type) == before:
-            return
-        file = run.local / "run"
-        file.write_text(run.text())
-        answer = self._gcloud.put_surely(file, f"{run.url}/run")
-        if answer.ok:
-            say(f"next: {run.type} in {run.zone}")
-            return
-        # Others would look for the slice where it is not.
-        run.zone, run.type = before
-        file.write_text(run.text())
-        say(f"cannot write {run.url}/run, so the place stays: {answer.reason}")
 
     def _end_job(self) -> None:
         if self._job is not None:
@@ -289,11 +274,13 @@ class Watcher:
                 return False
             self._log.restart()
             self._beats, self._stale = set(), set()
+        if self._places.elsewhere():
+            return False
         # The machine may have slept since the look, and somebody else have the run by now, in another zone.
         if self._lock.look() != OURS:
             return False
         run = self._run
-        script = queued.write_startup_script(run, run.max_hours * 3600 - self._billed)
+        script = queued.write_startup_script(run, action.attempt, run.max_hours * 3600 - self._billed)
         answer = self._gcloud.call(*queued.create_command(run, str(script)), limit=seconds("CREATE", 600))
         self._state = decide.asked_for(self._state, action, answer.kind, answer.reason, now(), self._limits)
         if answer.ok:

@@ -8,7 +8,7 @@
 set -u
 # A unit of root's has no HOME, which gcloud looks into, and gcloud is a snap on some images.
 export HOME=${HOME:-/root} PATH=$PATH:/snap/bin
-name=@NAME@ run_id=@RUN_ID@ place=(--project=@PROJECT@ --zone=@ZONE@)
+name=@NAME@ run_id=@RUN_ID@ warning=@WARNING@ place=(--project=@PROJECT@ --zone=@ZONE@)
 # Seconds: that the slice may be up, without a trainer at work, for a save at its end, between looks.
 max_seconds=@MAX_SECONDS@ max_hours=@MAX_HOURS@ idle_seconds=${WATCHDOG_IDLE_SECONDS:-3600} save_seconds=${WATCHDOG_SAVE_SECONDS:-240}
 look_seconds=${WATCHDOG_LOOK_SECONDS:-60}
@@ -16,6 +16,20 @@ look_seconds=${WATCHDOG_LOOK_SECONDS:-60}
 state=${WATCHDOG_STATE:-/var/lib/tpu-pod} script=${WATCHDOG_STATE:-/run/tpu-pod}/watchdog.sh homes=${WATCHDOG_HOMES:-/home}
 
 say() { printf 'watchdog: %s\n' "$*"; }
+
+# To whoever looks at the run, too: status reads it.
+warn() {
+  say "$1"
+  printf '%s\n' "$1" | timeout 120 gcloud storage cp --quiet - "$warning" 2>/dev/null || say "and the bucket cannot be told"
+}
+
+# At boot, long before it has to: nothing has the name that is asked for, and the role is looked at before that.
+may_delete() {
+  local said
+  said=$(timeout 120 gcloud compute tpus queued-resources delete "$name-$run_id" "${place[@]}" --quiet 2>&1)
+  [[ $said != *PERMISSION_DENIED* && $said != *"ermission '"* ]] ||
+    warn "THIS SLICE CANNOT DELETE ITSELF: its service account needs the role TPU Admin. When nobody watches it, it bills until somebody deletes it"
+}
 
 # Seconds since the boot. The date is not asked for: it may be wrong, and be set at any time.
 now() { cut -d . -f 1 /proc/uptime; }
@@ -63,13 +77,14 @@ delete() {
 
 watch() {
   local reason
+  may_delete
   while :; do
     look
     reason=$(why)
     if [ -n "$reason" ]; then
       say "$reason; deleting the slice"
       timeout "$save_seconds" systemctl stop "trainer-$name"
-      delete || say "this machine could not delete its slice: it needs the role TPU Admin; trying again"
+      delete || warn "THIS SLICE BILLS FOR NOTHING ($reason) and could not delete itself: it may need the role TPU Admin; trying again. launch/tpu_pod.sh delete ends it"
     fi
     sleep "$look_seconds"
   done

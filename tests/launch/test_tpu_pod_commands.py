@@ -302,10 +302,14 @@ def test_jobset_has_a_pod_for_every_host_and_fails_for_good_on_mistakes_alone(cl
 
 def test_jobset_hands_the_environment_on(cloud):
     options = [*SUBMIT, "--image", "registry/trainer:1", "--env", "A='x': {y}", "--env", "B="]
+    options += ["--secret", "TOKEN=wandb:api.key"]
     code, output = cloud.run("render-jobset", *options, *TRAINER)
     assert code == 0, output
     pod = yaml.safe_load(output)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["env"][1:] == [{"name": "A", "value": "'x': {y}"}, {"name": "B", "value": ""}]
+    secret = {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "api.key"}}}
+    assert pod["containers"][0]["env"][1:] == [{"name": "A", "value": "'x': {y}"}, {"name": "B", "value": ""}, secret]
+    code, output = cloud.run("render-jobset", *SUBMIT, "--image", "i", "--secret", "A=hf_abc", *TRAINER)
+    assert (code, output) == (2, "error: --secret=A names no key of a Kubernetes secret; give A=SECRET:KEY\n")
 
 
 def test_jobset_goes_to_the_namespace_queue_and_account_that_are_given(cloud):

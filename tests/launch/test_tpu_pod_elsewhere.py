@@ -1,5 +1,6 @@
 """What reaches a watcher in the background and a person on another machine."""
 
+import dataclasses
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import pytest
 from launch import slices
 from launch.pod import record, submit
 from launch.pod.options import Options
+from launch.pod.terminal import UsageError
 from tests.support.cloud import SUBMIT, TRAINER
 
 from .test_tpu_pod_life import created
@@ -83,17 +85,6 @@ def test_words_of_a_detached_watcher_are_nobody_elses_and_stay_what_they_are(clo
     os.kill(int(pid), signal.SIGTERM)
 
 
-def test_packages_of_a_host_and_what_builds_them_have_the_versions_of_the_code(cloud):
-    cloud.trainer("-")
-    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
-    cloud.wait_for(lambda: "started" in cloud.object("events"))
-    process.kill()
-    process.communicate()
-    install = (cloud.folder / "hosts/run-0/uv").read_text().splitlines()[1].split()
-    for option in ("--constraint", "--build-constraints"):
-        assert install[install.index(option) + 1].endswith("/constraints.txt")
-
-
 def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     cloud.trainer("-")
     process = cloud.start("submit", "--watch", *SUBMIT, "--internal-ips", "--network", "n", *TRAINER)
@@ -122,9 +113,9 @@ def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
 def test_log_of_every_host_of_an_attempt_and_only_its_end(cloud):
     cloud.trainer("0")
     assert cloud.submit()[0] == 0
-    cloud.put("attempts/1/host-0.log", "one\ntwo\nthree\n")
-    cloud.put("attempts/1/host-1.log", "eins\nzwei\n")
-    code, output = cloud.run("logs", "--host", "all", "--attempt", "1", "--tail", "2")
+    cloud.put_log(0, "one\ntwo\nthree\n", attempt=2)
+    cloud.put_log(1, "eins\nzwei\n", attempt=2)
+    code, output = cloud.run("logs", "--host", "all", "--attempt", "2", "--tail", "2")
     assert (code, output) == (0, "host 0: two\nhost 0: three\nhost 1: eins\nhost 1: zwei\n")
     code, output = cloud.run("logs", "--attempt", "7")
     assert code == 2 and "no log of host 0 in attempt 7 (absent)" in output
@@ -224,11 +215,24 @@ def test_cost_without_a_price_is_by_the_list_and_says_of_when(cloud):
     assert re.search(r"chip-hours = \$\d+\.\d\d at the list price of 2025-01, \$3.22", cloud.run("status")[1])
 
 
+def test_limit_of_cost_is_by_the_list_price_without_another(capsys):
+    given = Options("submit", [], name="run", type="v4-16", tier="spot", max_cost="60", yes=True)
+    run = record.from_options(given)
+    assert run.max_hours == 2  # of $25.76
+    submit._confirm_cost(run, given)
+    said = capsys.readouterr().out
+    assert "by the list price of 2025-01" in said and "--max-cost=60 is 2 h at that price" in said
+    with pytest.raises(UsageError, match=r"less than an hour of 16 chips at \$3.22"):
+        record.from_options(dataclasses.replace(given, types="v4-16,v4-32", max_cost="40"))
+
+
 def test_cost_is_not_guessed_where_no_price_is_known(monkeypatch, capsys):
     monkeypatch.delitem(slices.LIST_PRICES, "v4")
     run = record.Run("run", "p", "z", "v4-16", 1, "spot", "gs://bucket", "", "", 1, 10)
     submit._confirm_cost(run, Options("submit", [], yes=True))
     assert "80 chip-hours (no price known; give --price." in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--max-cost needs --price: no list price of v4 is known"):
+        record.from_options(Options("submit", [], name="run", type="v4-16", max_cost="100"))
 
 
 def test_person_at_a_terminal_is_asked_before_it_costs(cloud):

@@ -1,12 +1,17 @@
 """What is wrong again and again, or only seems so: no slices are burnt for it, and no good one is given up."""
 
+import base64
 import os
+import random
+import re
 import shutil
 import signal
+import string
 from collections.abc import Callable
 
 import pytest
 
+from launch.pod.options import SECRET
 from tests.support.cloud import SUBMIT, TRAINER, git
 
 from .test_tpu_pod_life import QUOTA, created
@@ -146,6 +151,22 @@ def test_code_that_is_too_large_for_every_host_to_load_is_refused(cloud, tmp_pat
     git(cloud.repository, "add", "-A")
     code, output = cloud.submit()
     assert code == 2 and "the largest file is configs/weights.bin with 101 MB, take it out of git" in output
+
+
+def test_binary_file_that_looks_like_a_token_in_the_patch_is_no_secret(cloud, tmp_path):
+    cloud.repository = shutil.copytree(cloud.repository, tmp_path / "checkout")
+    source, letters = random.Random(0), string.ascii_letters + string.digits
+    texts = [
+        "++sk-" + "".join(source.choices(letters, k=35)) + "".join(source.choices("!#$%", k=25)) for _ in range(4000)
+    ]
+    content = b"".join(base64.b85decode(text) + source.randbytes(source.randrange(4)) for text in texts)
+    (cloud.repository / "configs/picture.bin").write_bytes(content)
+    git(cloud.repository, "config", "core.compression", "0")  # as for what cannot be made smaller
+    git(cloud.repository, "add", "-A")
+    patch = git(cloud.repository, "diff", "--binary", "HEAD")
+    assert re.search(SECRET, patch, re.MULTILINE)
+    code, output = cloud.run("submit", *SUBMIT, "--dry-run", *TRAINER)
+    assert code == 0, output
 
 
 def test_code_that_was_changed_in_the_bucket_is_not_run(cloud):

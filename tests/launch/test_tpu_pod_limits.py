@@ -43,7 +43,7 @@ def test_hours_that_run_out_while_training_save_and_end_the_billing(cloud):
     code, output = cloud.submit("--max-hours", "1")
     assert code == 1 and "slices were up for 1 hours in all" in output
     assert cloud.state() == {"requests": {}, "created": 1}
-    assert "interrupted and saved" in cloud.object("attempts/2/host-0.log")
+    assert "interrupted and saved" in cloud.log(0, attempt=2)
 
 
 def test_request_that_is_not_granted_in_time_ends_the_run(cloud):

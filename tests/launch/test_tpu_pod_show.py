@@ -16,7 +16,7 @@ def training(cloud):
     cloud.trainer("-", "0")
     cloud.watcher = cloud.start("submit", "--watch", *SUBMIT, "--price", "1.5", *TRAINER)
     cloud.wait_for(lambda: "running" in cloud.object("attempts/1/host-1.status"))
-    cloud.wait_for(lambda: "step 1" in cloud.object("attempts/1/host-0.log"))
+    cloud.wait_for(lambda: "step 1" in cloud.log(0))
     return cloud
 
 
@@ -27,9 +27,10 @@ def stop_watcher(cloud) -> None:
 
 
 def stop_writers(cloud) -> None:
-    """Nobody but the test writes to the bucket any more."""
+    """Nobody but the test writes to the bucket any more, and no log is in it."""
     stop_watcher(cloud)
     cloud.power_off()
+    shutil.rmtree(cloud.folder / "buckets/bucket/runs/run/attempts/1/logs")
 
 
 def test_status_shows_state_step_loss_goodput_cost_hosts_and_history(training):
@@ -64,8 +65,8 @@ def test_status_shows_state_step_loss_goodput_cost_hosts_and_history(training):
 
 def test_logs_are_of_the_host_that_is_asked_for_without_terminal_controls(training):
     stop_writers(training)
-    training.put("attempts/1/host-0.log", "of host 0\n")
-    training.put("attempts/1/host-1.log", "of host 1 \x1b]0;owned\x07\n")
+    training.put_log(0, "of host 0\n")
+    training.put_log(1, "of host 1 \x1b]0;owned\x07\n")
     assert training.run("logs") == (0, "of host 0\n")
     assert training.run("logs", "--host", "1") == (0, "of host 1 ]0;owned\n")
     code, output = training.run("logs", "--host", "2")
@@ -74,17 +75,17 @@ def test_logs_are_of_the_host_that_is_asked_for_without_terminal_controls(traini
 
 def test_followed_log_prints_what_comes_once_and_goes_on_with_the_next_slice(training):
     stop_writers(training)
-    training.put("attempts/1/host-0.log", "one\n")
+    training.put_log(0, "one\n")
     training.put("attempts/1/host-0.status", "0 running - 0 4 1\n")
     process = training.start("logs", "-f")
-    training.wait_for(lambda: training.calls("--range=0-3 "))
-    training.put("attempts/1/host-0.log", "one\ntwo\n")
+    training.wait_for(lambda: training.calls("host-0/000000000000000 "))
+    training.put_log(0, "two\n", at=4)
     training.put("attempts/1/host-0.status", "0 running - 0 8 2\n")
-    training.wait_for(lambda: training.calls("--range=4-7 "))
-    training.put("attempts/2/host-0.log", "three\n")
+    training.wait_for(lambda: training.calls("host-0/000000000000004 "))
+    training.put_log(0, "three\n", attempt=2)
     training.put("attempts/2/host-0.status", "0 running - 0 6 3\n")
     training.put("events", training.object("events") + "9\tattempt\t2\n")
-    training.wait_for(lambda: training.calls("--range=0-5 "))
+    training.wait_for(lambda: training.calls("attempts/2/logs/host-0/000000000000000 "))
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -138,7 +139,7 @@ def test_delete_saves_asks_first_and_says_that_nothing_bills(training):
     assert code == 2 and "nothing was deleted; answer y, or give --yes" in output
     code, output = training.run("delete", "--yes")
     assert code == 0 and "the slice is gone, nothing bills" in output
-    assert all("interrupted and saved" in training.object(f"attempts/1/host-{host}.log") for host in (0, 1))
+    assert all("interrupted and saved" in training.log(host) for host in (0, 1))
     assert training.state()["requests"] == {}
     training.watcher.communicate(timeout=120)
     code, output = training.run("status")
@@ -178,3 +179,25 @@ def test_run_of_another_machine_is_found_by_its_bucket(training):
     assert code == 0 and "slice     ACTIVE" in output
     code, output = training.run("status", "--name", "walk", "--bucket", "gs://bucket", **elsewhere)
     assert code == 2 and "there is no run walk in gs://bucket" in output
+
+
+def test_end_of_a_long_log_is_found_in_its_last_parts(training):
+    stop_writers(training)
+    for number in range(100):
+        training.put_log(0, f"line {number:03}\n", attempt=2, at=9 * number)
+    code, output = training.run("logs", "--attempt", "2", "--tail", "3")
+    assert (code, output) == (0, "line 097\nline 098\nline 099\n")
+    assert not training.calls("host-0/000000000000000 ")
+    code, output = training.run("logs", "--attempt", "2", "--tail", "40")
+    assert code == 0 and output.splitlines() == [f"line {number:03}" for number in range(60, 100)]
+    assert len(training.run("logs", "--attempt", "2")[1].splitlines()) == 100
+
+
+def test_whole_log_of_an_earlier_version_is_read_and_followed(training):
+    stop_writers(training)
+    training.put("attempts/7/host-0.log", "one\ntwo\n")
+    assert training.run("logs", "--attempt", "7", "--tail", "1") == (0, "two\n")
+    training.put("attempts/7/host-0.status", "0 running - 0 8 1\n")
+    training.put("events", training.object("events") + "9\tattempt\t7\n9\tfailed\tenough\n")
+    code, output = training.run("logs", "-f")
+    assert code == 0 and output.startswith("one\ntwo\n"), output

@@ -89,7 +89,7 @@ def test_preempted_and_maintained_host_ends_bit_equal(pod, train_undisturbed, tm
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output + pod.host_logs()
     assert pod.state() == {"requests": {}, "created": 3}
-    assert "interrupted (exit code 75); starting again" in pod.object("attempts/3/host-0.log")
+    assert "interrupted (exit code 75); starting again" in pod.log(0, attempt=3)
     assert_same_run(workdir, train_undisturbed(1))
     assert json.loads((workdir / "goodput.json").read_text())["starts"] == 3
 
@@ -110,7 +110,7 @@ def test_whole_life_of_two_hosts_ends_bit_equal(pod, train_undisturbed, tmp_path
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output + pod.host_logs()
     assert pod.state() == {"requests": {}, "created": 4}
-    logs = [pod.object(f"attempts/4/host-{host}.log") for host in (0, 1)]
+    logs = [pod.log(host, attempt=4) for host in (0, 1)]
     assert all("(exit code 75); starting again" in log for log in logs), logs
     assert "crashed: ended by SIGKILL (exit code 137); starting again" in logs[1]
     # By its own watch, or because the other one is back and JAX aborts.

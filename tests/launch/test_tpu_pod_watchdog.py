@@ -1,6 +1,8 @@
 """The slice's own watchdog, which every host starts at boot: nothing bills for long when nobody watches."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +10,8 @@ import time
 
 import pytest
 
+from launch.pod import checks, record
+from launch.pod.gcloud import Answer, Kind
 from tests.support.cloud import FAKE, SUBMIT, TRAINER
 
 from .test_tpu_pod_life import created
@@ -52,7 +56,7 @@ def log(cloud) -> str:
 def test_slice_that_was_granted_when_nobody_looked_deletes_itself(granted):
     boot(granted)
     granted.wait_for(lambda: granted.state()["requests"] == {}, 20)
-    delete = granted.calls("queued-resources delete")[0]
+    delete = granted.calls("queued-resources delete run ")[0]
     assert delete[4:] == ["run", "--project=my-project", "--zone=us-central2-b", "--force", "--quiet", "--async"]
 
 
@@ -126,3 +130,48 @@ def test_delete_that_fails_is_tried_again(granted):
 
 def test_request_in_the_queue_expires_unless_told_otherwise(granted):
     assert "--valid-until-duration=24h" in granted.calls("queued-resources create")[0]
+
+
+def test_slice_that_may_not_delete_itself_says_so_at_boot_and_status_shows_it(granted):
+    boot(granted, WATCHDOG_IDLE_SECONDS=600, FAKE_NO_TPU_ROLE=1)
+    granted.wait_for(lambda: granted.object("attempts/1/cannot-delete-itself"), 20)
+    code, output = granted.run("status")
+    assert (
+        code == 0 and "WARNING   THIS SLICE CANNOT DELETE ITSELF: its service account needs the role TPU Ad" in output
+    )
+
+
+def test_account_that_lacks_the_role_is_named_before_a_slice_is_asked_for(tmp_path, capsys):
+    run = record.Run("run", "my-project", "z", "v4-16", 1, "spot", "gs://bucket", "", "", 1, 10)
+    mine = dataclasses.replace(run, service_account="t@my-project.iam.gserviceaccount.com")
+    other = {"role": "roles/tpu.admin", "members": ["serviceAccount:x@y.iam.gserviceaccount.com"]}
+    compute = "serviceAccount:7-compute@developer.gserviceaccount.com"
+    editor = {"role": "roles/editor", "members": ["user:a@b.c", compute]}
+    admin = {"role": "roles/tpu.admin", "members": [f"serviceAccount:{mine.service_account}"]}
+    for one, bindings, lacks in (
+        (run, [other, editor], 0),
+        (mine, [other, editor], 1),
+        (mine, [admin], 0),
+        (run, [admin], 1),
+    ):
+        checks.check_slices_account(Says(Answer(Kind.OK, json.dumps({"bindings": bindings}))), one)
+        assert ("COULD NOT DELETE ITSELF AND WOULD BILL" in capsys.readouterr().out) == lacks
+    for answer in (
+        Answer(Kind.PERMISSION, error="ERROR: denied"),
+        Answer(Kind.OK, "[]"),
+        Answer(Kind.OK, '{"bindings": [1]}'),
+    ):
+        checks.check_slices_account(Says(answer), mine)
+        assert (
+            "cannot see whether t@my-project.iam.gserviceaccount.com has the role TPU Admin" in capsys.readouterr().out
+        )
+
+
+class Says:
+    """A gcloud that always gives one answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def ask(self, *arguments: str) -> Answer:
+        return self.answer

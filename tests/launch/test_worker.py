@@ -226,3 +226,60 @@ def test_secret_that_the_network_keeps_back_is_asked_for_again(cloud):
     log = worker.run_to("worker: finished")
     assert "crashed: error: secret TOKEN could not be fetched: ERROR: (gcloud) Max retries exceeded" in log
     assert len(worker.starts()) == 1
+
+
+def parts(cloud) -> dict[int, str]:
+    """The parts of the log in the bucket by their first byte."""
+    folder = cloud.folder / "buckets/bucket/runs/run/attempts/1/logs/host-0"
+    return {int(path.name): path.read_text() for path in sorted(folder.glob("*[0-9]"))}
+
+
+def test_long_log_costs_no_more_than_what_it_gains_and_its_past_leaves_the_disk(cloud):
+    cloud.trainer("-")
+    worker, gigabyte = Worker(cloud, WORKER_BEAT_SECONDS="0.2"), 1 << 30
+    with (worker.home / "log").open("wb") as log:
+        log.write(b"x" * (1 << 20))
+        log.truncate(gigabyte)
+    (worker.home / "sent").write_text(f"{gigabyte} {gigabyte}\n")
+    worker.start()
+    cloud.wait_for(lambda: "step 1 " in cloud.log(0))
+    with (worker.home / "log").open("a") as log:
+        log.write("step 2\n")
+    cloud.wait_for(lambda: "step 2\n" in cloud.log(0))
+    assert len(cloud.log(0)) == (worker.home / "log").stat().st_size - gigabyte
+    assert len(cloud.calls("logs/host-0")) == len(parts(cloud))  # nothing was sent twice
+    assert (worker.home / "log").stat().st_blocks * 512 < 1 << 17
+
+
+def test_log_is_sent_in_whole_lines_and_parts_whose_names_say_where_they_begin(cloud):
+    cloud.trainer("0")
+    worker = Worker(cloud, WORKER_PART_BYTES="100")
+    (worker.home / "log").write_text("".join(f"line {i} äöü\n" for i in range(40)) + "x" * 250 + "\n")
+    worker.run_to("worker: finished")
+    cloud.wait_for(lambda: cloud.log(0) == worker.log())
+    at = 0
+    for first, text in parts(cloud).items():
+        assert first == at and len(text.encode()) <= 100 and (text.endswith("\n") or "x" * 50 in text)
+        at += len(text.encode())
+
+
+def test_part_that_may_have_arrived_is_sent_again_as_it_was(cloud):
+    cloud.trainer("-")
+    cloud.error("logs/host-0/000000000000000", "ERROR: (gcloud) Max retries exceeded", times=2, after=True)
+    worker = Worker(cloud, WORKER_BEAT_SECONDS="0.2")
+    worker.start()
+    cloud.wait_for(lambda: len(cloud.calls("logs/host-0/000000000000000")) == 1)
+    first = parts(cloud)[0]
+    with (worker.home / "log").open("a") as log:
+        log.write("step 2\n")
+    cloud.wait_for(lambda: "step 2\n" in cloud.log(0))
+    assert parts(cloud)[0] == first and cloud.log(0) == worker.log()
+
+
+def test_log_that_the_bucket_does_not_take_is_bounded_and_says_so(cloud):
+    cloud.trainer("0")
+    worker = Worker(cloud, WORKER_UNSENT_BYTES="1000")
+    (worker.home / "log").write_text("old\n" * 1000)
+    worker.run_to("worker: finished")
+    cloud.wait_for(lambda: "worker: finished" in cloud.log(0))
+    assert len(cloud.log(0)) < 1300 and "bytes of the log are dropped, since the bucket took nothing" in cloud.log(0)

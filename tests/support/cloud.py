@@ -161,6 +161,15 @@ class Cloud:
         path = self.folder / "buckets/bucket/runs/run" / name
         return path.read_text() if path.exists() else ""
 
+    def log(self, host: int, attempt: int = 1) -> str:
+        """What the bucket has of the log of a host."""
+        parts = (self.folder / f"buckets/bucket/runs/run/attempts/{attempt}/logs/host-{host}").glob("*[0-9]")
+        return "".join(part.read_text() for part in sorted(parts))
+
+    def put_log(self, host: int, content: str, attempt: int = 1, at: int = 0) -> None:
+        """A part of the log of a host, which begins with that byte."""
+        self.put(f"attempts/{attempt}/logs/host-{host}/{at:015d}", content)
+
     def put(self, name: str, content: str) -> None:
         """Writes an object of the run."""
         path = self.folder / "buckets/bucket/runs/run" / name

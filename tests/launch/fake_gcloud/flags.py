@@ -13,6 +13,7 @@ COMMANDS: dict[str, dict[str, object]] = {
         "flags": {"--filter-account", "--filter", "--limit", "--page-size", "--sort-by"},
     },
     "config get": {"source": "surface/config/get.py", "positionals": 1, "flags": set()},
+    "projects get-iam-policy": {"source": "surface/projects/get_iam_policy.py", "positionals": 1, "flags": set()},
     "compute tpus accelerator-types describe": {
         "source": "surface/compute/tpus/accelerator_types/describe.yaml",
         "positionals": 1,
@@ -67,9 +68,10 @@ COMMANDS: dict[str, dict[str, object]] = {
     },
     "storage cp": {
         "source": "surface/storage/cp.py, command_lib/storage/flags.py",
-        "positionals": 99,
+        "positionals": 999,
         "flags": {"--if-generation-match", "--if-metageneration-match", "--no-clobber", "--recursive"},
     },
+    "storage ls": {"source": "surface/storage/ls.py", "positionals": 99, "flags": {"--long", "--recursive"}},
     "storage rsync": {
         "source": "surface/storage/rsync.py",
         "positionals": 2,
@@ -101,7 +103,7 @@ def mistake(arguments: list[str]) -> str:
     spec = COMMANDS[command]
     flags, positionals = [], []
     for argument in rest[: rest.index("--")] if "--" in rest else rest:
-        if argument.startswith("-"):
+        if argument.startswith("-") and argument != "-":
             name, equals, _ = argument.partition("=")
             if name not in spec["flags"] | GLOBAL:  # type: ignore[operator]
                 return f"{command} has no flag {name}"

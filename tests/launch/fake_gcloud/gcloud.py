@@ -33,7 +33,7 @@ def main(arguments):
     if os.environ.get("FAKE_NO_TPU_ROLE") and "tpus" in command:  # of a host
         fail("ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.delete' denied on 'projects/p'")
     options = dict(a.partition("=")[::2] for a in rest if a.startswith("-"))
-    positionals = [a for a in rest if not a.startswith("-")]
+    positionals = [a for a in rest if a == "-" or not a.startswith("-")]
     with Locked():
         state, script = read("state.json"), read("script.json")
         trouble = next(
@@ -97,6 +97,11 @@ def config_get(state, script, positionals, options):
     print(script.get(positionals[0], ""))
 
 
+def iam_policy(state, script, positionals, options):
+    default = {"role": "roles/tpu.admin", "members": ["serviceAccount:1-compute@developer.gserviceaccount.com"]}
+    print(json.dumps({"bindings": script.get("bindings", [default])}))
+
+
 def accelerator(state, script, positionals, options):
     if positionals[0] not in script.get("types", HOSTS):
         fail(f"ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource '{positionals[0]}' was not found")
@@ -144,7 +149,7 @@ def create(state, script, positionals, options):
 
 
 def describe(state, script, positionals, options):
-    request = state["requests"].get(positionals[0]) or missing(positionals[0])
+    request = state["requests"].get(in_zone(state, positionals[0], options)) or missing(positionals[0])
     if request.get("zone", options["--zone"]) != options["--zone"]:
         missing(positionals[0])
     if request.get("hidden"):
@@ -167,10 +172,17 @@ def describe(state, script, positionals, options):
         request["states"] = request["states"][1:]
 
 
+def in_zone(state, name, options):
+    """A second request of the name in another zone, as only a mistake makes one, stands as NAME@ZONE."""
+    other = f"{name}@{options['--zone']}"
+    return other if other in state["requests"] else name
+
+
 def delete(state, script, positionals, options):
-    if state["requests"].get(positionals[0], {}).get("zone", options["--zone"]) != options["--zone"]:
-        missing(positionals[0])
-    request = state["requests"].pop(positionals[0], None) or missing(positionals[0])
+    name = in_zone(state, positionals[0], options)
+    if state["requests"].get(name, {}).get("zone", options["--zone"]) != options["--zone"]:
+        missing(name)
+    request = state["requests"].pop(name, None) or missing(name)
     import glob
 
     for node in request["nodes"]:
@@ -299,7 +311,11 @@ def cp(state, script, positionals, options):
 
     new = generation(path) + 1 if generation(path) else time.time_ns()
     # Whole or not at all, should this process be killed.
-    shutil.copyfile(source, f"{CLOUD}/upload")
+    if source == "-":
+        with open(f"{CLOUD}/upload", "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    else:
+        shutil.copyfile(source, f"{CLOUD}/upload")
     with open(f"{CLOUD}/upload.generation", "w") as file:
         file.write(str(new))
     os.replace(f"{CLOUD}/upload.generation", f"{path}.generation")
@@ -341,6 +357,16 @@ def cat(state, script, positionals, options):
     sys.stdout.flush()
 
 
+def ls(state, script, positionals, options):
+    folder = local(positionals[0])
+    names = (
+        sorted(name for name in os.listdir(folder) if not name.endswith(".generation")) if os.path.isdir(folder) else []
+    )
+    if not names:
+        fail("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+    print("\n".join(positionals[0] + name for name in names))
+
+
 def object_describe(state, script, positionals, options):
     if not os.path.isfile(local(positionals[0])):
         fail(f"ERROR: (gcloud.storage.objects.describe) gs://{positionals[0]} not found: 404.")
@@ -369,6 +395,7 @@ def secret(state, script, positionals, options):
 ACTIONS = {
     "auth list": auth_list,
     "config get": config_get,
+    "projects get-iam-policy": iam_policy,
     "compute tpus accelerator-types describe": accelerator,
     "compute tpus queued-resources create": create,
     "compute tpus queued-resources describe": describe,
@@ -378,6 +405,7 @@ ACTIONS = {
     "alpha compute tpus tpu-vm ssh": ssh,
     "storage cat": cat,
     "storage cp": cp_many,
+    "storage ls": ls,
     "storage objects describe": object_describe,
     "storage rsync": rsync,
     "secrets versions access": secret,

@@ -1,0 +1,71 @@
+"""Zones and types that a run tries in turn: there is one slice of it, in the place that its record names."""
+
+import dataclasses
+
+from . import queued, record
+from .clock import now
+from .gcloud import Gcloud
+from .lock import OURS, Lock
+from .record import Run
+from .state import UNKNOWN
+from .terminal import say
+
+
+class Places:
+    """Of a run that a watcher has. What another watcher asked for, and did not live to see, may still come."""
+
+    def __init__(self, gcloud: Gcloud, run: Run, lock: Lock) -> None:
+        self._gcloud, self._run, self._lock = gcloud, run, lock
+        self._swept: float | None = None
+
+    def move(self) -> None:
+        """To the next place to try: only now, when the request in the one before is surely gone."""
+        if self._lock.look() != OURS:  # the record is another watcher's by now
+            return
+        run, places = self._run, self._run.places
+        here = places.index((run.zone, run.type)) if (run.zone, run.type) in places else -1
+        before = run.zone, run.type
+        run.zone, run.type = places[(here + 1) % len(places)]
+        if (run.zone, run.type) == before:
+            return
+        file = run.local / "run"
+        file.write_text(run.text())
+        answer = self._gcloud.put_surely(file, f"{run.url}/run")
+        if answer.ok:
+            say(f"next: {run.type} in {run.zone}")
+            return
+        # Others would look for the slice where it is not.
+        run.zone, run.type = before
+        file.write_text(run.text())
+        say(f"cannot write {run.url}/run, so the place stays: {answer.reason}")
+
+    def elsewhere(self, every: float = 0.0) -> bool:
+        """Deletes requests of the run in its other zones; whether there may be one. At most once in `every` seconds."""
+        zones = dict.fromkeys(zone for zone, _ in self._run.places if zone != self._run.zone)
+        if not zones or (self._swept is not None and now() - self._swept < every):
+            return False
+        self._swept = now()
+        found = [zone for zone in zones if self._is_in(zone)]
+        return bool(found)
+
+    def _is_in(self, zone: str) -> bool:
+        run = dataclasses.replace(self._run, zone=zone)
+        request = queued.look(self._gcloud, run)
+        if request.ours and self._lock.look() == OURS:
+            self._take_back(run)
+        return request.ours or request.state == UNKNOWN
+
+    def leave(self) -> None:
+        """Takes back what was just asked for, if another watcher has the run by now, and has it elsewhere."""
+        url = f"{self._run.url}/run"
+        answer = self._gcloud.cat(url)
+        if not answer.ok or record.parse(answer.out, url).zone == self._run.zone:
+            return
+        if queued.look_surely(self._gcloud, self._run, asked=True).ours:
+            self._take_back(self._run)
+
+    def _take_back(self, run: Run) -> None:
+        say(f"this run has a slice in {run.zone} too, which was on its way when another watcher took over; deleting it")
+        answer = queued.delete(self._gcloud, run)
+        if not answer.ok:
+            say(f"deleting it failed: {answer.reason}")
