@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, SOFT, LINE = "#1b1b1a", "#63625d", "#e3e2dd"  # text, labels, grid
-SERIES = ("#2a78d6", "#d9591f", "#1c8467", "#8a4fc0", "#b8860b", "#c2406e", "#0f8ea3", "#7a7974")
+# The first six differ clearly for those too who see no red, no green or no blue; light and dark.
+SERIES = ("#1b61c6", "#b23d14", "#0aa183", "#490d7b", "#d47d00", "#ef005c", "#0f8ea3", "#7a7974")
 _LIGHT = {"back": "#fcfcfb", "ink": INK, "soft": SOFT, "line": LINE} | {f"s{i}": c for i, c in enumerate(SERIES)}
 _DARK = {
     "back": "#171716", "ink": "#efeeea", "soft": "#a3a29b", "line": "#33322f",
-    "s0": "#4a94ec", "s1": "#e8743f", "s2": "#33ab88", "s3": "#b283e0", "s4": "#d9a92e", "s5": "#ea6d97",
+    "s0": "#0088f1", "s1": "#cb5f40", "s2": "#5aedad", "s3": "#925d85", "s4": "#b4ca20", "s5": "#fdadf0",
     "s6": "#35b8cf", "s7": "#a09f99",
 }  # fmt: skip
 _DPI = 72
@@ -95,6 +96,7 @@ def svg(figure: "Figure", label: str, css: str = "", attributes: str = "", more:
     for name, colour in _LIGHT.items():
         text = text.replace(colour, f"var(--{name})")
     text = re.sub(r"\s+", " ", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)  # to a tenth of a pixel
     width, height = figure.get_size_inches() * _DPI
     return (
         f"<svg class='{css}' viewBox='0 0 {width:g} {height:g}' role=img aria-label='{escape(label)}' {attributes} "

@@ -43,8 +43,9 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from launch.report import __main__ as report
 
-    reports = report.write_report({variant: workdir / variant for variant in VARIANTS}, dataset, options.report)
-    print(f"\n{report.terminal_table(reports)}\n")
+    workdirs = {variant: workdir / variant for variant in VARIANTS}
+    runs = report.write_report(workdirs, options.report, dataset_path=dataset)
+    print(f"\n{report.terminal_table(runs)}\n")
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. The page: {report_page}")
     print(f"Watch the runs: {sys.executable} -m tensorboard.main --logdir {workdir}")
 

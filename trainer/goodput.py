@@ -54,7 +54,7 @@ class Goodput:
         self._last_loss: float | None = None
         self._last_write = 0.0
         try:
-            if (saved := _read(self._path)) is not None:
+            if (saved := read_goodput(self._path)) is not None:
                 # Only between processes is there no other clock than the wall's, which may have been set back.
                 down = max(0.0, self._first_started_at - saved["updated_at"])
                 self._seconds |= saved["seconds"]
@@ -150,8 +150,9 @@ class Goodput:
         return f"goodput {seconds['steps'] / total:.0%} of {starts}; the rest: {lost}"
 
 
-def _read(path: epath.Path) -> dict[str, Any] | None:
-    """What `Goodput.write` wrote; None if there is no file.
+def read_goodput(path: epath.Path) -> dict[str, Any] | None:
+    """What `Goodput.write` wrote: seconds (by cause), goodput, starts, highest_step, loss, and first_started_at and
+    updated_at in seconds since the epoch; None if there is no file.
 
     Raises:
       OSError: it cannot be read.

@@ -143,12 +143,17 @@ class Run:
     def run(self) -> int:
         """Trains and evaluates; the exit code."""
         self.job.interrupt.can_save(self.settings.faults.exit_seconds)
+        try:
+            return self.train_and_evaluate()
+        except BaseException as error:
+            self.log.explain(self.at.step, error)
+            raise
+
+    def train_and_evaluate(self) -> int:
+        """As `run`, where nothing fails."""
         with self.bar:
             try:
                 trained = self.make_steps()
-            except BaseException:
-                self.log.explain()
-                raise
             finally:
                 self.profiler.stop()
         if not trained:

@@ -1,1 +1,1 @@
-"""The page about the runs of the demo."""
+"""One page about any number of runs."""

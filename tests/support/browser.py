@@ -53,8 +53,10 @@ class Page:
         for domain in ("Page", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
-    def open(self, url: str, width: int = 1400, height: int = 1000) -> None:
-        """Goes to an address, in a window of this size in pixels."""
+    def open(self, url: str, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
+        """Goes to an address, in a window of this size in pixels, for a reader who likes it light or dark."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **metrics)
         self._call("Page.navigate", url=url)

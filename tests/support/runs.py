@@ -52,3 +52,16 @@ def assert_same_run(workdir: Path, undisturbed: Path) -> None:
     assert losses(workdir, "run/validation_loss") == losses(undisturbed, "run/validation_loss")
     assert [step for step, _ in losses(workdir)] == list(range(1, steps + 1))  # none missing, none doubled
     assert json.loads((workdir / "result.json").read_text()) == result
+
+
+def points(workdir: Path, name: str, field: str = "") -> dict[int, float]:
+    """A scalar's values by step, or another field of its lines, by the rules that the file's format states."""
+    found: dict[int, float] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        content = json.loads(line)
+        first = content.get("start", content.get("rollback"))
+        if first is not None:
+            found = {step: value for step, value in found.items() if step < first}
+        elif name in content:
+            found[content["step"]] = float(content[field or name])
+    return found

@@ -62,6 +62,21 @@ class Holder:
         return self.is_here and (self.pid == os.getpid() or _start_of(self.pid) != self.started)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What a workdir's lease looks like to somebody who only reads."""
+
+    holder: Holder | None  # None: it was given back
+    silent_seconds: float  # since the last sign of life, if this machine's clock and the storage's agree
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process trains there."""
+        if self.holder is None:
+            return False
+        return not self.holder.is_gone if self.holder.is_here else self.silent_seconds < LEASE_SECONDS
+
+
 class Lease:
     """A workdir's, as one process sees it. As a context it gives back what was taken, but not after an error: saves may
     still be under way until the process has ended, which others then find out.
@@ -123,10 +138,23 @@ class Lease:
         except Exception as error:
             logger.warning("%s cannot be given back: %s", self._folder, error)
 
-    def _take(self, workdir: str) -> None:
+    def look(self, workdir: str) -> Sight | None:
+        """Who holds `workdir`, as far as its files tell; None if nobody ever took it. Writes nothing.
+
+        Raises:
+          Exception: storage does not say; errors of object stores have no base of their own.
+        """
+        self._open(workdir)
+        number = self._newest()
+        return Sight(self._read(number), time.time() - self._changed(number)) if number else None
+
+    def _open(self, workdir: str) -> None:
         self._folder = os.fspath(checkpoint_folder(workdir).parent / LEASE_FOLDER)
         # What others write must be seen at once.
         self._storage: Any = fsspec.core.url_to_fs(self._folder, use_listings_cache=False)[0]
+
+    def _take(self, workdir: str) -> None:
+        self._open(workdir)
         self._storage.makedirs(self._folder, exist_ok=True)
         seen = None
         while True:

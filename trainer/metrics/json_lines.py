@@ -8,8 +8,9 @@ Each line is an object with `time`, seconds since the epoch, and one of
     {"step": 41, "text": "config", "value": "..."}
     {"step": 41, "hparams": {"seed": 0, ...}}
 
-`start` and `rollback` withdraw what was written from that step on. A process that was killed may have left half a line,
-which ends where the next one starts. `pandas.read_json(path, lines=True)` reads it too, withdrawn points included.
+`start` and `rollback` withdraw what was written from that step on. The text `failure` is why a process ended. A process
+that was killed may have left half a line, which ends where the next one starts. `pandas.read_json(path, lines=True)`
+reads it too, withdrawn points included.
 """
 
 import collections
@@ -30,7 +31,8 @@ from trainer.metrics.writer import MetricsWriter
 METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger("trainer")
 _MOST_KEPT = 100_000  # lines
-_SECONDS_BETWEEN_FLUSHES = 10.0
+_SECONDS_BETWEEN_FLUSHES = 10.0  # or, where that is longer,
+_FLUSHES_APART = 100.0  # times what one takes: in a bucket the whole file is written each time, and the loop waits
 _NOT_SCALARS = ("step", "time")
 
 
@@ -41,7 +43,7 @@ class JsonLinesWriter(MetricsWriter):
         """`first_step`: the first that this process makes, which withdraws what earlier ones wrote from there on."""
         self._path = epath.Path(path)
         self._kept: collections.deque[str] = collections.deque(maxlen=_MOST_KEPT)  # not in the file yet
-        self._last_flush = 0.0
+        self._last_flush, self._flush_seconds = -math.inf, 0.0
         self._add({"start": first_step})
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -58,12 +60,14 @@ class JsonLinesWriter(MetricsWriter):
 
     def flush(self) -> None:
         """Appends what is kept. An object in a bucket cannot be appended to, and is written anew."""
-        self._last_flush = time.monotonic()
+        start = time.monotonic()
         try:
             _append(self._path, "".join(self._kept).encode())
             self._kept.clear()
         except OSError as error:
             logger.warning("%s cannot be written for now, its lines are kept: %s", self._path, error)
+        self._last_flush = time.monotonic()
+        self._flush_seconds = self._last_flush - start
 
     def close(self) -> None:
         self.flush()
@@ -71,7 +75,7 @@ class JsonLinesWriter(MetricsWriter):
     def _add(self, content: dict[str, Any]) -> None:
         content["time"] = round(time.time(), 3)
         self._kept.append(json.dumps(content, allow_nan=False) + "\n")
-        if time.monotonic() - self._last_flush > _SECONDS_BETWEEN_FLUSHES:
+        if time.monotonic() - self._last_flush > max(_SECONDS_BETWEEN_FLUSHES, _FLUSHES_APART * self._flush_seconds):
             self.flush()
 
 
@@ -103,9 +107,14 @@ class RunMetrics:
     """What a run has written so far, without what was withdrawn."""
 
     scalars: dict[str, Series]
-    texts: dict[str, str]  # the newest of each name
+    texts: dict[str, str]  # the newest of each name; `failure` only of the last process
     hparams: dict[str, bool | float | str]  # the newest
     begins: list[Begin]  # the first start, then every restart and rollback
+
+    def table(self, name: str) -> dict[str, str]:
+        """The rows of a text that is a table, as `environment` and `config`."""
+        rows = (line.strip("| ").split(" | ", 1) for line in self.texts.get(name, "").splitlines())
+        return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
 def read_metrics(workdir: epath.PathLike) -> RunMetrics:
@@ -132,6 +141,7 @@ def _take(content: dict[str, Any], metrics: RunMetrics) -> None:
         if kind in content:
             first_step = int(content[kind])
             metrics.begins.append(Begin(first_step, when, kind == "rollback"))
+            metrics.texts.pop("failure", None)
             for series in metrics.scalars.values():
                 series.withdraw(first_step)
             return

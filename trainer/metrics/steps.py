@@ -73,9 +73,10 @@ class StepLog:
         """After a rollback: what was not written yet is history."""
         self._thinned.forget()
 
-    def explain(self) -> None:
-        """The run fails: writes all that is known of its last steps."""
+    def explain(self, step: int, error: BaseException) -> None:
+        """The run fails at this step: writes why, and all that is known of its last steps."""
         self._thinned.explain()
+        self._writer.text(step, "failure", f"{type(error).__name__}: {error}")
         self._writer.flush()
 
     def _of_step(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:

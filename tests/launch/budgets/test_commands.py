@@ -1,14 +1,11 @@
 """What the commands read, write, and resume from."""
 
-import importlib
-
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from launch.budgets.__main__ import main
 from launch.budgets.inputs import located
 from launch.budgets.result import Journal
+from tests.support.disks import bucket
 
 
 def test_a_journal_keeps_what_was_measured_but_not_a_torn_last_line(tmp_path):
@@ -37,17 +34,8 @@ def test_a_workdir_without_a_checkpoint_is_named(capsys, tmp_path):
     assert line == f"error: {tmp_path}/run: there is no checkpoint in {tmp_path}/run/checkpoints"
 
 
-class Bucket(MemoryFileSystem):
-    """Stands in for Google Cloud Storage, which this test has no account for."""
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("gs://", "memory://"))
-
-
 def test_a_workdir_in_a_bucket_keeps_its_address(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "gcs", Bucket)
-    fsspec.filesystem("gcs").mkdirs("gs://bucket/run/checkpoints")
+    bucket(monkeypatch).mkdirs("gs://bucket/run/checkpoints")
     with pytest.raises(SystemExit):
         main(["search", "--checkpoint=gs://bucket/run", "--data=x", "--target-perplexity=9", f"--output={tmp_path}/x"])
     line = capsys.readouterr().err.splitlines()[-1]

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from tests.support.disks import bucket
+from trainer.metrics import json_lines
 from trainer.metrics.json_lines import METRICS_FILE, JsonLinesWriter, Series, read_metrics
 
 
@@ -104,3 +106,49 @@ def test_withdrawing_keeps_what_is_before():
     series = Series([1, 5, 9], [1.0, 5.0, 9.0], [0.0, 0.0, 0.0])
     series.withdraw(5)
     assert (series.steps, series.values, series.times) == ([1], [1.0], [0.0])
+
+
+def test_in_a_bucket_the_file_is_the_same_over_restarts(monkeypatch, tmp_path):
+    storage = bucket(monkeypatch)
+    for workdir in (tmp_path, "gs://bucket/run"):
+        for first_step, offset in ((1, 0.0), (4, 10.0)):
+            writer = JsonLinesWriter(f"{workdir}/{METRICS_FILE}", first_step)
+            for step in range(first_step, 7):
+                writer.write(step, {"run/loss": offset + step})
+                writer.flush()
+            writer.close()
+    there, here = (read_metrics(workdir) for workdir in ("gs://bucket/run", tmp_path))
+    assert there.scalars["run/loss"].values == here.scalars["run/loss"].values == [1, 2, 3, 14, 15, 16]
+    assert len(storage.cat_file("gs://bucket/run/metrics.jsonl").splitlines()) == 2 + 6 + 3
+
+
+def test_the_slower_the_storage_the_rarer_it_is_written(monkeypatch, tmp_path):
+    now, written = [0.0], []
+
+    def append(path, content):
+        written.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr(json_lines.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(json_lines, "_append", append)
+    writer = JsonLinesWriter(tmp_path / METRICS_FILE, 1)
+    for step in range(1, 1001):
+        now[0] += 1.0
+        writer.write(step, {"run/loss": 1.0})
+    assert len(written) == 5 and sum(2.0 for _ in written) <= 0.011 * now[0]
+
+
+def test_why_a_process_ended_is_known_until_the_next_begins(tmp_path):
+    writer = JsonLinesWriter(tmp_path / METRICS_FILE, 1)
+    writer.text(3, "failure", "DivergedError: too bad")
+    writer.close()
+    assert read_metrics(tmp_path).texts["failure"] == "DivergedError: too bad"
+    write(tmp_path, 3, [3])
+    assert "failure" not in read_metrics(tmp_path).texts
+
+
+def test_the_rows_of_a_table_are_read_back(tmp_path):
+    writer = JsonLinesWriter(tmp_path / METRICS_FILE, 1)
+    writer.text(1, "environment", "| | |\n|---|---|\n| devices | 8 x cpu, 1 hosts |\n| parameters, total | 61,760 |")
+    writer.close()
+    assert read_metrics(tmp_path).table("environment") == {"devices": "8 x cpu, 1 hosts", "parameters, total": "61,760"}
