@@ -43,7 +43,7 @@ class Model:
     tied_embeddings: bool = True  # input and output embedding are one matrix; not stated by the paper: our choice
     dtype: str = "bfloat16"  # of activations and matmuls, or "float32"; parameters are float32
     remat: Free[str] = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "block" (layers)
-    scan_layers: Free[bool] = True  # False compiles every layer apart: minutes slower to compile, faster steps
+    scan_layers: Free[bool] = False  # True compiles one layer for all: sooner to compile, slower steps on TPUs
     attention: Free[str] = "auto"  # attention's implementation; "auto" is the platform's best
 
 

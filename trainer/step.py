@@ -3,6 +3,7 @@
 Shape letters: B batch, N positions, A accumulation parts.
 """
 
+import dataclasses
 import functools
 import logging
 import time
@@ -120,7 +121,7 @@ def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState,
 
 def make_eval_step(model: TransformerConfig, pad_id: int) -> EvalStep:
     """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens", "bytes", "requests"}`, as above."""
-    graph = model_graph(model)
+    graph = model_graph(dataclasses.replace(model, scan_layers=True))  # which without a gradient stacks nothing
 
     def eval_step(params: nnx.State, batch: Batch, requests: Array) -> Metrics:
         logits_BNV = nnx.merge(graph, params)(batch["inputs"])

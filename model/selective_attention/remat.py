@@ -19,11 +19,15 @@ def keep(x: Array) -> Array:
     return checkpoint_name(x, _KEPT)
 
 
-def rematerialised(layer: Callable, remat: str) -> Callable:
-    """`layer`, whose backward pass recomputes what `TransformerConfig.remat` says."""
+def rematerialised(layer: Callable, remat: str, scanned: bool) -> Callable:
+    """`layer`, whose backward pass recomputes what `TransformerConfig.remat` says.
+
+    XLA would merge what is computed twice, and keep it; a scan keeps it from that by itself. What "none" computes again
+    is cheap either way, and left to XLA.
+    """
     policies = {
         "none": jax.checkpoint_policies.save_only_these_names(_KEPT),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "block": None,
     }
-    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)  # scan already keeps XLA from undoing it
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=remat != "none" and not scanned)

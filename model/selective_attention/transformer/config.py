@@ -33,7 +33,7 @@ class TransformerConfig:
     # How a machine computes, not what: see `machine_fields`.
     # What the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers).
     remat: str = dataclasses.field(default="none", metadata=MACHINE)
-    # False compiles every layer apart: slower to compile, saves copies into a scan's stacks.
+    # False compiles every layer apart: slower to compile, but a gradient saves the copies into a scan's stacks.
     scan_layers: bool = dataclasses.field(default=True, metadata=MACHINE)
     # Implementation of attention, None for the platform's best.
     attention: str | None = dataclasses.field(default=None, metadata=MACHINE)

@@ -19,7 +19,7 @@ from ..selection import HIDDEN, Selection
 from ..sharding import reshard
 from .config import TransformerConfig
 from .projection import contract, rms_norm
-from .transformer import Block, Transformer, attending, make_parameter, make_scale, permute, scanned, sequence_order
+from .transformer import Block, Transformer, attending, each_layer, make_parameter, make_scale, permute, sequence_order
 
 
 def full_attention(q: Array, k: Array, v: Array, visible_BM: Array) -> Array:
@@ -96,7 +96,7 @@ class EncoderDecoder(nnx.Module):
         def layer(block, x_BME, _):
             return block(x_BME, position_M, attend)
 
-        x_BME = scanned(self.config.remat, self.encoder_blocks, layer, self.decoder.embed(inputs_BM, position_M))[0]
+        x_BME = each_layer(self.config, self.encoder_blocks, layer, self.decoder.embed(inputs_BM, position_M))[0]
         return rms_norm(x_BME, self.encoder_norm[...])
 
     def hidden(
@@ -120,5 +120,5 @@ class EncoderDecoder(nnx.Module):
 
         x_BNE = self.decoder.embed(permute(outputs_BN, position_N), position_N)
         modules = self.decoder.blocks, self.cross_attention
-        x_BNE, forgotten_LBN = scanned(self.config.remat, modules, layer, x_BNE)
+        x_BNE, forgotten_LBN = each_layer(self.config, modules, layer, x_BNE)
         return self.decoder.finish(x_BNE, forgotten_LBN, position_N)

@@ -1,7 +1,8 @@
 """A decoder-only transformer with selective attention (Flax NNX).
 
 Pre-norm RMSNorm, QK normalisation, SwiGLU, no biases (section 4 of the paper). The layers are one `Block` whose
-parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth.
+parameters have a leading axis L; the forward pass scans over it, so that compile time does not grow with depth, or
+takes the layers one by one (`scan_layers`).
 
 Shape letters: the package's.
 """
@@ -215,8 +216,8 @@ class Transformer(nnx.Module):
             with jax.named_scope("layer"):
                 return block(x_BNE, position_N, attending(c, told))
 
-        unroll, x_BNE = 1 if c.scan_layers else c.num_layers, self.embed(tokens_BN, position_N)
-        x_BNE, forgotten_LBN = scanned(c.remat, self.blocks, layer, x_BNE, evict_at, unroll)
+        x_BNE = self.embed(tokens_BN, position_N)
+        x_BNE, forgotten_LBN = each_layer(c, self.blocks, layer, x_BNE, evict_at)
         return self.finish(x_BNE, forgotten_LBN, position_N)
 
     def finish(self, x_BNE: Array, forgotten_LBN: Array | None, position_N: np.ndarray) -> tuple[Array, Array | None]:
@@ -266,19 +267,21 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, self.embed(permute(tokens_BN, position_N), position_N), layers)[1]
 
 
-def scanned(
-    remat: str, stacked: Any, layer: Callable, x_BNE: Array, by_layer: Any = None, unroll: int = 1
+def each_layer(
+    config: TransformerConfig, stacked: Any, layer: Callable, x_BNE: Array, by_layer: Any = None
 ) -> tuple[Array, Any]:
     """`layer(module, x, its part of by_layer)`, one after the other: (the last x, what each adds, stacked along L).
 
-    `stacked` are modules whose parameters, and `by_layer` arrays that, have a leading L; `remat` is the config's.
+    `stacked` are modules whose parameters, and `by_layer` arrays that, have a leading L; scanned or apart, and
+    recomputed, as the config says.
     """
     graph, parameters = nnx.split(stacked)
 
     def one(x_BNE, own):
         return layer(nnx.merge(graph, own[0]), x_BNE, own[1])
 
-    return jax.lax.scan(rematerialised(one, remat), x_BNE, (parameters, by_layer), unroll=unroll)
+    recomputed = rematerialised(one, config.remat, config.scan_layers)
+    return jax.lax.scan(recomputed, x_BNE, (parameters, by_layer), unroll=1 if config.scan_layers else True)
 
 
 def sequence_order(length: int) -> np.ndarray:

@@ -189,7 +189,10 @@ class TestForward:
         assert 0 < np.abs(logits_BNV - forward(exact, make_tokens())).max() < 0.2
 
 
-@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "block"}, {"scan_layers": False}], ids=str)
+APART = {"scan_layers": False}
+
+
+@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "block"}, APART, APART | {"remat": "block"}], ids=str)
 def test_how_layers_are_compiled_changes_no_gradient(changes):
     @nnx.jit
     def gradient(model, tokens_BN):

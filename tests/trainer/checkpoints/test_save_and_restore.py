@@ -199,7 +199,7 @@ def test_a_checkpoint_from_before_a_field_was_added_is_continued_and_loaded(conf
     checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     assert checkpoints.restore(abstract).step == 1
     checkpoints.close()
-    assert load_model(str(tmp_path))[1].model.scan_layers
+    assert load_model(str(tmp_path))[1].model.scan_layers == read_settings(config).model.scan_layers
     config.model.qk_norm = False
     checkpoints = Checkpoints(str(tmp_path), read_settings(config), "fingerprint")
     with pytest.raises(ResumeError, match=r"model.qk_norm: True -> False"):
