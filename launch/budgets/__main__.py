@@ -10,51 +10,26 @@ a mistake, which one line names, 130 interrupted, 141 nobody read on.
 """
 
 import argparse
-import os
 import sys
-from typing import NoReturn
 
 import jax
 
-from data import DataError, Dataset, open_dataset
-from inference_budget import POLICIES, Budgets, BudgetsError, Decoder, Evaluator, EvictionPolicy, model_fingerprint
+from data import Dataset, open_dataset
+from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
-from selective_attention import SamplingError, Transformer
+from launch.commands import InputError, Parser, positive, run_to_the_end
+from selective_attention import Transformer
 from trainer.hosts.compilation_cache import open_shared_cache
 
-from .inputs import InputError, check_output, check_vocabulary, load_model, read_windows
+from .inputs import check_output, check_vocabulary, load_model, read_windows
 from .report import table, write_report
 from .result import SearchFile, UsableFile, cache_size
 from .search import run_search
 
-EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141  # the last two are a shell's for SIGINT and SIGPIPE
-
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _leave(EXIT_UNREAD)
-    except KeyboardInterrupt:
-        _leave(EXIT_INTERRUPTED, f"interrupted; {options.interrupted}")
-    except (InputError, DataError, BudgetsError, SamplingError) as error:
-        _leave(EXIT_MISTAKE, f"error: {error}")
-    except OSError as error:
-        _leave(
-            EXIT_MISTAKE, f"error: {error.filename or 'the output'}: {error.strerror or error}; see to it and try again"
-        )
-
-
-def _leave(code: int, line: str = "") -> NoReturn:
-    if line:
-        print(line, file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # or Python would try once more at its end, and say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    run_to_the_end(lambda: options.run(options), options.interrupted)
 
 
 def _load(options: argparse.Namespace) -> tuple[UsableFile, Transformer, Dataset, Budgets, EvictionPolicy]:
@@ -140,15 +115,8 @@ def run_report(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
     policies = f"{', '.join(POLICIES)}, or a class of your own as module:Class"
     commands = parser.add_subparsers(required=True, metavar="command")
     add = commands.add_parser("search", help="find budgets that meet a target")
@@ -159,13 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--target-perplexity", type=_perplexity, help="the target itself")
     add.add_argument("--output", required=True, help="file to write, such as budgets.json")
     add.add_argument("--policy", default="selective", help=f"who leaves a full layer: {policies}")
-    add.add_argument("--context", type=_positive, help="tokens of a window; by default the model's context")
+    add.add_argument("--context", type=positive, help="tokens of a window; by default the model's context")
     add.add_argument(
-        "--step", type=_positive, help="tokens by which a budget is lowered; by default 1/32 of the context"
+        "--step", type=positive, help="tokens by which a budget is lowered; by default 1/32 of the context"
     )
-    add.add_argument("--first-step", type=_positive, help="a coarser step to begin with, halved down to --step")
-    add.add_argument("--windows", type=_positive, default=64, help="training windows that the search measures on")
-    add.add_argument("--validation-windows", type=_positive, default=256, help="windows that the result is measured on")
+    add.add_argument("--first-step", type=positive, help="a coarser step to begin with, halved down to --step")
+    add.add_argument("--windows", type=positive, default=64, help="training windows that the search measures on")
+    add.add_argument("--validation-windows", type=positive, default=256, help="windows that the result is measured on")
     add.add_argument("--lazy", action="store_true", help="measure fewer layers; the choices may differ from greedy's")
     add.add_argument("--exchange", action="store_true", help="then move budget between layers while that pays")
     add.set_defaults(run=run_search, interrupted="the same command goes on from the journal beside its output")
@@ -180,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         add.set_defaults(run=run, interrupted="the same command begins anew")
         if name == "evaluate":
             add.add_argument("--split", default="validation", help="train or validation")
-            add.add_argument("--windows", type=_positive, help="windows to measure on; by default the search's number")
+            add.add_argument("--windows", type=positive, help="windows to measure on; by default the search's number")
         else:
             add.add_argument("--prompt", help="text; by default standard input")
-            add.add_argument("--tokens", type=_positive, help="tokens to draw at most; by default 100, or what is left")
+            add.add_argument("--tokens", type=positive, help="tokens to draw at most; by default 100, or what is left")
             add.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-            add.add_argument("--top-k", type=_positive)
+            add.add_argument("--top-k", type=positive)
             add.add_argument("--top-p", type=float)
             add.add_argument("--seed", type=int, default=0)
             add.add_argument("--cache-dtype", choices=("float32", "bfloat16"), help="by default the model's")
@@ -194,13 +162,6 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--output", required=True, help="HTML file to write")
     add.set_defaults(run=run_report, interrupted="the same command begins anew")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
 
 
 def _perplexity(text: str) -> float:

@@ -8,12 +8,9 @@ from etils import epath
 
 from data import Dataset, EvalBatches
 from inference_budget import Windows
+from launch.commands import InputError
 from selective_attention import Transformer, import_safetensors
 from trainer.errors import ResumeError
-
-
-class InputError(ValueError):
-    """A file or an option that cannot be used; the message says which and what to do."""
 
 
 def check_output(path: str | Path) -> None:

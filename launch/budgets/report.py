@@ -13,8 +13,9 @@ from data.tokenizer import legible
 from inference_budget import POLICIES, BudgetsError, eviction_times, model_fingerprint
 from inference_budget.interchange import budgets_of
 from launch import charts
+from launch.commands import InputError
 
-from .inputs import InputError, load_model, read_windows
+from .inputs import load_model, read_windows
 from .result import PointJson, SearchFile
 
 SAMPLE = 96  # tokens of the sample that are shown

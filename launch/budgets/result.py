@@ -7,9 +7,8 @@ from typing import NotRequired, TypedDict
 
 from inference_budget import Budgets, EvictionPolicy, Point, cache_bytes, init_pruned_cache, memory_factor
 from inference_budget.interchange import BudgetsFile, Source
+from launch.commands import InputError
 from selective_attention import Transformer
-
-from .inputs import InputError
 
 
 class PointJson(TypedDict):

@@ -28,9 +28,10 @@ from inference_budget import (
 from inference_budget.interchange import write_budgets_file
 from inference_budget.policies import policy_source
 from inference_budget.search import check_steps
+from launch.commands import InputError
 from selective_attention import Transformer
 
-from .inputs import InputError, check_output, check_vocabulary, load_model, located, read_windows
+from .inputs import check_output, check_vocabulary, load_model, located, read_windows
 from .result import (
     Difference,
     HeldOut,

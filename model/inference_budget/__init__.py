@@ -19,6 +19,7 @@ from .policies import (
     policy_name,
 )
 from .prefill import prefill
+from .scoring import Request, Score, Scorer
 from .search import Found, Point, baselines, best_point, exchange, search, uniform
 
 __all__ = [
@@ -37,6 +38,9 @@ __all__ = [
     "Point",
     "PrunedLayerCache",
     "Random",
+    "Request",
+    "Score",
+    "Scorer",
     "Selective",
     "SinksAndWindow",
     "Windows",

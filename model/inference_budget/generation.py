@@ -62,6 +62,9 @@ class Decoder:
       block: as in `prefill`; longer prompts are taken in so many tokens at a time.
       bos_id: the id of <BOS>, which prompts are then checked to start with.
 
+    Attributes:
+      graph, parameters: the model, with each layer's weights apart, as `nnx.split` gives it.
+
     Raises:
       BudgetsError: budgets or a policy that do not fit the model, or a block below 1.
     """
@@ -81,7 +84,7 @@ class Decoder:
         self.config, self.budgets, self.policy = model.config, budgets, policy
         self._block = BLOCK if block is None else check_block(block)
         self._dtype, self._bos_id = dtype, bos_id
-        self._graph, self._parameters = nnx.split(_unstacked(model))
+        self.graph, self.parameters = nnx.split(_unstacked(model))
 
     def generate(
         self,
@@ -128,7 +131,7 @@ class Decoder:
         """
         tokens_BN, lengths_B = self._padded(prompts)
         options = {"budgets": self.budgets, "policy": self.policy, "dtype": self._dtype, "block": self._block}
-        return _prefill(self._graph, self._parameters, tokens_BN, lengths_B, **options)
+        return _prefill(self.graph, self.parameters, tokens_BN, lengths_B, **options)
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, key: Array, sampling: Sampling
@@ -138,7 +141,7 @@ class Decoder:
         for start in range(0, num_tokens, CHUNK):
             count = min(CHUNK, num_tokens - start)
             tokens_CB, logits_BV, cache = decode(
-                self._graph, self._parameters, logits_BV, cache, key, start, count, sampling
+                self.graph, self.parameters, logits_BV, cache, key, start, count, sampling
             )
             yield tokens_CB, count
 

@@ -1,0 +1,121 @@
+"""What is evaluated: a model with its tokenizer and text, and the caches that it is given."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from data import Dataset, Tokenizer, open_dataset
+from inference_budget import Budgets, EvictionPolicy, Scorer, find_policy, model_fingerprint, policy_name
+from inference_budget.budgets import check_budgets
+from inference_budget.interchange import budgets_of, read_budgets_file
+from inference_budget.policies import check_policy
+from launch.budgets.inputs import check_vocabulary, load_model, located
+from launch.budgets.result import UsableFile
+from launch.commands import InputError
+from selective_attention import Transformer
+
+from .results import FULL
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+    """How many tokens each layer may hold, and who leaves; no policy for a full cache."""
+
+    budgets: Budgets
+    policy: EvictionPolicy | None
+
+    @property
+    def policy_name(self) -> str | None:
+        return None if self.policy is None else policy_name(self.policy)
+
+    @property
+    def name(self) -> str:
+        return FULL if self.policy is None else f"{self.policy_name} {self.budgets.memory_factor:.2f}x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    model: Transformer
+    checkpoint: dict[str, str]  # path and fingerprint
+    dataset: Dataset
+    tokenizer: Tokenizer
+    caches: list[CacheSize]  # the first one is full
+
+    @property
+    def length(self) -> int:
+        """The context of all caches, tokens."""
+        return self.caches[0].budgets.context_length
+
+    def scorer(self, cache: CacheSize) -> Scorer:
+        policy = cache.policy or find_policy("oldest")  # whom nothing makes room for in a full cache
+        return Scorer(self.model, cache.budgets, policy, bos_id=self.tokenizer.bos_id)
+
+
+def load_subject(
+    checkpoint: str | None, data: str | None, files: Sequence[str], factors: Sequence[float], policies: Sequence[str]
+) -> Subject:
+    """The model, and its full cache before those that were asked for.
+
+    Args:
+      checkpoint: by default where the first of `files` says.
+      data: a dataset, of which tokenizer and text are taken; by default the one that the file or the run names.
+      files: of `python -m launch.budgets search`.
+      factors: memory factors of uniform budgets, with each of `policies`.
+      policies: by default each file's own, and for `factors` "selective".
+
+    Raises:
+      InputError, DataError, BudgetsError: what cannot be used.
+    """
+    if policies and not (files or factors):
+        raise InputError("--policy is of a cache that is not full; give --memory-factor or --budgets")
+    contents = [read_budgets_file(path, UsableFile) for path in files]
+    if not (checkpoint or contents):
+        raise InputError("there is no model; give --checkpoint, or --budgets with a file that names one")
+    checkpoint = checkpoint or contents[0]["checkpoint"]["path"]
+    model = load_model(checkpoint)
+    fingerprint, config = model_fingerprint(model), model.config
+    given, caches = [find_policy(name) for name in policies], list[CacheSize]()
+    for content in contents:
+        budgets, own = budgets_of(content, fingerprint)
+        caches += [CacheSize(budgets, policy) for policy in given or [own]]
+    length = min([config.max_length, *(cache.budgets.context_length for cache in caches)])
+    for policy in given or [find_policy("selective")]:
+        for factor in factors:
+            total = round(config.num_layers * length / factor)
+            caches.append(CacheSize(Budgets.uniform(config.num_layers, length, total), policy))
+    for cache in caches:
+        check_budgets(cache.budgets, config)
+        if cache.policy is not None:
+            check_policy(cache.policy, config)
+        if cache.budgets.context_length != length:
+            raise InputError("the files of --budgets are for contexts of different lengths; evaluate one at a time")
+    path = data or next((content["data"]["path"] for content in contents if "data" in content), None)
+    dataset = open_dataset(path or _data_of_run(checkpoint))
+    check_vocabulary(model, dataset)
+    full = CacheSize(Budgets.full(config.num_layers, length), None)
+    source = {"path": located(checkpoint), "fingerprint": fingerprint}
+    return Subject(model, source, dataset, dataset.tokenizer(), [full, *caches])
+
+
+def _data_of_run(checkpoint: str) -> Path:
+    """The dataset that a training run read.
+
+    Raises:
+      InputError: it is no run's workdir, or its dataset is not there.
+    """
+    from trainer.checkpoints.checksums import DamagedError  # seconds, as in load_model
+    from trainer.checkpoints.folder import checkpoint_folder, list_steps, read_metadata
+    from trainer.settings import read_saved
+
+    folder = checkpoint_folder(checkpoint)
+    for step in sorted(list_steps(folder), reverse=True):
+        try:
+            path = Path(read_saved(read_metadata(folder / str(step))["config"]).data.path)
+        except DamagedError:
+            continue
+        if path.exists():
+            return path
+        raise InputError(f"{checkpoint} was trained on {path}, which is not there; give its dataset with --data")
+    raise InputError(f"{checkpoint} has no tokenizer; give the dataset that the model was trained on with --data")
