@@ -1,8 +1,11 @@
-"""Exports a run's newest checkpoint for other programs, in the format of `selective_attention.export_safetensors`.
+"""Exports a run's newest checkpoint for other programs.
 
     python -m trainer.export --workdir=DIR [--output=FOLDER]
+    python -m trainer.export CHECKPOINT --format=hf -o FOLDER [--dtype=bfloat16] [--tokenizer=PATH]
 
-By default into DIR/export/STEP, where a checkpoint that was exported before is left as it is. Prints the folder.
+The first has the format of `selective_attention.export_safetensors`, by default in DIR/export/STEP, where a checkpoint
+that was exported before is left as it is. The second is a folder for `transformers`; CHECKPOINT is a workdir, too, or a
+folder that the first command or `trainer.import_hf` wrote. Both print the folder.
 """
 
 import argparse
@@ -98,14 +101,46 @@ def export(workdir: str, output: str | None = None) -> Path:
     return folder
 
 
+def export_hugging_face(checkpoint: str, output: str, *, dtype: str = "float32", tokenizer: str | None = None) -> Path:
+    """Writes a folder that `transformers` loads, and returns it; see `trainer.huggingface`.
+
+    Raises:
+      ConfigError: a folder that is not empty, or no tokenizer.
+      ResumeError, ValueError: there is no model, or it cannot be read.
+    """
+    from trainer.huggingface.export import write_folder  # which need this module
+    from trainer.huggingface.source import read_source
+
+    if "://" in output:
+        raise ConfigError(f"an export is written on this machine, not to {output}; give a folder with --output")
+    source = read_source(checkpoint, tokenizer)
+    write_folder(source.model, Path(output), source.files, dtype=dtype)
+    return Path(output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--output")
+    parser.add_argument("checkpoint", nargs="?", help="a run's workdir; for --format=hf also an exported folder")
+    parser.add_argument("--workdir", help="the same")
+    parser.add_argument("-o", "--output", help="folder to write")
+    parser.add_argument("--format", choices=("safetensors", "hf"), default="safetensors")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights, with --format=hf")
+    parser.add_argument("--tokenizer", help="dataset, tokenizer.model or folder with a tokenizer.json, for --format=hf")
     options = parser.parse_args()
+    checkpoint = options.checkpoint or options.workdir
+    if checkpoint is None or (options.checkpoint and options.workdir):
+        parser.error("give one checkpoint")
+    if options.format == "hf" and not options.output:
+        parser.error("--format=hf needs --output, a new folder")
+    if options.format != "hf" and (options.dtype or options.tokenizer):
+        parser.error("--dtype and --tokenizer belong to --format=hf")
     try:
-        print(export(options.workdir, options.output))
-    except (ConfigError, ResumeError, StorageError, OSError) as error:
+        if options.format == "hf":
+            dtype = options.dtype or "float32"
+            print(export_hugging_face(checkpoint, options.output, dtype=dtype, tokenizer=options.tokenizer))
+        else:
+            print(export(checkpoint, options.output))
+    except (ConfigError, ResumeError, StorageError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -204,7 +204,7 @@ def test_blocks_of_python_run(page):
     if page.parent.parent.name == "model":
         pytest.skip("a test of the package's own runs it, and looks at the result")
     for language, body in FENCE.findall(page.read_text()):
-        if language == "python":
+        if language == "python" and "from transformers import" not in body:  # test_serving.py runs that
             exec(body, {})
 
 

@@ -88,11 +88,24 @@ def trained(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_the_commands_of_the_serving_page_work_after_its_own_installation(environment, sources, trained):
-    install, commands = blocks(ROOT / "docs" / "serving.md", "sh")
+    install, commands, *_ = blocks(ROOT / "docs" / "serving.md", "sh")
     run(install, sources, environment)
     shown = run(commands, trained, environment)
     assert "x fewer tokens, budgets [" in shown and "The function returns" in shown
     assert (trained / "budgets.html").exists()
+
+
+def test_the_page_s_folder_for_transformers_loads_and_generates(trained):
+    pytest.importorskip("transformers")
+    _, commands, export, _ = blocks(ROOT / "docs" / "serving.md", "sh")
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    if not (trained / "budgets.json").exists():
+        run(commands.splitlines(keepends=True)[0] + commands.splitlines()[1], trained, here)
+    (example,) = blocks(ROOT / "docs" / "serving.md", "python")
+    (trained / "example.py").write_text(example)
+    run(export, trained, here)
+    shown = run("python example.py", trained, {**here, "HF_HUB_OFFLINE": "1", "HF_HOME": str(trained)})
+    assert "The function returns" in shown
 
 
 def test_the_readme_s_commands_are_those_of_the_serving_page():

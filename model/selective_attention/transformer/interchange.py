@@ -23,6 +23,7 @@ import importlib
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax.typing import ArrayLike
 
 from .config import TransformerConfig
 from .transformer import Transformer
@@ -48,14 +49,7 @@ def export_safetensors(model: Transformer, directory: str | Path) -> None:
       ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
-    tensors: dict[str, Array] = {}
-    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = np.asarray(jax.device_get(parameter[...]), np.float32)
-        layers = value if path[0] == "blocks" else value[None]
-        for name, layer in zip(_names(path, model.config), layers, strict=True):
-            inner = _inner_axes(path)
-            matrix = layer.reshape(math.prod(layer.shape[:inner]), -1).T if inner else layer
-            tensors[name] = jnp.asarray(matrix)
+    tensors = {name: jnp.asarray(tensor) for name, tensor in named_tensors(model).items()}
     machine = TransformerConfig.machine_fields()
     fields = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in machine}
     directory = Path(directory)
@@ -95,12 +89,33 @@ def import_safetensors(directory: str | Path, **overrides: Any) -> Transformer:
         tensors = safetensors.load_file(directory / MODEL_FILE)
     except importlib.import_module("safetensors").SafetensorError as error:
         raise ValueError(f"{directory / MODEL_FILE} is damaged ({error}); export the model again") from error
+    return model_of_tensors(config, tensors, str(directory / MODEL_FILE))
+
+
+def named_tensors(model: Transformer) -> dict[str, np.ndarray]:
+    """The parameters as this module's documentation names and shapes them, float32."""
+    tensors = {}
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = np.asarray(jax.device_get(parameter[...]), np.float32)
+        layers = value if path[0] == "blocks" else value[None]
+        for name, layer in zip(_names(path, model.config), layers, strict=True):
+            inner = _inner_axes(path)
+            tensors[name] = layer.reshape(math.prod(layer.shape[:inner]), -1).T if inner else layer
+    return tensors
+
+
+def model_of_tensors(config: TransformerConfig, tensors: Mapping[str, ArrayLike], source: str) -> Transformer:
+    """The model whose parameters `named_tensors` gives, on the default device.
+
+    Raises:
+      ValueError: tensors that do not fit the config; the message names them, and says that they are in `source`.
+    """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
     parameters = nnx.to_flat_state(abstract)
     names = {name for path, _ in parameters for name in _names(path, config)}
     if names != tensors.keys():
         missing, extra = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
-        raise ValueError(f"{directory / MODEL_FILE} does not fit its config; missing: {missing}, unknown: {extra}")
+        raise ValueError(f"{source} does not fit its config; missing: {missing}, unknown: {extra}")
     loaded = []
     for path, parameter in parameters:
         in_layer = parameter.shape[1:] if path[0] == "blocks" else parameter.shape
@@ -108,9 +123,10 @@ def import_safetensors(directory: str | Path, **overrides: Any) -> Transformer:
         shape = (math.prod(in_layer[inner:]), math.prod(in_layer[:inner])) if inner else in_layer
         layers = []
         for name in _names(path, config):
-            if tensors[name].shape != shape:
-                raise ValueError(f"{name} in {directory / MODEL_FILE} is {tensors[name].shape}, but must be {shape}")
-            layers.append((tensors[name].T if inner else tensors[name]).reshape(in_layer))
+            tensor = np.asarray(tensors[name])
+            if tensor.shape != shape:
+                raise ValueError(f"{name} in {source} is {tensor.shape}, but must be {shape}")
+            layers.append((tensor.T if inner else tensor).reshape(in_layer))
         value = np.stack(layers) if path[0] == "blocks" else layers[0]
         loaded.append((path, parameter.replace(jnp.asarray(value, jnp.float32))))
     return nnx.merge(graph, nnx.from_flat_state(loaded))

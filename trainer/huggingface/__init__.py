@@ -1,0 +1,1 @@
+"""Folders of Hugging Face's transformers: models written as one, and read from one."""
