@@ -1,5 +1,6 @@
 """Every test sees eight emulated CPU devices, and no program is compiled twice. Both are set before JAX is imported."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -30,6 +31,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 def pytest_unconfigure() -> None:
     if owns_cache:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        for item in items:
+            if item.get_closest_marker("tpu_compile"):
+                item.add_marker(pytest.mark.skip(reason="there is no libtpu: make setup EXTRAS=dev,tpu"))
 
 
 @pytest.fixture(scope="session")

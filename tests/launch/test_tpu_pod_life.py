@@ -64,7 +64,7 @@ def test_crashes_are_restarted_up_to_a_limit(cloud):
     assert len((cloud.folder / "starts-0").read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_watcher_is_continued_by_the_same_submit(cloud, number):
     cloud.attempts(QUEUED)
     cloud.trainer("-", "0")

@@ -141,6 +141,7 @@ def test_a_bad_batch_is_rolled_back_over_and_left_out(start_trainer, finish, tin
     assert code == 0, output
 
 
+@pytest.mark.slow
 def test_bad_numbers_right_after_a_rollback_stop_the_run(start_trainer, finish, tiny_config, tmp_path):
     fields = {"model__tied_embeddings": False, "faults__max_bad_steps": 2}
     tiny_config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})

@@ -116,6 +116,7 @@ def test_mistake_in_the_command_is_one_line_and_exit_code_2(flags, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_the_advice_after_running_out_of_memory_names(tiny_config, tmp_path, caplog):
     class InterruptedAtOnce(Interrupt):
         def can_save(self, within_seconds):

@@ -20,7 +20,7 @@ def undisturbed(start_trainer, finish, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_run_ends_bit_identical(
     start_trainer, run_until, finish, assert_same_run, undisturbed, tmp_path, number
 ):
@@ -108,15 +108,14 @@ def test_sigterm_in_an_evaluation_loses_neither_its_point_nor_the_best_checkpoin
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"20", "30"}
 
 
-def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, tmp_path):
-    assert finish(start_trainer(tmp_path, steps=5))[0] == 0
-    before = (tmp_path / "result.json").stat().st_mtime_ns
-    code, output = finish(start_trainer(tmp_path, steps=5))
+def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, undisturbed):
+    before = (undisturbed / "result.json").stat().st_mtime_ns
+    code, output = finish(start_trainer(undisturbed))
     assert code == 0 and "already finished" in output
-    assert (tmp_path / "result.json").stat().st_mtime_ns == before
+    assert (undisturbed / "result.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("spoilt", ["", '{"steps": 2, '])
+@pytest.mark.parametrize("spoilt", [pytest.param("", marks=pytest.mark.slow), '{"steps": 2, '])
 def test_finished_run_whose_result_cannot_be_read_computes_it_again(tiny_config, tmp_path, spoilt):
     tiny_config.steps = 2
     assert train(read_settings(tiny_config), str(tmp_path)) == 0

@@ -15,7 +15,7 @@ from trainer.state import init_state
 from trainer.step import make_selection_step
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1, 1), marks=pytest.mark.slow), (1, 2, 2, 2)])
 def test_statistics_on_a_mesh_are_those_of_the_mask(tiny_config, shape):
     tiny_config.update_from_flattened_dict({"model.num_heads": 2, "batch_size": 8, "mesh.data": 1})
     tiny_config.mesh.update(dict(zip(AXES, shape, strict=True)))

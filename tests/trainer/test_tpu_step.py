@@ -13,7 +13,6 @@ pytestmark = pytest.mark.tpu_compile
 
 
 def plan(tmp_path, *flags):
-    pytest.importorskip("libtpu")
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "launch.plan", "--config=configs/c4.py:d12", f"--json={out}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})

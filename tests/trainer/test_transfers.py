@@ -32,6 +32,7 @@ def test_a_copy_to_the_devices_that_nobody_asked_for_is_an_error(config, careles
         train(read_settings(config), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_it_is_the_guard_that_finds_the_copy(config, careless, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "transfer_guard", lambda level: contextlib.nullcontext())
     assert train(read_settings(config), str(tmp_path)) == 0

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.tpu_compile
 
 @functools.cache
 def measure(*flags):
-    pytest.importorskip("libtpu")
     command = [sys.executable, str(BENCHMARK), "--json", "--programs=selective", f"--batch={BATCH}", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

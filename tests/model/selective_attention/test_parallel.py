@@ -84,7 +84,12 @@ def test_grouped_heads_equal_one_device(sizes, kv_heads):
 
 @pytest.mark.parametrize(
     ("sizes", "selection"),
-    [((2, 2, 1, 2), "own_head"), ((1, 2, 2, 2), "paper"), ((1, 1, 8, 1), "paper"), ((1, 2, 2, 2), "off")],
+    [
+        ((2, 2, 1, 2), "own_head"),
+        ((1, 2, 2, 2), "paper"),
+        ((1, 1, 8, 1), "paper"),
+        pytest.param((1, 2, 2, 2), "off", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_segments_evictions_and_separate_projections_equal_one_device(sizes, selection):

@@ -92,7 +92,7 @@ def test_digest_sees_a_flipped_bit_and_two_elements_swapped():
     assert found[0] == sum(bits * (index * 2_654_435_761 % 2**32 | 1)) % 2**32
 
 
-@pytest.mark.parametrize("reopen", [False, True])
+@pytest.mark.parametrize("reopen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_last_two_multiples_of_four_and_the_best_are_kept(config, tmp_path, reopen):
     abstract = layout(config, data=8)
     state = random_state(config, abstract)

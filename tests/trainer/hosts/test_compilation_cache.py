@@ -133,6 +133,7 @@ def test_a_run_that_finds_a_flipped_bit_computes_the_same_and_repairs_it(
     assert entry.stat().st_mtime_ns == repaired, "compiled again"
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_moved_holds_every_program(trained, start_trainer, finish, tmp_path):
     cache = tmp_path / "moved"
     shutil.copytree(trained[0], cache)
@@ -165,6 +166,7 @@ def test_programs_that_have_run_are_trusted_whatever_becomes_of_the_process(cach
     assert cache().get("key") == b"program"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_behind_its_first_steps_has_proven_its_programs(
     trained, start_trainer, run_until, finish, tmp_path
 ):

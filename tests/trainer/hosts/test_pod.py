@@ -49,7 +49,7 @@ def test_sigterm_on_one_host_saves_on_all_and_the_run_ends_bit_equal(
     ("number", "host"),
     [
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
-        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
         (signal.SIGSTOP, 1),
     ],

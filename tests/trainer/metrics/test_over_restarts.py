@@ -15,6 +15,7 @@ from trainer.metrics.json_lines import read_metrics
 from trainer.metrics.writer import MetricsWriter
 from trainer.settings import read_settings
 
+pytestmark = pytest.mark.slow
 BAD_STEP = 23  # the run goes back to step 20
 # What the clock decides.
 TIMES = ("run/tokens_per_second", "run/step_seconds", "run/goodput", "time/", "system/", "warning/")
