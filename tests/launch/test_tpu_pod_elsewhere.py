@@ -107,6 +107,9 @@ def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
     assert code == 0, output
     assert "--runtime-version=v2-alpha-new" in cloud.calls("queued-resources create")[0]
     assert all(call[0] == "alpha" and "--tunnel-through-iap" in call for call in cloud.calls("tpu-vm ssh"))
+    code, output = cloud.run("ssh")
+    assert code == 2 and "run run has no slice in us-central2-b" in output  # a node of that name would be another's
+    cloud.somebody_elses(**{"run-id": re.search("RUN_ID=(.*)\n", cloud.object("run"))[1]})
     cloud.run("ssh", "--forward", "9012")
     assert cloud.calls("tpu-vm ssh")[-1][-3:] == ["--", "-L", "9012:localhost:9012"]
 
