@@ -98,8 +98,8 @@ load_packages() {
 make_venv() {
   local code=$1 venv=$2 uv=$home/uv/bin/uv wheels=(--no-index --find-links "$packages/wheels" --no-deps --require-hashes)
   export UV_PYTHON_CACHE_DIR=$packages/python UV_PYTHON_INSTALL_DIR=$venv.python
-  rm -rf "$home/uv" && grep '^uv==' "$code/launch/packages.txt" >"$packages/uv.txt" &&
-    python3 -m pip install --quiet "${wheels[@]}" --target "$home/uv" --requirement "$packages/uv.txt" &&
+  rm -rf "$home/uv" && grep '^uv==' "$code/launch/packages.txt" >"$home/uv.txt" &&
+    python3 -m pip install --quiet "${wheels[@]}" --target "$home/uv" --requirement "$home/uv.txt" &&
     "$uv" venv --quiet --clear --managed-python --python 3.11 "$venv" &&
     "$uv" pip install --quiet --python "$venv/bin/python" "${wheels[@]}" --requirement "$code/launch/packages.txt" &&
     "$uv" pip install --quiet --python "$venv/bin/python" --no-index --no-deps --no-build-isolation \
