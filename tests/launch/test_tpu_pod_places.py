@@ -1,11 +1,11 @@
 """One slice of a run, also in several zones, and where a request was on its way when another watcher took over."""
 
-from tests.support.cloud import SUBMIT, TRAINER
+from tests.support.cloud import TRAINER, replaced
 
 from .test_tpu_pod_life import created
 
 ZONES = ["--zones", "us-central2-b,europe-west4-a"]
-OPTIONS = [option for option in SUBMIT if option not in ("--zone", "us-central2-b")]
+OPTIONS = [option for option in replaced("--type", "v4-8") if option not in ("--zone", "us-central2-b")]
 
 
 def arrives_late(cloud) -> None:
