@@ -26,7 +26,7 @@ setup() {
     return 1
   }
   [ "$host" != 0 ] || may_delete_itself
-  install_packages "$code" "$host"
+  install_packages "$code" "$host" "${run_url%/runs/*}/packages"
   # What apt reads is read by all.
   (umask 022 && install_gcsfuse)
   # Another attempt on the same machine starts anew; the same one goes on counting.
@@ -59,9 +59,9 @@ may_delete_itself() {
 # of files that the first host ever has put into the bucket, so that a slice that replaces another one needs no package
 # index. Whoever may write there cannot change them: launch/packages.txt has the hashes of wheels, uv that of Python.
 install_packages() {
-  local code=$1 host=$2 key venv packages=$home/packages url
+  local code=$1 host=$2 url=$3 key venv packages=$home/packages
   key=$(cat "$code/launch/packages.txt" "$code/pyproject.toml" "$code"/model/*/pyproject.toml | cksum | tr ' ' -)
-  venv=$home/venv-$key url=$(value_of BUCKET)/packages/$(cksum <"$code/launch/packages.txt" | tr ' ' -).tar
+  venv=$home/venv-$key url=$url/$(cksum <"$code/launch/packages.txt" | tr ' ' -).tar
   if [ ! -e "$venv/complete" ]; then
     if ! { take_packages "$url" && make_venv "$code" "$venv"; }; then
       echo "not yet to be had from $url; loading the packages from the index"
@@ -98,8 +98,8 @@ load_packages() {
 make_venv() {
   local code=$1 venv=$2 uv=$home/uv/bin/uv wheels=(--no-index --find-links "$packages/wheels" --no-deps --require-hashes)
   export UV_PYTHON_CACHE_DIR=$packages/python UV_PYTHON_INSTALL_DIR=$venv.python
-  rm -rf "$home/uv" && grep '^uv==' "$code/launch/packages.txt" >"$packages/uv.txt" &&
-    python3 -m pip install --quiet "${wheels[@]}" --target "$home/uv" --requirement "$packages/uv.txt" &&
+  rm -rf "$home/uv" && grep '^uv==' "$code/launch/packages.txt" >"$home/uv.txt" &&
+    python3 -m pip install --quiet "${wheels[@]}" --target "$home/uv" --requirement "$home/uv.txt" &&
     "$uv" venv --quiet --clear --managed-python --python 3.11 "$venv" &&
     "$uv" pip install --quiet --python "$venv/bin/python" "${wheels[@]}" --requirement "$code/launch/packages.txt" &&
     "$uv" pip install --quiet --python "$venv/bin/python" --no-index --no-deps --no-build-isolation \

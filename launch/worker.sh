@@ -301,6 +301,8 @@ trap 'pass_on stop' TERM INT
 trap 'pass_on "maintenance or preemption announced"' USR1
 touch "$log"
 [ -s "$home/sent" ] || remember_sent 0 0
+# A machine that lost its power may have lost the end of the log, too, of which the bucket has more.
+truncate --no-create --size=">$(cut -d ' ' -f 2 "$home/sent")" "$log"
 if [ -f "$status" ]; then
   read -r _ state code restarts detail <"$status"
   case $state in

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import shlex
 import threading
 from pathlib import Path
 
@@ -16,6 +17,11 @@ SSH_KEY = Path.home() / ".ssh/google_compute_engine"
 ALIVE = [
     f"--ssh-flag=-o{option}" for option in ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=8")
 ]
+# Whoever sets a run up first has its home on the host; a watcher with another name on its machine acts for that user.
+_AS_OWNER = (
+    "as=; user=$(systemctl show --property=User --value trainer-{}); "
+    '[ "${{user:-$(id -un)}}" = "$(id -un)" ] || as="sudo -H -u $user"; cd / && $as bash -c'
+)
 LIMITS = {"setup": 1800.0, "start": 240.0, "stop": 240.0}
 
 
@@ -29,13 +35,14 @@ def ssh_command(run: Run, attempt: int, host: int, verb: str) -> list[str]:
         # The hash comes over ssh: what others may have written to the bucket is not executed.
         "setup": f"umask 077 && mkdir -p {code} && "
         f"gcloud storage cp --quiet {run.url}/code/{run.tree}.tar.gz {home}/code.tar.gz && "
-        f"echo '{run.code_sha256}  {home}/code.tar.gz' | sha256sum --check --quiet && "
+        f'echo "{run.code_sha256}  {home}/code.tar.gz" | sha256sum --check --quiet && '
         f"tar -xzf {home}/code.tar.gz -C {code} && "
         f"bash {code}/launch/host.sh setup {run.name} {run.url} {run.tree} {attempt} {host}",
         "start": f"bash {code}/launch/host.sh start {run.name}",
         "stop": f"test ! -e {home}/current || bash {home}/current/launch/host.sh stop {run.name}",
     }[verb]
-    return [*node_ssh(run, host), *ALIVE, f"--command={remote}", "--quiet"]
+    command = f"{_AS_OWNER.format(run.name)} {shlex.quote(f'cd && {remote}')}"
+    return [*node_ssh(run, host), *ALIVE, f"--command={command}", "--quiet"]
 
 
 def node_ssh(run: Run, host: int) -> list[str]:

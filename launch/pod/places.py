@@ -1,13 +1,13 @@
 """Zones and types that a run tries in turn: there is one slice of it, in the place that its record names."""
 
 import dataclasses
+from collections.abc import Callable
 
 from . import queued, record
 from .clock import now
 from .gcloud import Gcloud
 from .lock import OURS, Lock
 from .record import Run
-from .state import UNKNOWN
 from .terminal import say
 
 
@@ -40,20 +40,11 @@ class Places:
         say(f"cannot write {run.url}/run, so the place stays: {answer.reason}")
 
     def elsewhere(self, every: float = 0.0) -> bool:
-        """Deletes requests of the run in its other zones; whether there may be one. At most once in `every` seconds."""
-        zones = dict.fromkeys(zone for zone, _ in self._run.places if zone != self._run.zone)
-        if not zones or (self._swept is not None and now() - self._swept < every):
+        """Deletes requests of the run in its other zones; whether there was one. At most once in `every` seconds."""
+        if self._swept is not None and now() - self._swept < every:
             return False
         self._swept = now()
-        found = [zone for zone in zones if self._is_in(zone)]
-        return bool(found)
-
-    def _is_in(self, zone: str) -> bool:
-        run = dataclasses.replace(self._run, zone=zone)
-        request = queued.look(self._gcloud, run)
-        if request.ours and self._lock.look() == OURS:
-            self._take_back(run)
-        return request.ours or request.state == UNKNOWN
+        return delete_elsewhere(self._gcloud, self._run, lambda: self._lock.look() == OURS)
 
     def leave(self) -> None:
         """Takes back what was just asked for, if another watcher has the run by now, and has it elsewhere."""
@@ -62,10 +53,26 @@ class Places:
         if not answer.ok or record.parse(answer.out, url).zone == self._run.zone:
             return
         if queued.look_surely(self._gcloud, self._run, asked=True).ours:
-            self._take_back(self._run)
+            _take_back(self._gcloud, self._run)
 
-    def _take_back(self, run: Run) -> None:
-        say(f"this run has a slice in {run.zone} too, which was on its way when another watcher took over; deleting it")
-        answer = queued.delete(self._gcloud, run)
-        if not answer.ok:
-            say(f"deleting it failed: {answer.reason}")
+
+def delete_elsewhere(gcloud: Gcloud, run: Run, may: Callable[[], bool] = lambda: True) -> bool:
+    """Deletes requests of the run in the zones that it tries but the one it is in, if it still `may`.
+
+    Returns:
+      Whether there was one. A zone that cannot be seen holds nothing up.
+    """
+    found = False
+    for zone in dict.fromkeys(zone for zone, _ in run.places if zone != run.zone):
+        there = dataclasses.replace(run, zone=zone)
+        if queued.look(gcloud, there).ours and may():
+            found = True
+            _take_back(gcloud, there)
+    return found
+
+
+def _take_back(gcloud: Gcloud, run: Run) -> None:
+    say(f"this run has a slice in {run.zone} too, which was on its way when another watcher took over; deleting it")
+    answer = queued.delete(gcloud, run)
+    if not answer.ok:
+        say(f"deleting it failed: {answer.reason}")

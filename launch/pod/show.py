@@ -162,7 +162,9 @@ def ssh(gcloud: Gcloud, run: Run, given: Options) -> int:
     request = queued.look(gcloud, run)
     if request.state == UNKNOWN:
         raise BlockedError(request.trouble)
-    if request.state != ABSENT and not request.ours:
+    if request.state == ABSENT:  # a node of the name, if there is one, is somebody else's
+        raise UsageError(f"run {run.name} has no slice in {run.zone}; launch/tpu_pod.sh status shows what became of it")
+    if not request.ours:
         raise UsageError(queued.foreign(run))
     port = ["--", "-L", f"{given.forward}:localhost:{given.forward}"] if given.forward else []
     return subprocess.run(["gcloud", *hosts.node_ssh(run, _host(run, given)), *port]).returncode

@@ -16,6 +16,7 @@ from .gcloud import Gcloud, Kind, seconds
 from .history import History
 from .lock import Lock
 from .options import ROOT, Options
+from .places import delete_elsewhere
 from .record import Run
 from .state import ABSENT, UNKNOWN
 from .terminal import BlockedError, UsageError, one_line, pasteable, say
@@ -198,7 +199,9 @@ def delete_until_gone(gcloud: Gcloud, run: Run, history: History) -> bool:
         if request.state == ABSENT:
             if history.slice_is_up:
                 history.add("gone")
-            return True
+            if not delete_elsewhere(gcloud, run):
+                return True
+            continue
         if request.state != UNKNOWN and not request.ours:
             raise UsageError(queued.foreign(run))
         if request.state not in (UNKNOWN, "DELETING"):

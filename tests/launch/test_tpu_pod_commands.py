@@ -248,6 +248,7 @@ def dry_run_calls() -> list[list[str]]:
         ["alpha", "compute", "tpus", "tpu-vm", "ssh", "run", *place, "--worker=1", "--tunnel-through-iap"],
         ["storage", "cat", "--range=4-7", "gs://bucket/log"],
         ["storage", "objects", "describe", "gs://bucket/watch", "--format=value(generation)"],
+        ["storage", "ls", "gs://bucket/runs/run/attempts/1/logs/host-0/"],
         ["secrets", "versions", "access", "latest", "--secret=s", "--project=my-project"],
         ["storage", "rsync", "--recursive", "--quiet", "gs://bucket/tensorboard", "/tmp"],
     ]  # fmt: skip

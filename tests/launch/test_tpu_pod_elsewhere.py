@@ -91,12 +91,13 @@ def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     cloud.wait_for(lambda: "started" in cloud.object("events"))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    elsewhere = {"XDG_STATE_HOME": str(cloud.folder / "elsewhere")}
+    elsewhere = {"XDG_STATE_HOME": str(cloud.folder / "elsewhere"), "FAKE_USER": "bob"}
     run = ["--name", "run", "--bucket", "gs://bucket"]
     cloud.run("ssh", *run, **elsewhere)
     assert cloud.calls("tpu-vm ssh")[-1][-1] == "--internal-ip"
     assert cloud.run("stop", *run, **elsewhere)[0] == 0
     assert "--internal-ip" in cloud.calls("host.sh stop")[-1]
+    assert "interrupted and saved" in cloud.host_log(0)  # of a run that somebody else has set up
     assert created(cloud) == 1
 
 
@@ -106,6 +107,9 @@ def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
     assert code == 0, output
     assert "--runtime-version=v2-alpha-new" in cloud.calls("queued-resources create")[0]
     assert all(call[0] == "alpha" and "--tunnel-through-iap" in call for call in cloud.calls("tpu-vm ssh"))
+    code, output = cloud.run("ssh")
+    assert code == 2 and "run run has no slice in us-central2-b" in output  # a node of that name would be another's
+    cloud.somebody_elses(**{"run-id": re.search("RUN_ID=(.*)\n", cloud.object("run"))[1]})
     cloud.run("ssh", "--forward", "9012")
     assert cloud.calls("tpu-vm ssh")[-1][-3:] == ["--", "-L", "9012:localhost:9012"]
 
@@ -138,7 +142,7 @@ def test_run_is_watched_again_from_another_machine_with_its_recorded_code(cloud,
     # There is no checkout, and no record.
     shutil.copytree(cloud.repository / "launch", tmp_path / "alone/launch")
     cloud.repository = tmp_path / "alone"
-    cloud.environment["XDG_STATE_HOME"] = str(cloud.folder / "elsewhere")
+    cloud.environment |= {"XDG_STATE_HOME": str(cloud.folder / "elsewhere"), "FAKE_USER": "bob"}
     watcher = cloud.start("attach", "--name", "run", "--bucket", "gs://bucket", "--take-over")
     cloud.wait_for(lambda: cloud.object("events").count("started") == 2)
     assert len((cloud.folder / "starts-0").read_text().splitlines()) == 1  # it goes on undisturbed

@@ -5,7 +5,9 @@ import subprocess
 import tomllib
 
 from tests.support import ROOT
-from tests.support.cloud import SUBMIT, TRAINER
+from tests.support.cloud import TRAINER, replaced
+
+SUBMIT = replaced("--type", "v4-8")  # of one host
 
 
 def test_slice_that_replaces_another_needs_no_package_index(cloud):
@@ -29,7 +31,7 @@ def test_packages_that_somebody_else_put_into_the_bucket_are_not_installed(cloud
     kept = cloud.folder / f"buckets/bucket/packages/{'-'.join(checksum)}.tar"
     kept.parent.mkdir()
     subprocess.run(["tar", "-cf", kept, "-C", tmp_path, "wheels"], check=True)
-    code, output = cloud.submit()
+    code, output = cloud.run("submit", "--watch", *SUBMIT, *TRAINER)
     assert code == 0, output
     assert b"another one" not in kept.read_bytes() and " ".join(checksum).encode() in kept.read_bytes()
 

@@ -1,11 +1,11 @@
 """One slice of a run, also in several zones, and where a request was on its way when another watcher took over."""
 
-from tests.support.cloud import SUBMIT, TRAINER
+from tests.support.cloud import TRAINER, replaced
 
 from .test_tpu_pod_life import created
 
 ZONES = ["--zones", "us-central2-b,europe-west4-a"]
-OPTIONS = [option for option in SUBMIT if option not in ("--zone", "us-central2-b")]
+OPTIONS = [option for option in replaced("--type", "v4-8") if option not in ("--zone", "us-central2-b")]
 
 
 def arrives_late(cloud) -> None:
@@ -30,6 +30,9 @@ def test_slice_that_comes_late_in_another_zone_is_deleted_and_the_one_at_work_st
     process.kill()
     output, _ = process.communicate()
     assert "this run has a slice in us-central2-b too" in output
+    arrives_late(cloud)
+    code, output = cloud.run("delete", "--yes")
+    assert code == 0 and cloud.state()["requests"] == {}, output
 
 
 def test_watcher_that_lost_the_run_while_it_asked_takes_back_what_it_got_if_the_run_is_elsewhere(cloud):

@@ -179,25 +179,3 @@ def test_run_of_another_machine_is_found_by_its_bucket(training):
     assert code == 0 and "slice     ACTIVE" in output
     code, output = training.run("status", "--name", "walk", "--bucket", "gs://bucket", **elsewhere)
     assert code == 2 and "there is no run walk in gs://bucket" in output
-
-
-def test_end_of_a_long_log_is_found_in_its_last_parts(training):
-    stop_writers(training)
-    for number in range(100):
-        training.put_log(0, f"line {number:03}\n", attempt=2, at=9 * number)
-    code, output = training.run("logs", "--attempt", "2", "--tail", "3")
-    assert (code, output) == (0, "line 097\nline 098\nline 099\n")
-    assert not training.calls("host-0/000000000000000 ")
-    code, output = training.run("logs", "--attempt", "2", "--tail", "40")
-    assert code == 0 and output.splitlines() == [f"line {number:03}" for number in range(60, 100)]
-    assert len(training.run("logs", "--attempt", "2")[1].splitlines()) == 100
-
-
-def test_whole_log_of_an_earlier_version_is_read_and_followed(training):
-    stop_writers(training)
-    training.put("attempts/7/host-0.log", "one\ntwo\n")
-    assert training.run("logs", "--attempt", "7", "--tail", "1") == (0, "two\n")
-    training.put("attempts/7/host-0.status", "0 running - 0 8 1\n")
-    training.put("events", training.object("events") + "9\tattempt\t7\n9\tfailed\tenough\n")
-    code, output = training.run("logs", "-f")
-    assert code == 0 and output.startswith("one\ntwo\n"), output

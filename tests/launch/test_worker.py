@@ -276,6 +276,16 @@ def test_part_that_may_have_arrived_is_sent_again_as_it_was(cloud):
     assert parts(cloud)[0] == first and cloud.log(0) == worker.log()
 
 
+def test_log_that_a_power_cut_has_shortened_goes_on_where_the_bucket_ends(cloud):
+    cloud.trainer("0")
+    worker = Worker(cloud)
+    (worker.home / "log").write_text("step 1\n")
+    (worker.home / "sent").write_text("700 700\n")
+    worker.start()
+    cloud.wait_for(lambda: "worker: finished" in cloud.log(0))
+    assert min(parts(cloud)) == 700 and parts(cloud)[700].startswith("worker: start 1")
+
+
 def test_log_that_the_bucket_does_not_take_is_bounded_and_says_so(cloud):
     cloud.trainer("0")
     worker = Worker(cloud, WORKER_UNSENT_BYTES="1000")

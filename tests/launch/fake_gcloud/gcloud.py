@@ -237,8 +237,12 @@ def ssh(state, script, positionals, options):
         fail(f'This TPU has terminal state "{request["nodes"][node]}", so it cannot be used anymore.')
     folder, here = f"{CLOUD}/hosts/{node}-{worker}", os.path.dirname(os.path.abspath(__file__))
     os.makedirs(f"{folder}/metadata", exist_ok=True)
+    user = os.environ.get("FAKE_USER", "me")  # of the laptop, and so of the host
+    home = folder if user == "me" else f"{folder}/users/{user}"
+    os.makedirs(home, exist_ok=True)
     environment = {
-        "HOME": folder,
+        "HOME": home,
+        "FAKE_USER": user,
         "FAKE_HOST": folder,
         "FAKE_CLOUD": CLOUD,
         "FAKE_PYTHON": os.environ["FAKE_PYTHON"],
@@ -255,7 +259,7 @@ def ssh(state, script, positionals, options):
         if not make_key():
             fail("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh-keygen] exited with return code [1].")
         command = ["bash", "-c", options["--command"]] if "--command" in options else ["bash"]
-        return subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL).returncode
+        return subprocess.run(command, env=environment, cwd=home, stdin=subprocess.DEVNULL).returncode
 
     return run
 
