@@ -118,7 +118,7 @@ def config_section(runs: Sequence[Run]) -> str:
     rows = []
     for name, values in differing_fields(runs).items():
         css = " class=free" if _is_free(name) else ""
-        cells = "".join(f"<td>{'' if value is None else escape(str(value))}" for value in values)
+        cells = "".join(f"<td>{escape(_value(value))}" for value in values)
         rows.append(f"<tr{css}><th scope=row>{escape(name)}{cells}")
     fingerprints = [run.fingerprint for run in runs]
     if len(set(filter(None, fingerprints))) > 1:
@@ -132,6 +132,12 @@ def config_section(runs: Sequence[Run]) -> str:
             "number.</p>"
         )
     return f"<section><h2>What differs in the configs</h2>{text}</section>"
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def goodput_section(runs: Sequence[Run]) -> str:
