@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from launch.report.alarms import alarms
 from launch.report.run import ReportError, Run, last_checkpoint, parse_runs, read_run
-from trainer.goodput import CAUSES
+from trainer.goodput import shares, the_rest
 from trainer.metrics.terminal import duration
 
 _MOST_ALARMS = 3  # shown, the newest
@@ -102,10 +102,7 @@ def _goodput(run: Run) -> str:
     if run.goodput is None:
         return "not known"
     seconds = run.goodput["seconds"]
-    total = max(sum(seconds.values()), 1e-9)
-    lost = sorted((cause for cause in CAUSES[1:] if seconds[cause] >= 0.005 * total), key=lambda c: -seconds[c])
-    causes = ", ".join(f"{cause.replace('_', ' ')} {seconds[cause] / total:.0%}" for cause in lost)
-    return f"{seconds['steps'] / total:.0%} of {duration(total)}" + (f"; the rest: {causes}" if causes else "")
+    return f"{shares(seconds)['steps']:.0%} of {duration(sum(seconds.values()))}; the rest: {the_rest(seconds)}"
 
 
 def _restarts(run: Run) -> str:

@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -104,8 +104,7 @@ class Goodput:
 
     def fraction(self) -> float:
         """The share of time spent on new steps."""
-        seconds = self.seconds()
-        return seconds["steps"] / max(sum(seconds.values()), 1e-9)
+        return shares(self.seconds())["steps"]
 
     @property
     def starts(self) -> int:
@@ -143,11 +142,20 @@ class Goodput:
     def summary(self) -> str:
         """One line for people."""
         seconds = self.seconds()
-        total = max(sum(seconds.values()), 1e-9)
-        causes = sorted((c for c in CAUSES[1:] if seconds[c] >= 0.005 * total), key=lambda c: -seconds[c])
-        lost = ", ".join(f"{cause.replace('_', ' ')} {seconds[cause] / total:.0%}" for cause in causes)
-        starts = f"{total / 3600:.2f} h in {self._starts} start{'s' if self._starts > 1 else ''}"
-        return f"goodput {seconds['steps'] / total:.0%} of {starts}; the rest: {lost}"
+        starts = f"{sum(seconds.values()) / 3600:.2f} h in {self._starts} start{'s' if self._starts > 1 else ''}"
+        return f"goodput {shares(seconds)['steps']:.0%} of {starts}; the rest: {the_rest(seconds)}"
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The share of all time that each cause had."""
+    total = max(sum(seconds.values()), 1e-9)
+    return {cause: value / total for cause, value in seconds.items()}
+
+
+def the_rest(seconds: Mapping[str, float]) -> str:
+    """What took the time that `steps` did not, for people: the largest first, without what rounds to nothing."""
+    found = sorted(((share, cause) for cause, share in shares(seconds).items() if cause != "steps"), reverse=True)
+    return ", ".join(f"{cause.replace('_', ' ')} {share:.0%}" for share, cause in found if share >= 0.005) or "nothing"
 
 
 def read_goodput(path: epath.Path) -> dict[str, Any] | None:

@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs_help = "a run's folder, or gs://BUCKET/FOLDER, perhaps with a name for the page: NAME=WORKDIR"
     parser.add_argument("runs", nargs="+", metavar="WORKDIR", help=runs_help)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where to write index.html")
-    parser.add_argument("--baseline", metavar="NAME", help="whose loss is taken from the others' (default: the first")
+    baseline_help = "whose loss is taken from the others' (default: the first run without selection, else the first)"
+    parser.add_argument("--baseline", metavar="NAME", help=baseline_help)
     parser.add_argument("--data", metavar="DATASET", help="the dataset folder of the runs, for samples and masks")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     options = parser.parse_args(arguments)

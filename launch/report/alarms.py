@@ -40,13 +40,18 @@ def alarms(run: Run) -> list[Alarm]:
         if not name.startswith(_PREFIX):
             continue
         kind, first = name.removeprefix(_PREFIX), 0
-        says = _WORDS.get(kind, lambda values, kind=kind: f"{kind.replace('_', ' ')}: {values[-1]:g}")  # type: ignore
         for i, step in enumerate(series.steps):
             is_last = i + 1 == len(series.steps)
             if is_last or series.steps[i + 1] - step > _APART << max(0, step.bit_length() - _DENSE_STEPS):
-                found.append(Alarm(series.steps[first], step, says(series.values[first : i + 1])))
+                found.append(Alarm(series.steps[first], step, _say(kind, series.values[first : i + 1])))
                 first = i + 1
     for begin in run.metrics.begins:
         if begin.is_rollback:
             found.append(Alarm(begin.first_step, begin.first_step, "rolled back, after too many bad updates in a row"))
     return sorted(found, key=lambda alarm: (alarm.first_step, alarm.last_step))
+
+
+def _say(kind: str, values: Sequence[float]) -> str:
+    if kind in _WORDS:
+        return _WORDS[kind](values)
+    return f"{kind.replace('_', ' ')}: {values[-1]:g}"

@@ -4,6 +4,7 @@ Charts are drawn by `launch.charts`; the page's script only adds read-outs under
 documents, files or the command line goes through `escape`.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from launch.report.tables import alarms_section, config_section, goodput_section
 
 def render(runs: Sequence[Run], baseline: Run, samples: Sequence[Sample] | None = None) -> str:
     """The whole page; `baseline` is one of the runs, `samples` has one for each."""
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     sections = [
+        f"<p class=note>Written {when}, from the files of {len(runs)} run{'s' if len(runs) > 1 else ''}.</p>",
         result_section(runs),
         curves_section(runs),
         difference_section(runs, baseline),

@@ -215,10 +215,12 @@ def _judge(is_finished: bool, sight: Sight | None, metrics: RunMetrics) -> tuple
     if is_finished:
         return "finished", ""
     if sight is not None and sight.is_held:
-        return "running", f"{sight.holder}, last sign of life {sight.silent_seconds:.0f} s ago"
+        return "running", f"{sight.holder}, last sign of life {max(0.0, sight.silent_seconds):.0f} s ago"
     if failure is not None:
         return "crashed", failure.splitlines()[0]
-    if sight is None or sight.holder is None:
+    if sight is None:
+        return "stopped", f"nobody trains in it, as far as its files tell; the last is {at}"
+    if sight.holder is None:
         return "stopped", f"interrupted and saved at {at}; the same command goes on"
     return "crashed", f"ended without a word after {at}: killed, or its machine or another host was lost; see its log"
 

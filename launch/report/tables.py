@@ -7,7 +7,7 @@ from html import escape
 from launch.report import series
 from launch.report.alarms import alarms
 from launch.report.run import Run
-from trainer.goodput import CAUSES
+from trainer.goodput import CAUSES, shares, the_rest
 from trainer.metrics.terminal import duration
 from trainer.settings import free_fields
 
@@ -51,7 +51,7 @@ def _result_row(run: Run) -> list[str]:
         large(run.step * run.tokens_per_step) if run.tokens_per_step else "",
         "" if tokens is None else f"{tokens:,.0f}",
         "n/a" if mfu is None else f"{mfu:.1%}",
-        f"{run.goodput['goodput']:.1%}" if run.goodput else "",
+        f"{shares(run.goodput['seconds'])['steps']:.1%}" if run.goodput else "",
         run.parameters,
     ]
 
@@ -118,7 +118,7 @@ def config_section(runs: Sequence[Run]) -> str:
     rows = []
     for name, values in differing_fields(runs).items():
         css = " class=free" if _is_free(name) else ""
-        cells = "".join(f"<td>{'' if value is None else escape(str(value))}" for value in values)
+        cells = "".join(f"<td>{escape(_value(value))}" for value in values)
         rows.append(f"<tr{css}><th scope=row>{escape(name)}{cells}")
     fingerprints = [run.fingerprint for run in runs]
     if len(set(filter(None, fingerprints))) > 1:
@@ -132,6 +132,12 @@ def config_section(runs: Sequence[Run]) -> str:
             "number.</p>"
         )
     return f"<section><h2>What differs in the configs</h2>{text}</section>"
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def goodput_section(runs: Sequence[Run]) -> str:
@@ -150,20 +156,19 @@ def _bar(run: Run, number: int) -> str:
     if run.goodput is None:
         return f"{head}<p class=note>Not known: there is no goodput.json that can be read.</p></figure>"
     seconds = run.goodput["seconds"]
-    total = max(sum(seconds.values()), 1e-9)
+    of_all = shares(seconds)
     parts = "".join(
-        f"<span class=c{i} style='width:{100 * seconds[cause] / total:.2f}%' title='{_words(cause)}: "
-        f"{duration(seconds[cause])}, {seconds[cause] / total:.1%}'></span>"
+        f"<span class=c{i} style='width:{100 * of_all[cause]:.2f}%' title='{_words(cause)}: "
+        f"{duration(seconds[cause])}, {of_all[cause]:.1%}'></span>"
         for i, cause in enumerate(CAUSES)
         if seconds[cause] > 0
     )
-    largest = sorted((cause for cause in CAUSES if seconds[cause] >= 0.005 * total), key=lambda c: -seconds[c])
-    text = ", ".join(f"{_words(cause)} {seconds[cause] / total:.1%}" for cause in largest)
+    text = f"goodput {of_all['steps']:.1%} of {duration(sum(seconds.values()))}; the rest: {the_rest(seconds)}"
     again = [f"{begin.first_step:,}" for begin in run.metrics.begins[1:] if not begin.is_rollback]
     if again:
         earlier = f"{len(again) - 10} times before, " if len(again) > 10 else ""
         text += f". Started again at step {earlier}{', '.join(again[-10:])}"
-    return f"{head}<div class=bar>{parts}</div><p class=note>{duration(total)}: {text}.</p></figure>"
+    return f"{head}<div class=bar>{parts}</div><p class=note>{text}.</p></figure>"
 
 
 def _words(cause: str) -> str:
