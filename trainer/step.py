@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from selective_attention import TransformerConfig, lm_loss, memory_loss, reshard, selection_statistics
 from trainer.batches import Batch, batch_sharding, rows_sharding
+from trainer.compiler_options import OPTIONS
 from trainer.hosts.requests import Request, request_sharding
 from trainer.metrics.norms import norms_by_layer
 from trainer.settings import Settings
@@ -113,7 +114,8 @@ def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState,
     start = time.monotonic()
     with jax.set_mesh(mesh):  # of this thread
         step = jax.jit(make_train_step(settings, pad_id), donate_argnums=0)
-        compiled = step.lower(state_shape, Batch(inputs=tokens, targets=tokens, bytes=rows), requests).compile()
+        lowered = step.lower(state_shape, Batch(inputs=tokens, targets=tokens, bytes=rows), requests)
+        compiled = lowered.compile(compiler_options=OPTIONS.get(mesh.devices.flat[0].device_kind))
     if jax.process_index() == 0:
         logger.info("compiled the train step in %.1f s", time.monotonic() - start)
     return compiled

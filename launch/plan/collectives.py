@@ -66,7 +66,8 @@ class Network:
         elif instruction.opcode == "collective-permute-start":  # operand, result, flags
             results = results[1:2]
         size = sum(array.bytes for array in results)
-        if operation.instruction.name.startswith("all-reduce-scatter"):
+        names = operation.instruction.name, *operation.instruction.called()
+        if any(name.startswith("all-reduce-scatter") for name in names):
             kind = "reduce-scatter"  # the compiler fuses one from an all-reduce and a slice of it
         elif kind == "reduce-scatter":
             size *= len(self.group(instruction.text))

@@ -122,6 +122,7 @@ def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> S
         state_bytes=state_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         step_ms_by_part=estimate.milliseconds,
+        hidden_collectives_ms=estimate.hidden,
         collectives=_rows(estimate.collectives),
         moved_shapes=sorted({shape for c in estimate.collectives for shape in c.shapes}),
         matmul_flops=sum(o.flops * o.times for o in operations),

@@ -27,7 +27,8 @@ class Step:
     hbm_bytes: dict[str, int]  # by what they hold
     state_bytes: int  # of all chips together
     argument_bytes: int
-    step_ms_by_part: dict[str, float]  # estimated
+    step_ms_by_part: dict[str, float]  # estimated; of collectives, what is not hidden
+    hidden_collectives_ms: float  # estimated: beside other work, by the program's schedule
     collectives: list[CollectiveRow]
     moved_shapes: Sequence[Sequence[int]]  # of collectives' results
     matmul_flops: float

@@ -6,7 +6,7 @@ from launch.plan.result import DoesNotFit, Impossible, Place, Plan, Remedy, Run,
 from trainer.mesh import AXES
 
 GIB = 2**30
-LEFT_OUT = "Estimates: input, host and network jitter left out; nothing overlaps."
+LEFT_OUT = "Estimates: input, host and network jitter left out."
 
 
 def plan_table(
@@ -35,6 +35,7 @@ def plan_table(
             what = f"{row['kind']} over {row['axes']}"
             sizes = f"{row['count']:8,.0f}{row['bytes'] / 1e6:12,.1f}{row['milliseconds']:10.2f}"
             lines.append(f"  {what:<34}{row['size']:6}{row['network']:>5}{sizes}")
+        lines.append(f"  {'of these beside other work':<34}{plan.step.hidden_collectives_ms:41.2f}")
     return "\n".join([*lines, "", *_run(plan.run, price, listed), *_remedies(remedies), "", LEFT_OUT])
 
 

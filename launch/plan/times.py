@@ -1,8 +1,11 @@
 """How long a step takes, by part: an estimate from what the compiler says of its program.
 
 Operations of XLA's by the compiler's cycles; Pallas kernels by their schedule, a cycle for each bundle, or by what they
-read and write of HBM where that takes longer; collectives by their bytes over the links. Nothing overlaps, and what the
-compiler gives no cycles for (asynchronous copies, for one) counts as none.
+read and write of HBM where that takes longer; collectives by their bytes over the links. What the compiler gives no
+cycles for (asynchronous copies, for one) counts as none.
+
+A collective is hidden by what the schedule puts between its start and its end, and by nothing else: the program's text
+is in the order in which the chip runs it. Links serve one collective at a time, so no work hides two.
 """
 
 import collections
@@ -24,8 +27,13 @@ MOVES |= {"dynamic-slice", "dynamic-update-slice", "get-tuple-element", "concate
 class Times:
     """Of one step on one chip."""
 
-    milliseconds: dict[str, float]  # by part
+    milliseconds: dict[str, float]  # by part; of collectives, what the chip waits for
     collectives: list[Collective]
+
+    @property
+    def hidden(self) -> float:
+        """Milliseconds of collectives beside other work."""
+        return sum(c.times * c.milliseconds for c in self.collectives) - self.milliseconds.get("collectives", 0.0)
 
 
 def step_times(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
@@ -33,6 +41,7 @@ def step_times(program: Program, operations: Sequence[Operation], network: Netwo
     chip = network.topology.chip
     parts: dict[str, float] = collections.defaultdict(float)
     found: list[Collective] = []
+    under_way: dict[str, float] = {}  # collectives that have started, and what of each is still to come
     calls: dict[str, list[str]] = collections.defaultdict(list)
     for operation in operations:
         if body := _kernel(operation):
@@ -44,10 +53,24 @@ def step_times(program: Program, operations: Sequence[Operation], network: Netwo
             cycles = kernel_cycles(dump, calls[body], body) / chip.cores
             milliseconds = 1e3 * max(cycles / chip.clock, _hbm_seconds(program, operation, chip))
         parts[part] += operation.times * milliseconds
+        _hide(under_way, milliseconds)
         here = network.collectives(operation)
-        parts["collectives"] += sum(c.times * c.milliseconds for c in here)
+        waited = sum(c.milliseconds for c in here)
+        if here and operation.instruction.opcode.endswith("-start"):
+            under_way[operation.instruction.name], waited = waited, 0.0
+        elif operation.instruction.opcode.endswith("-done"):
+            waited += sum(under_way.pop(name, 0.0) for name in operation.instruction.operands())
+        parts["collectives"] += operation.times * waited
         found += here
     return Times(dict(parts), found)
+
+
+def _hide(under_way: dict[str, float], milliseconds: float) -> None:
+    """Takes so long off the collectives that have started, the first one first."""
+    for name, left in under_way.items():
+        hidden = min(left, milliseconds)
+        under_way[name] = left - hidden
+        milliseconds -= hidden
 
 
 def part_of(operation: Operation) -> str:
@@ -59,7 +82,7 @@ def part_of(operation: Operation) -> str:
         return "optimizer"
     if {i.opcode for i in operation.everything()} <= MOVES:
         return "data movement"
-    return "elementwise in layers" if "while/body" in where.split("jvp(", 1)[1] else "loss and embedding"
+    return "elementwise in layers" if "/layer/" in where else "loss and embedding"
 
 
 def _kernel(operation: Operation) -> str:

@@ -2,7 +2,8 @@
 
 XLA would write every intermediate of a layer that a gradient needs to memory, for every layer. Elementwise parts are
 cheaper to compute again, fused with what reads them; so a layer keeps its matmuls, attention and a few statistics,
-which are marked where they are made.
+which are marked where they are made. Layers that are compiled apart also keep parameters as they were gathered over
+fsdp, in the activations' dtype, so that they travel once a step and not twice; a scan would copy them.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,17 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-_KEPT = "kept"
+_KEPT, _GATHERED = "kept", "gathered"
 
 
 def keep(x: Array) -> Array:
     """`x`, marked to be kept for the backward pass of a `rematerialised` layer."""
     return checkpoint_name(x, _KEPT)
+
+
+def keep_gathered(weight: Array) -> Array:
+    """`weight`, whole along fsdp, marked to be kept where layers are compiled apart."""
+    return checkpoint_name(weight, _GATHERED)
 
 
 def rematerialised(layer: Callable, remat: str, scanned: bool) -> Callable:
@@ -26,7 +32,7 @@ def rematerialised(layer: Callable, remat: str, scanned: bool) -> Callable:
     is cheap either way, and left to XLA.
     """
     policies = {
-        "none": jax.checkpoint_policies.save_only_these_names(_KEPT),
+        "none": jax.checkpoint_policies.save_only_these_names(_KEPT, *(() if scanned else (_GATHERED,))),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "block": None,
     }

@@ -86,6 +86,27 @@ def test_a_reduce_scatter_counts_what_is_reduced():
     assert only(net, line).bytes == 4 * 8 * 4
 
 
+def test_an_all_reduce_fused_with_a_slice_of_it_is_a_reduce_scatter_whatever_the_fusion_is_called():
+    scattered = """HloModule m
+
+%all-reduce-scatter.8 (i: f32[32]) -> f32[8] {
+  %i = f32[32]{0} parameter(0)
+  %all-reduce.1 = f32[32]{0} all-reduce(%i), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %d = f32[8]{0} dynamic-slice(%all-reduce.1, %n), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (p: f32[32]) -> f32[8] {
+  %p = f32[32]{0} parameter(0)
+  %fusion.351 = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.8
+  %r = f32[8]{0} all-reduce(%all-reduce-scatter.9), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+    net = network("v4-8", data=4)
+    found = [c for operation in Program(scattered).operations() for c in net.collectives(operation)]
+    assert [c.kind for c in found] == ["reduce-scatter", "all-reduce"]
+    assert found[0].bytes == 4 * 32 and found[0].milliseconds == pytest.approx(1e3 * 3 / 4 * 128 / (2 * 50e9))
+
+
 def test_what_goes_to_another_slice_goes_by_the_hosts_network():
     net = network("v4-8", slices=2, data=8)
     line = "%s = (bf16[192,8,128]{2,1,0}, u32[], token[]) send(%p, %t), channel_id=4, is_host_transfer=true, "

@@ -36,7 +36,7 @@ def ideal(config, topology, slices):
     chips = topology.num_chips * slices
     step_ms = config.batch_size / chips + config.mesh.fsdp
     step = Step(
-        dataclasses.asdict(config.mesh), {"parameters": 1}, 1, 1, {"matmuls": step_ms}, [], [], 1.0, 1.0, 1.0, ""
+        dataclasses.asdict(config.mesh), {"parameters": 1}, 1, 1, {"matmuls": step_ms}, 0.0, [], [], 1.0, 1.0, 1.0, ""
     )
     run = make_run(config, step_ms / 1e3, chips, step.state_bytes)
     place = Place(topology.name, slices, chips, config.batch_size, config.context_length)

@@ -12,6 +12,7 @@ from itertools import zip_longest
 import pytest
 
 from configs import c4
+from launch.plan.hlo import Program
 from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
 from tests.support import ROOT
@@ -93,7 +94,8 @@ def test_parts_add_up_to_the_totals(planned, name):
     plan = planned(name).plan
     assert plan["step_ms"] == pytest.approx(sum(plan["step_ms_by_part"].values()))
     assert plan["hbm_total_bytes"] == sum(plan["hbm_bytes"].values())
-    assert plan["step_ms_by_part"]["collectives"] == pytest.approx(sum(c["milliseconds"] for c in plan["collectives"]))
+    collectives = plan["step_ms_by_part"]["collectives"] + plan["hidden_collectives_ms"]
+    assert collectives == pytest.approx(sum(c["milliseconds"] for c in plan["collectives"]))
 
 
 @shipped_and_tiny
@@ -130,6 +132,22 @@ def test_only_gradients_cross_between_slices(planned):
     # Each chip sends its part of the gradients, at most in float32, as parameters are.
     assert sum(row["bytes"] for row in dcn) <= plan["hbm_bytes"]["parameters"]
     assert not [row for row in planned("tiny, one slice").plan["collectives"] if row["network"] == "DCN"]
+
+
+def test_matmuls_stand_between_the_start_and_the_end_of_gathering_parameters_on_v4(planned):
+    program = Program(planned("tiny, one slice").hlo)
+    under_way: set[str] = set()
+    beside: set[str] = set()
+    for operation in program.operations():
+        instruction = operation.instruction
+        if instruction.opcode == "all-gather-start":
+            under_way.add(instruction.name)
+        elif instruction.opcode == "all-gather-done":
+            under_way -= set(instruction.operands())
+        elif operation.flops:
+            beside |= under_way
+    assert beside
+    assert planned("tiny, one slice").plan["hidden_collectives_ms"] > 0
 
 
 def test_a_changed_size_changes_the_plan_by_as_much(planned):
