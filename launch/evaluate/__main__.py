@@ -87,8 +87,14 @@ def _measures(options: argparse.Namespace, subject: Subject) -> list[Measure]:
         elif task in KINDS:
             items |= _retrieval(task, options, subject)
         elif requests is not None:
-            items[task] = requests.read(task, subject.tokenizer, subject.length, options.limit)
+            items[task], left_out = requests.read(
+                task, subject.tokenizer, subject.length, options.limit, options.leave_out_too_long
+            )
             print(requests.origin(task))
+            if cut := sum(item.cut for item in items[task]):
+                print(f"{task}: {cut:,} questions cut from the left to {subject.length} tokens, <BOS> kept")
+            if left_out:
+                print(f"{task}: {left_out:,} questions left out, with answers longer than {subject.length} tokens")
         else:
             elsewhere.append(task)
     if items:
@@ -160,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--include_path", help="folder with tasks of your own for lm-evaluation-harness")
     add("--num_fewshot", type=int, help="of lm-evaluation-harness: examples before each question")
     add("--limit", type=positive, help="questions of a task, the first ones; by default all, of retrieval 1,000")
+    add("--leave-out-too-long", action="store_true", help="of --requests: questions with answers beyond the context")
     add("--lengths", type=_lengths, metavar="N,...", help="of retrieval: tokens; by default half the context and all")
     add("--seed", type=int, default=0, help="of retrieval: other questions")
     add("--split", default="validation", help="of the dataset's text: train or validation")
