@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +31,9 @@ from .items import Item, Measurement, measure
 from .requests import Requests
 from .results import FORMAT, CacheResult, ResultsFile, compare, plot, read_results, rows, task_result, write_results
 from .retrieval import KINDS, make_items
+
+if TYPE_CHECKING:
+    from .harness import Harness
 
 PERPLEXITY = "perplexity"
 # What measures some tasks with one cache.
@@ -140,7 +144,7 @@ def _retrieval(kind: str, options: argparse.Namespace, subject: Subject) -> dict
     }
 
 
-def _harness(tasks: list[str], options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _harness(tasks: list[str], options: argparse.Namespace) -> "Harness":
     if options.include_path and not Path(options.include_path).is_dir():
         raise InputError(f"--include_path={options.include_path} is no folder; give one with the task's YAML file")
     try:
