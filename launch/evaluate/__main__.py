@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         if scorer.contexts:
-            print(f"{cache.name}: {scorer.contexts:,} contexts taken in, each once")
+            print(f"{cache.name}: {scorer.contexts:,} contexts taken in for {scorer.continuations:,} answers")
     compare(results, other)
     for line in rows(results):
         print(line)

@@ -69,7 +69,7 @@ def test_retrieval_against_the_memory_factor_is_one_file_and_one_plot(folder, tm
     assert [(result["policy"], result["budgets"]) for result in results] == [(None, [64]), ("selective", [32])]
     assert all(set(result["tasks"]) == {"perplexity", "needle/64"} for result in results)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "full cache: 2 contexts taken in, each once" in capsys.readouterr().out
+    assert "full cache: 2 contexts taken in for 20 answers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
