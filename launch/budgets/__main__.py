@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--exchange", action="store_true", help="then move budget between layers while that pays")
     add.set_defaults(run=run_search, interrupted="the same command goes on from the journal beside its output")
     for name, run, text in (
-        ("evaluate", run_evaluate, "measure budgets"),
+        ("evaluate", run_evaluate, "measure the perplexity of budgets; tasks: python -m launch.evaluate"),
         ("generate", run_generate, "continue a prompt"),
     ):
         add = commands.add_parser(name, help=text)

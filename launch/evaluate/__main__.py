@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +31,9 @@ from .items import Item, Measurement, measure
 from .requests import Requests
 from .results import FORMAT, CacheResult, ResultsFile, compare, plot, read_results, rows, task_result, write_results
 from .retrieval import KINDS, make_items
+
+if TYPE_CHECKING:
+    from .harness import Harness
 
 PERPLEXITY = "perplexity"
 # What measures some tasks with one cache.
@@ -62,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         if scorer.contexts:
-            print(f"{cache.name}: {scorer.contexts:,} contexts taken in, each once")
+            print(f"{cache.name}: {scorer.contexts:,} contexts taken in for {scorer.continuations:,} answers")
     compare(results, other)
     for line in rows(results):
         print(line)
@@ -87,8 +91,14 @@ def _measures(options: argparse.Namespace, subject: Subject) -> list[Measure]:
         elif task in KINDS:
             items |= _retrieval(task, options, subject)
         elif requests is not None:
-            items[task] = requests.read(task, subject.tokenizer, subject.length, options.limit)
+            items[task], left_out = requests.read(
+                task, subject.tokenizer, subject.length, options.limit, options.leave_out_too_long
+            )
             print(requests.origin(task))
+            if cut := sum(item.cut for item in items[task]):
+                print(f"{task}: {cut:,} questions cut from the left to {subject.length} tokens, <BOS> kept")
+            if left_out:
+                print(f"{task}: {left_out:,} questions left out, with answers longer than {subject.length} tokens")
         else:
             elsewhere.append(task)
     if items:
@@ -134,7 +144,7 @@ def _retrieval(kind: str, options: argparse.Namespace, subject: Subject) -> dict
     }
 
 
-def _harness(tasks: list[str], options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _harness(tasks: list[str], options: argparse.Namespace) -> "Harness":
     if options.include_path and not Path(options.include_path).is_dir():
         raise InputError(f"--include_path={options.include_path} is no folder; give one with the task's YAML file")
     try:
@@ -160,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--include_path", help="folder with tasks of your own for lm-evaluation-harness")
     add("--num_fewshot", type=int, help="of lm-evaluation-harness: examples before each question")
     add("--limit", type=positive, help="questions of a task, the first ones; by default all, of retrieval 1,000")
+    add("--leave-out-too-long", action="store_true", help="of --requests: questions with answers beyond the context")
     add("--lengths", type=_lengths, metavar="N,...", help="of retrieval: tokens; by default half the context and all")
     add("--seed", type=int, default=0, help="of retrieval: other questions")
     add("--split", default="validation", help="of the dataset's text: train or validation")

@@ -92,18 +92,18 @@ def load_subject(
         if cache.budgets.context_length != length:
             raise InputError("the files of --budgets are for contexts of different lengths; evaluate one at a time")
     path = data or next((content["data"]["path"] for content in contents if "data" in content), None)
-    dataset = open_dataset(path or _data_of_run(checkpoint))
+    dataset = open_dataset(path) if path else data_of_run(checkpoint)
     check_vocabulary(model, dataset)
     full = CacheSize(Budgets.full(config.num_layers, length), None)
     source = {"path": located(checkpoint), "fingerprint": fingerprint}
     return Subject(model, source, dataset, dataset.tokenizer(), [full, *caches])
 
 
-def _data_of_run(checkpoint: str) -> Path:
+def data_of_run(checkpoint: str) -> Dataset:
     """The dataset that a training run read.
 
     Raises:
-      InputError: it is no run's workdir, or its dataset is not there.
+      InputError: it is no run's workdir, or its dataset is not there any more.
     """
     from trainer.checkpoints.checksums import DamagedError  # seconds, as in load_model
     from trainer.checkpoints.folder import checkpoint_folder, list_steps, read_metadata
@@ -112,10 +112,11 @@ def _data_of_run(checkpoint: str) -> Path:
     folder = checkpoint_folder(checkpoint)
     for step in sorted(list_steps(folder), reverse=True):
         try:
-            path = Path(read_saved(read_metadata(folder / str(step))["config"]).data.path)
+            metadata = read_metadata(folder / str(step))
         except DamagedError:
             continue
-        if path.exists():
-            return path
-        raise InputError(f"{checkpoint} was trained on {path}, which is not there; give its dataset with --data")
+        path = Path(read_saved(metadata["config"]).data.path)
+        if path.exists() and (dataset := open_dataset(path)).manifest.fingerprint == metadata["dataset_fingerprint"]:
+            return dataset
+        raise InputError(f"{path} does not hold the dataset of {checkpoint} any more; give it with --data")
     raise InputError(f"{checkpoint} has no tokenizer; give the dataset that the model was trained on with --data")

@@ -13,6 +13,10 @@ from launch.commands import InputError
 Values = dict[str, dict[str, float]]  # by metric, then by item
 
 
+class TooLongError(InputError):
+    """An answer that is longer than the context."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One question. With several answers the likeliest is chosen; with one, it is what the model should say."""
@@ -21,6 +25,7 @@ class Item:
     requests: tuple[Request, ...]  # one for each answer
     answers: tuple[str, ...]  # without the space that parts each from its context
     gold: int  # which answer is right
+    cut: bool = False  # whether contexts lost their oldest tokens, being too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +43,15 @@ class Measurement:
     totals: dict[str, tuple[float, float | None]] = dataclasses.field(default_factory=dict)
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, length: int, name: str) -> Request:
-    """Context and continuation as token ids, at most `length` without the last, as lm-evaluation-harness does it.
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, name: str) -> Request:
+    """Context and continuation as token ids, as lm-evaluation-harness makes them.
 
     Spaces at the end of the context go to the continuation, and both are encoded as one text, whose first tokens, as
     many as the context alone has, are left out: where a piece crosses the border, they are not what the context ends
-    with. What is too long loses the oldest tokens after <BOS>.
+    with.
 
     Raises:
-      InputError: a continuation of no tokens, or of more than `length`; `name` says whose.
+      InputError: a continuation of no tokens; `name` says whose.
     """
     if spaces := len(context) - len(context.rstrip()):
         context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -54,19 +59,19 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, length: i
     after = tokenizer.encode(context + continuation)[len(before) :]
     if not after:
         raise InputError(f"{name} has a continuation of no tokens, {continuation!r}; give it some text")
-    return fitted(Request([tokenizer.bos_id, *before], after), length, name)
+    return Request([tokenizer.bos_id, *before], after)
 
 
 def fitted(request: Request, length: int, name: str) -> Request:
     """The request without the oldest tokens after <BOS>, if it is longer than `length` tokens without the last.
 
     Raises:
-      InputError: its continuation alone is.
+      TooLongError: its continuation alone is.
     """
     if len(request.continuation) > length:
-        raise InputError(
+        raise TooLongError(
             f"{name} has a continuation of {len(request.continuation)} tokens, longer than the context of {length}; "
-            "leave it out, or take a model with a longer context"
+            "leave such questions out with --leave-out-too-long, or take a model with a longer context"
         )
     over = max(len(request.context) + len(request.continuation) - 1 - length, 0)
     return Request([*request.context[:1], *request.context[1 + over :]], request.continuation)

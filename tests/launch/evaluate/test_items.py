@@ -18,14 +18,14 @@ def tokenizer(folder) -> Tokenizer:
 
 
 def test_spaces_at_the_end_of_a_context_go_to_the_continuation(tokenizer):
-    one, other = (encode_pair(tokenizer, *pair, 64, "x") for pair in (("a token ", "grows"), ("a token", " grows")))
+    one, other = (encode_pair(tokenizer, *pair, "x") for pair in (("a token ", "grows"), ("a token", " grows")))
     assert one == other == Request([BOS, *tokenizer.encode("a token")], tokenizer.encode(" grows"))
 
 
 def test_pieces_across_the_border_are_those_of_the_whole_text(tokenizer):
     context, continuation = "so old wor", "ds fade from view and grow with every later token"
     whole = tokenizer.encode(context + continuation)
-    request = encode_pair(tokenizer, context, continuation, 64, "x")
+    request = encode_pair(tokenizer, context, continuation, "x")
     before = tokenizer.encode(context)
     assert whole[: len(before)] != before  # a piece does cross it
     assert request == Request([BOS, *before], whole[len(before) :])
