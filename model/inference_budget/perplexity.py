@@ -19,7 +19,6 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer, selective_attention
-from selective_attention.transformer.projection import rms_norm
 
 from .budgets import Budgets, BudgetsError, check_budgets
 from .eviction import Arriving, Projections, attend_evicting
@@ -264,7 +263,7 @@ def layer_pass(
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graph, parameters, x_BNE):
     model = nnx.merge(graph, parameters)
-    return model.logits(rms_norm(x_BNE, model.final_norm[...]))
+    return model.logits(model.normalised(x_BNE))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,6 @@ from jax import Array
 
 from selective_attention import Cache, Transformer, reshard
 from selective_attention.transformer.decoding import run_layers
-from selective_attention.transformer.projection import rms_norm
 
 from .budgets import Budgets, BudgetsError
 from .cache import PrunedLayerCache, init_pruned_cache
@@ -64,7 +63,7 @@ def prefill(
 
         # As many blocks as the longest prompt has: how far it is padded costs nothing.
         last_BE, cache = jax.lax.fori_loop(1, -(-jnp.max(lengths_B) // block), step, (last_BE, cache))
-    normed_B1E = rms_norm(last_BE, model.final_norm[...])[:, None]
+    normed_B1E = model.normalised(last_BE)[:, None]
     return model.logits(normed_B1E)[:, 0], cache
 
 

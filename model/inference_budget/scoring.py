@@ -17,7 +17,6 @@ from flax import nnx
 
 from selective_attention import Transformer
 from selective_attention.transformer.decoding import run_layers
-from selective_attention.transformer.projection import rms_norm
 
 from .budgets import Budgets, BudgetsError
 from .cache import PrunedLayerCache
@@ -144,7 +143,7 @@ def _score(graph, parameters, logits_BV, cache, row_B, tokens_BT, count_B):
     layers = cast(tuple[PrunedLayerCache, ...], cache.layers)
     attends = [functools.partial(layer.take_in, cache.position, count_B - 1, empty=False) for layer in layers]
     x_BTE, _ = run_layers(model, model.embed(tokens_BT, position_BT), position_BT, attends)
-    after_BTV = model.logits(rms_norm(x_BTE, model.final_norm[...]))
+    after_BTV = model.logits(model.normalised(x_BTE))
     logits_BTV = jnp.concatenate([logits_BV[:, None], after_BTV[:, :-1]], axis=1)
     picked_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
     likeliest_BT = jnp.argmax(logits_BTV, axis=-1) == tokens_BT

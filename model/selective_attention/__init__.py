@@ -8,7 +8,7 @@ are the paper's mask and selection. The TPU kernels, which know no layers, have 
 from .attention import Selection, selection_mask, selective_attention
 from .parallel import sharded_selective_attention, zigzag_positions
 from .sharding import RULES, partition_spec, reshard
-from .transformer.config import TransformerConfig
+from .transformer.config import RotaryScaling, TransformerConfig
 from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, prefill
 from .transformer.encoder_decoder import EncoderDecoder
 from .transformer.interchange import export_safetensors, import_safetensors
@@ -22,6 +22,7 @@ __all__ = [
     "Cache",
     "EncoderDecoder",
     "LayerCache",
+    "RotaryScaling",
     "SamplingError",
     "Selection",
     "Transformer",

@@ -1,5 +1,6 @@
 """What a model's sizes and parameters are called there: as Llama's, whose code most programs know."""
 
+import dataclasses
 import re
 
 from selective_attention import TransformerConfig
@@ -42,6 +43,7 @@ FIELDS = {
     "positions": "positions",
     "rotary_base": "rotary_base",
     "qk_norm": "qk_norm",
+    "norm_epsilon": "rms_norm_eps",
 }
 
 
@@ -59,4 +61,5 @@ def ours(name: str) -> str:
 
 def config_fields(config: TransformerConfig) -> dict[str, object]:
     """The fields of `config.json` that say what the model computes."""
-    return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    scaling = config.rotary_scaling and dataclasses.asdict(config.rotary_scaling)
+    return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {"rotary_scaling": scaling}

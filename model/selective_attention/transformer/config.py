@@ -4,9 +4,32 @@ import dataclasses
 from typing import Any
 
 from ..implementations import implementation_name
+from ..implementations.tpu.rotary import EPSILON
 from ..selection import Selection
 
 MACHINE = {"machine": True}  # marks a field
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies are slowed down, for contexts longer than a model was first trained on.
+
+    "linear" divides all by `factor`. "llama3" leaves those that turn at least `high_frequency_factor` times within
+    `original_length` tokens, divides by `factor` those that turn less than `low_frequency_factor` times, and goes
+    linearly from one to the other.
+    """
+
+    kind: str  # "linear" or "llama3"
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rotary_scaling.kind must be linear or llama3, got {self.kind!r}")
+        if not self.factor > 0 or not self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(f"rotary_scaling needs a positive factor and low below high frequencies, got {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +50,8 @@ class TransformerConfig:
     selection: Selection = Selection.PAPER  # Selection.OFF is the standard transformer
     positions: str = "rotary"  # "rotary" or "learned" [open]
     rotary_base: float = 10_000.0  # wavelength base of rotary positions [open]
+    rotary_scaling: RotaryScaling | None = None  # of the frequencies; a dict of its fields becomes one
+    norm_epsilon: float = EPSILON  # added to the mean square that RMSNorm divides by
     qk_norm: bool = True  # RMS-normalise queries and keys before the logits
     tied_embeddings: bool = True  # one matrix embeds tokens and gives logits [open]
     dtype: str = "bfloat16"  # of activations and matmuls: "bfloat16" or "float32"; parameters are float32
@@ -45,6 +70,8 @@ class TransformerConfig:
         object.__setattr__(self, "selection", Selection(self.selection))
         if self.attention is not None:
             implementation_name(self.attention)  # raises, with the names there are
+        if isinstance(self.rotary_scaling, dict):
+            object.__setattr__(self, "rotary_scaling", RotaryScaling(**self.rotary_scaling))
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         for field in ("vocab_size", "num_layers", "num_heads", "d_model", "mlp_dim", "max_length", "head_dim"):
             if getattr(self, field) < 1:
@@ -59,6 +86,8 @@ class TransformerConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"norm_epsilon must be positive, got {self.norm_epsilon}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
 
@@ -85,7 +114,7 @@ class TransformerConfig:
     def fuses_norm_rotary(self) -> bool:
         """Whether QK normalisation and rotary positions are one TPU kernel, as attention is."""
         applies = self.qk_norm and self.positions == "rotary" and self.head_dim % 32 == 0
-        return applies and implementation_name(self.attention) == "pallas"
+        return applies and self.norm_epsilon == EPSILON and implementation_name(self.attention) == "pallas"
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: embedding, attention, mlp, norms, output (0 if tied), and their total."""

@@ -20,7 +20,6 @@ from jax import Array
 from ..attention import attend_whole, implementation_module
 from ..selection import HIDDEN, Projections, Rule, Seen, Selection, allowed, rectified
 from .config import TransformerConfig
-from .projection import rms_norm
 from .transformer import Attend, Block, Transformer
 
 
@@ -268,4 +267,4 @@ def write(slots_BKMD: Array, new_BKD: Array, slot_B: Array) -> Array:
 
 
 def _logits(model: Transformer, x_BNE: Array) -> Array:
-    return model.logits(rms_norm(x_BNE, model.final_norm[...]))
+    return model.logits(model.normalised(x_BNE))

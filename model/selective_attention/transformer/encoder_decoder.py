@@ -56,11 +56,13 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x_BNE: Array, encoded_BME: Array, visible_BM: Array) -> Array:
         """x + attention to `encoded_BME` where `visible_BM`."""
-        q = contract("bne,ehd->bnhd", rms_norm(x_BNE, self.norm[...]), self.w_query, "batch", "sequence", "heads", None)
+        epsilon = self.config.norm_epsilon
+        normed_BNE = rms_norm(x_BNE, self.norm[...], epsilon)
+        q = contract("bne,ehd->bnhd", normed_BNE, self.w_query, "batch", "sequence", "heads", None)
         k = contract("bme,ekd->bmkd", encoded_BME, self.w_key, "batch", "sequence", "kv_heads", None)
         v = contract("bme,ekd->bmkd", encoded_BME, self.w_value, "batch", "sequence", "kv_heads", None)
         if self.config.qk_norm:
-            q, k = rms_norm(q, self.query_norm[...]), rms_norm(k, self.key_norm[...])
+            q, k = rms_norm(q, self.query_norm[...], epsilon), rms_norm(k, self.key_norm[...], epsilon)
         out_BNHD = full_attention(q, k, v, visible_BM)
         return x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)
 
@@ -97,7 +99,7 @@ class EncoderDecoder(nnx.Module):
             return block(x_BME, position_M, attend)
 
         x_BME = each_layer(self.config, self.encoder_blocks, layer, self.decoder.embed(inputs_BM, position_M))[0]
-        return rms_norm(x_BME, self.encoder_norm[...])
+        return rms_norm(x_BME, self.encoder_norm[...], self.config.norm_epsilon)
 
     def hidden(
         self,

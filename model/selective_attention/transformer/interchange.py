@@ -2,7 +2,7 @@
 
 A folder holds `config.json`, the fields of `TransformerConfig`, and `model.safetensors` with float32 tensors. Matrices
 are [out, in], as in `torch.nn.Linear`; heads are contiguous in the dimension that they share (head 0 selects).
-RMSNorm adds 1e-6 to the mean square; rotary positions turn the pairs (d, d + D / 2) of a head.
+RMSNorm adds `norm_epsilon` to the mean square; rotary positions turn the pairs (d, d + D / 2) of a head.
 
     embedding.weight [V, E]                  position_embedding.weight [max_length, E], if learned
     layers.0.attention.norm.weight [E]       layers.0.mlp.norm.weight [E]

@@ -80,35 +80,35 @@ def contract(subscripts: str, x: Array, weight: nnx.Param, *out_axes: str | None
     return contraction.apply(x, contraction.gathered(weight[...].astype(x.dtype)))
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
+def rms_norm(x: Array, scale: Array, epsilon: float = EPSILON) -> Array:
     """RMSNorm over the last axis, computed in float32 (or x's dtype, if wider); returns x's dtype."""
-    return (_wide(x) * _inverse_rms(x) * scale).astype(x.dtype)
+    return (_wide(x) * _inverse_rms(x, epsilon) * scale).astype(x.dtype)
 
 
 def normalised_projections(
-    x_BNE: Array, scale_E: Array, *projections: tuple[str, nnx.Param, Axes]
+    x_BNE: Array, scale_E: Array, *projections: tuple[str, nnx.Param, Axes], epsilon: float = EPSILON
 ) -> tuple[Array, ...]:
-    """`contract(subscripts, rms_norm(x, scale), weight, *out_axes)` for each (subscripts, weight, out_axes), kept for
-    the backward pass; subscripts begin with `bne,e`.
+    """`contract(subscripts, rms_norm(x, scale, epsilon), weight, *out_axes)` for each (subscripts, weight, out_axes),
+    kept for the backward pass; subscripts begin with `bne,e`.
     """
     contractions = tuple(_contraction(subscripts, weight, axes) for subscripts, weight, axes in projections)
-    return _project(contractions, x_BNE, scale_E, tuple(weight[...] for _, weight, _ in projections))
+    return _project(contractions, epsilon, x_BNE, scale_E, tuple(weight[...] for _, weight, _ in projections))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(contractions: tuple[Contraction, ...], x_BNE, scale_E, weights):
-    return _project_forward(contractions, x_BNE, scale_E, weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _project(contractions: tuple[Contraction, ...], epsilon: float, x_BNE, scale_E, weights):
+    return _project_forward(contractions, epsilon, x_BNE, scale_E, weights)[0]
 
 
-def _project_forward(contractions, x_BNE, scale_E, weights):
-    inverse_BN1 = _inverse_rms(x_BNE)
+def _project_forward(contractions, epsilon, x_BNE, scale_E, weights):
+    inverse_BN1 = _inverse_rms(x_BNE, epsilon)
     normed_BNE = (_wide(x_BNE) * inverse_BN1).astype(x_BNE.dtype)
     scaled = tuple(_scaled(c, scale_E, weight, x_BNE.dtype) for c, weight in zip(contractions, weights, strict=True))
     outs = tuple(keep(c.apply(normed_BNE, weight)) for c, weight in zip(contractions, scaled, strict=True))
     return outs, (x_BNE, inverse_BN1, scale_E, weights, scaled, outs)
 
 
-def _project_backward(contractions, residuals, d_outs):
+def _project_backward(contractions, _, residuals, d_outs):
     x_BNE, inverse_BN1, scale_E, weights, gathered, outs = residuals
     dtype = x_BNE.dtype
     normed_BNE = _wide(x_BNE) * inverse_BN1
@@ -131,9 +131,9 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _inverse_rms(x: Array) -> Array:
+def _inverse_rms(x: Array, epsilon: float) -> Array:
     wide = _wide(x)
-    return keep(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON))
+    return keep(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon))
 
 
 def _times(scale_E: Array, weight: Array) -> Array:

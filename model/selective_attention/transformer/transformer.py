@@ -23,7 +23,7 @@ from ..parallel import sharded_selective_attention, zigzag_positions
 from ..remat import keep, rematerialised
 from ..selection import Selection, selection_mask
 from ..sharding import CONTEXT, Axes, partition_spec, reshard
-from .config import TransformerConfig
+from .config import RotaryScaling, TransformerConfig
 from .projection import contract, normalised_projections, rms_norm
 
 # (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
@@ -54,24 +54,44 @@ def make_scale(shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))
 
 
-def rotary_angles(position_N: ArrayLike, width: int, base: float) -> tuple[Array, Array]:
+def rotary_angles(
+    position_N: ArrayLike, width: int, base: float, scaling: RotaryScaling | None = None
+) -> tuple[Array, Array]:
     """Cosine and sine by which the halves of heads of this width are rotated, float32 [(B,) N, D / 2]."""
     half = width // 2
     frequency_D = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency_D = _slowed(frequency_D, scaling)
     angle = jnp.asarray(position_N, jnp.float32)[..., None] * frequency_D
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotary(x_BNHD: Array, position_N: ArrayLike, base: float) -> Array:
+def _slowed(frequency_D: Array, scaling: RotaryScaling) -> Array:
+    if scaling.kind == "linear":
+        return frequency_D / scaling.factor
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    turns_D = scaling.original_length * frequency_D / (2 * jnp.pi)
+    kept_D = jnp.clip((turns_D - low) / (high - low), 0, 1)
+    return frequency_D * (kept_D + (1 - kept_D) / scaling.factor)
+
+
+def rotary(x_BNHD: Array, position_N: ArrayLike, base: float, scaling: RotaryScaling | None = None) -> Array:
     """Rotary position embedding, halves rotated as (x1, x2); `position_N` int32 [N] or [B, N]."""
-    cos, sin = (angle[..., None, :] for angle in rotary_angles(position_N, x_BNHD.shape[-1], base))
+    cos, sin = (angle[..., None, :] for angle in rotary_angles(position_N, x_BNHD.shape[-1], base, scaling))
     x1, x2 = jnp.split(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BNHD.dtype)
 
 
-def fused_norm_rotary(x_BNHD: Array, scale: Array, position_N: ArrayLike, base: float, heads: str | None) -> Array:
-    """`rotary(rms_norm(x, scale), position_N, base)` as a TPU kernel, every device on its own part."""
-    angles = rotary_angles(position_N, x_BNHD.shape[-1], base)
+def fused_norm_rotary(
+    x_BNHD: Array,
+    scale: Array,
+    position_N: ArrayLike,
+    base: float,
+    heads: str | None,
+    scaling: RotaryScaling | None = None,
+) -> Array:
+    """`rotary(rms_norm(x, scale), position_N, base, scaling)` as a TPU kernel, every device on its own part."""
+    angles = rotary_angles(position_N, x_BNHD.shape[-1], base, scaling)
     spec = partition_spec(("batch", "sequence", heads, None), x_BNHD.shape)
     if spec is None:
         return norm_rotary(x_BNHD, scale, *angles)
@@ -123,10 +143,14 @@ class Block(nnx.Module):
 
     def attention(self, x_BNE: Array, position_N: ArrayLike, attend: Attend) -> tuple[Array, Any]:
         """The first half of the layer: x + attention, and what `attend` adds."""
-        q, k, v, q_sel, k_sel = self.project(rms_norm(x_BNE, self.attention_norm[...]), position_N)
+        q, k, v, q_sel, k_sel = self.project(self.norm(x_BNE, "attention_norm"), position_N)
         out_BNHD, extra = attend(q, k, v, q_sel, k_sel)
         # h and w, since einsum contracts letters in their order, and d before h would transpose the weights on CPUs.
         return keep(x_BNE + contract("bnhw,hwe->bne", out_BNHD, self.w_out, "batch", "sequence", None)), extra
+
+    def norm(self, x: Array, scale: str) -> Array:
+        """RMSNorm with one of this layer's scales."""
+        return rms_norm(x, getattr(self, scale)[...], self.config.norm_epsilon)
 
     @property
     def logit_bound(self) -> Array | None:
@@ -140,7 +164,11 @@ class Block(nnx.Module):
         """The second half: x + SwiGLU."""
         hidden = "batch", "sequence", "mlp"
         gate_BNU, up_BNU = normalised_projections(
-            x_BNE, self.mlp_norm[...], ("bne,ef->bnf", self.w_gate, hidden), ("bne,ef->bnf", self.w_up, hidden)
+            x_BNE,
+            self.mlp_norm[...],
+            ("bne,ef->bnf", self.w_gate, hidden),
+            ("bne,ef->bnf", self.w_up, hidden),
+            epsilon=self.config.norm_epsilon,
         )
         h_BNU = jax.nn.silu(gate_BNU) * up_BNU
         return x_BNE + contract("bnf,fe->bne", h_BNU, self.w_down, "batch", "sequence", None)
@@ -154,10 +182,13 @@ class Block(nnx.Module):
 
         def place(x_BNHD: Array, scale: str, heads: str | None) -> Array:
             if c.fuses_norm_rotary and np.ndim(position_N) == 1:
-                return fused_norm_rotary(x_BNHD, getattr(self, scale)[...], position_N, c.rotary_base, heads)
+                norm = getattr(self, scale)[...]
+                return fused_norm_rotary(x_BNHD, norm, position_N, c.rotary_base, heads, c.rotary_scaling)
             if c.qk_norm:
-                x_BNHD = rms_norm(x_BNHD, getattr(self, scale)[...])
-            return rotary(x_BNHD, position_N, c.rotary_base) if c.positions == "rotary" else x_BNHD
+                x_BNHD = self.norm(x_BNHD, scale)
+            if c.positions != "rotary":
+                return x_BNHD
+            return rotary(x_BNHD, position_N, c.rotary_base, c.rotary_scaling)
 
         q_BNHD, k_BNKD = place(q_BNHD, "query_norm", "heads"), place(k_BNKD, "key_norm", "kv_heads")
         if c.selection is not Selection.OWN_HEAD:
@@ -223,8 +254,12 @@ class Transformer(nnx.Module):
     def finish(self, x_BNE: Array, forgotten_LBN: Array | None, position_N: np.ndarray) -> tuple[Array, Array | None]:
         """The last layer's output, normalised, and the memory statistic, both in the order of the text again."""
         back_N = np.argsort(position_N)
-        hidden_BNE = permute(rms_norm(x_BNE, self.final_norm[...]), back_N, axis=1)
+        hidden_BNE = permute(self.normalised(x_BNE), back_N, axis=1)
         return hidden_BNE, None if forgotten_LBN is None else permute(forgotten_LBN, back_N)
+
+    def normalised(self, x: Array) -> Array:
+        """The last layer's output as `logits` takes it."""
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
 
     def embed(self, tokens_BN: Array, position_N: ArrayLike) -> Array:
         """[B, N, E]: embedded tokens, with learned positions added if the model has them."""
