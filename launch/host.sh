@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on a TPU VM, called over ssh by launch/tpu_pod.sh. Every verb can be repeated.
-#   host.sh setup NAME RUN_URL TREE ATTEMPT HOST    code, Python, packages, gcsfuse, the worker's unit
+#   host.sh setup NAME RUN_URL TREE ATTEMPT HOST [FLAGS_SHA256]    Python, packages, gcsfuse, the worker's unit
 #   host.sh start NAME                              starts the worker, or restarts it if code or flags are new
 #   host.sh stop NAME                               lets the trainer save, and stops
 set -euo pipefail
@@ -13,12 +13,19 @@ home=$HOME/runs/$name unit=trainer-$name
 value_of() { sed -n "s/^$1=//p" "$home/run"; }
 
 setup() {
-  local run_url=$1 tree=$2 attempt=$3 host=$4 code
+  local run_url=$1 tree=$2 attempt=$3 host=$4 flags=${5:-} code
   code=$home/code-$tree
   # A watcher that was killed may have left a set-up at work.
   exec 9>"$home/lock"
   flock 9
-  gcloud storage cp --quiet "$run_url/run" "$run_url/trainer.args" "$home/"
+  mkdir -p "$home/new"
+  gcloud storage cp --quiet "$run_url/run" "$run_url/trainer.args" "$home/new/"
+  # They name the config, which is a program, and the environment.
+  [ -z "$flags" ] || echo "$flags  $home/new/trainer.args" | sha256sum --check --quiet || {
+    echo "ERROR: $run_url/trainer.args is not what was submitted; submit again, and see who may write to the bucket" >&2
+    return 1
+  }
+  mv "$home/new/"* "$home/"
   # Without this, logs and checkpoints would get nowhere, and a host that says nothing is noticed late.
   printf 'written by launch/host.sh to see whether it may\n' >"$home/probe"
   gcloud storage cp --quiet "$home/probe" "$run_url/attempts/$attempt/host-$host.probe" || {

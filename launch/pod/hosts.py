@@ -32,12 +32,12 @@ def ssh_command(run: Run, attempt: int, host: int, verb: str) -> list[str]:
     """
     home, code = f"runs/{run.name}", f"runs/{run.name}/code-{run.tree}"
     remote = {
-        # The hash comes over ssh: what others may have written to the bucket is not executed.
+        # The hashes come over ssh: what others may have written to the bucket is not executed, nor says what is.
         "setup": f"umask 077 && mkdir -p {code} && "
         f"gcloud storage cp --quiet {run.url}/code/{run.tree}.tar.gz {home}/code.tar.gz && "
         f'echo "{run.code_sha256}  {home}/code.tar.gz" | sha256sum --check --quiet && '
         f"tar -xzf {home}/code.tar.gz -C {code} && "
-        f"bash {code}/launch/host.sh setup {run.name} {run.url} {run.tree} {attempt} {host}",
+        f"bash {code}/launch/host.sh setup {run.name} {run.url} {run.tree} {attempt} {host} {run.flags_sha256}",
         "start": f"bash {code}/launch/host.sh start {run.name}",
         "stop": f"test ! -e {home}/current || bash {home}/current/launch/host.sh stop {run.name}",
     }[verb]

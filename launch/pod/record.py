@@ -43,6 +43,7 @@ PATTERNS = {
     "TREE": "[0-9a-f]{40,64}",
     "COMMIT": "[0-9a-f]{40,64}",
     "CODE_SHA256": "[0-9a-f]{64}|",
+    "FLAGS_SHA256": "[0-9a-f]{64}|",
 }
 
 
@@ -75,6 +76,7 @@ class Run:
     tree: str = ""
     commit: str = ""
     code_sha256: str = ""  # of the archive that the hosts load
+    flags_sha256: str = ""  # of trainer.args
     run_id: str = ""  # random: the label by which a slice is known to be this run's
 
     @property

@@ -1,6 +1,7 @@
 """submit: check, record, then watch. Run again it does the same, and finds done what was done."""
 
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
@@ -47,6 +48,8 @@ def submit(given: Options, temporary: Path) -> int:
     checks.check_cloud(gcloud, run, temporary)
     chosen = code.choose(temporary, config)
     run.tree, run.commit, run.code_sha256 = chosen.tree, chosen.commit, chosen.sha256
+    flags = "".join(f"{line}\n" for line in [*given.trainer, *environment.lines(given)])
+    run.flags_sha256 = hashlib.sha256(flags.encode()).hexdigest()
     for place in dict.fromkeys(kind for _, kind in run.places):
         checks.check_config(gcloud, dataclasses.replace(run, type=place), chosen, given.trainer, temporary)
     run.local.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def submit(given: Options, temporary: Path) -> int:
     if history.last == "finished" and resubmitted:
         return _finished_already(gcloud, run, lock, history)
     arguments = run.local / "trainer.args"
-    arguments.write_text("".join(f"{line}\n" for line in [*given.trainer, *environment.lines(given)]))
+    arguments.write_text(flags)
     code.upload(gcloud, run, chosen, arguments)
     if trouble := history.add("submitted", f"commit {run.commit[:12]}, code {run.tree[:12]}"):
         raise BlockedError(f"cannot write to {run.url}: {trouble}")
@@ -273,7 +276,7 @@ def _succeeds(*command: str) -> bool:
 def _dry_run(gcloud: Gcloud, run: Run, given: Options, chosen: code.Code, temporary: Path) -> int:
     """Prints every command that submit --watch would run until the first slice is finished, in order."""
     mesh = checks.check_config(gcloud, run, chosen, given.trainer, temporary, dry_run=True)
-    run.tree, run.run_id, run.code_sha256 = "TREE", "RUN_ID", "SHA256"
+    run.tree, run.run_id, run.code_sha256, run.flags_sha256 = "TREE", "RUN_ID", "SHA256", "FLAGS_SHA256"
     cp = ["storage", "cp", "--quiet"]
     once = [*cp, "--if-generation-match=0"]
     lines = [

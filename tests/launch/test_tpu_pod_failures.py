@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from launch.pod.options import SECRET
-from tests.support.cloud import SUBMIT, TRAINER, git
+from tests.support.cloud import SUBMIT, TRAINER, git, replaced
 
 from .test_tpu_pod_life import QUOTA, created
 
@@ -169,17 +169,25 @@ def test_binary_file_that_looks_like_a_token_in_the_patch_is_no_secret(cloud, tm
     assert code == 0, output
 
 
-def test_code_that_was_changed_in_the_bucket_is_not_run(cloud):
+CHANGED = {
+    "code/*.tar.gz": "1 computed checksum did NOT match",
+    "trainer.args": "trainer.args is not what was submitted",
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_code_and_flags_that_were_changed_in_the_bucket_are_not_run(cloud, changed):
     cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
     cloud.trainer("0")
     cloud.environment["TPU_POD_POLL_SECONDS"] = "0.5"
-    process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
+    process = cloud.start("submit", "--watch", *replaced("--type", "v4-8"), *TRAINER)
     cloud.wait_for(lambda: created(cloud) == 1)
-    (archive,) = (cloud.folder / "buckets/bucket/runs/run/code").glob("*.tar.gz")
-    archive.write_bytes(b"something else")
+    (file,) = (cloud.folder / "buckets/bucket/runs/run").glob(changed)
+    file.write_bytes(b"env LD_PRELOAD=/home/me/runs/run/data/theirs.so\n")
     cloud.change(lambda state: state["requests"]["run"].update(states=["ACTIVE"]))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "WARNING: 1 computed checksum did NOT match" in output, output
+    assert process.returncode == 1 and "two slices in a row failed at" in output, output
+    assert CHANGED[changed] in output
     assert not (cloud.folder / "starts-0").exists()
 
 
