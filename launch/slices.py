@@ -67,7 +67,8 @@ GENERATIONS = {
     ),
 }
 # Dollars per chip and hour on demand in the cheapest region of the United States, and when Google's page
-# "Cloud TPU pricing" was last seen quoted so. Spot and reserved slices cost less.
+# "Cloud TPU pricing" was last seen quoted so. Spot and reserved slices cost less. No copy of the page that has v5p was
+# found: three price tables of other projects agree on it, and have v4 and v5e as here.
 LIST_PRICES = {"v4": (3.22, "2025-01"), "v5p": (4.20, "2025"), "v5e": (1.20, "2026-09"), "v6e": (2.70, "2026-08")}
 
 
