@@ -276,6 +276,16 @@ def test_part_that_may_have_arrived_is_sent_again_as_it_was(cloud):
     assert parts(cloud)[0] == first and cloud.log(0) == worker.log()
 
 
+def test_end_of_a_log_that_poured_does_not_keep_the_workers_last_line_back(cloud):
+    cloud.trainer("4 error: loss is nan")
+    worker = Worker(cloud, WORKER_PART_BYTES="100")
+    cloud.error("logs/host-0", "ERROR: (gcloud) Max retries exceeded", times=1)
+    (worker.home / "log").write_text("step\n" * 2000)
+    worker.run_to("worker: diverged")
+    cloud.wait_for(lambda: worker.reported().startswith("0 diverged 4 "))
+    assert "bytes of the log are dropped" in cloud.log(0) and "loss is nan" in cloud.log(0)
+
+
 def test_log_that_a_power_cut_has_shortened_goes_on_where_the_bucket_ends(cloud):
     cloud.trainer("0")
     worker = Worker(cloud)
