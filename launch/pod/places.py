@@ -57,13 +57,13 @@ class Places:
 
 
 def delete_elsewhere(gcloud: Gcloud, run: Run, may: Callable[[], bool] = lambda: True) -> bool:
-    """Deletes requests of the run in the zones that it tries but the one it is in, if it still `may`.
+    """Deletes requests of the run in other zones than the one it is in, if it still `may`.
 
     Returns:
       Whether there was one. A zone that cannot be seen holds nothing up.
     """
     found = False
-    for zone in dict.fromkeys(zone for zone, _ in run.places if zone != run.zone):
+    for zone in run.other_zones:
         there = dataclasses.replace(run, zone=zone)
         if queued.look(gcloud, there).ours and may():
             found = True

@@ -23,6 +23,7 @@ PATTERNS = {
     "ZONE": options.ZONE,
     "TYPE": "[a-z0-9]+-[0-9]+",
     "ZONES": f"({options.ZONES})?",
+    "LEFT_ZONES": f"({options.ZONES})?",
     "TYPES": "([a-z0-9]+-[0-9]+(,[a-z0-9]+-[0-9]+)*)?",
     "SLICES": "[1-9][0-9]{0,4}",
     "TIER": "|".join(options.TIERS),
@@ -65,6 +66,7 @@ class Run:
     price: str = ""  # dollars per chip and hour
     zones: str = ""  # to try in turn, with commas between
     types: str = ""
+    left_zones: str = ""  # that it was in before
     valid_until: str = ""  # a duration of gcloud's
     network: str = ""
     subnetwork: str = ""
@@ -120,6 +122,12 @@ class Run:
         """Zones and types to try, one after another, when there are no machines."""
         zones, types = self.zones or self.zone, self.types or self.type
         return [(zone, find(name).accelerator_type) for name in types.split(",") for zone in zones.split(",")]
+
+    @property
+    def other_zones(self) -> list[str]:
+        """Where a request of the run may come late, which was on its way when the run moved."""
+        zones = [*(zone for zone, _ in self.places), *self.left_zones.split(",")]
+        return [zone for zone in dict.fromkeys(zones) if zone not in ("", self.zone)]
 
     def node(self, index: int) -> str:
         """The node of a slice; several are numbered by the service in this way."""

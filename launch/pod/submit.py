@@ -169,6 +169,7 @@ def _claim_name(gcloud: Gcloud, run: Run, temporary: Path, asked: bool) -> None:
         run.run_id = old.run_id or run.run_id
         if (old.zone, old.type) in run.places:  # where it was left
             run.zone, run.type = old.zone, old.type
+        run.left_zones = ",".join([*old.other_zones, *([old.zone] if old.zone != run.zone else [])])
         file.write_text(run.text())
         for key in ("project", "zone", "type", "slices"):
             if getattr(old, key) != getattr(run, key):

@@ -1,6 +1,7 @@
 """What ends a run that does not finish, and who may go on with it: limits, other watchers, several slices."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -131,6 +132,11 @@ def test_run_that_has_a_slice_gets_no_second_one_elsewhere_until_that_is_deleted
     code, output = cloud.run(*elsewhere)
     assert code == 0, output
     assert cloud.state() == {"requests": {}, "created": 2}
+    if option == "--zone":  # what was on its way when the run moved
+        cloud.somebody_elses(**{"run-id": re.search("RUN_ID=(.*)\n", cloud.object("run"))[1]})
+        cloud.change(lambda state: state["requests"]["run"].update(zone="us-central2-b"))
+        assert cloud.run("delete", "--yes")[0] == 0
+        assert cloud.state()["requests"] == {}
 
 
 def test_two_slices_are_one_request_and_every_host_of_both_is_set_up(cloud):
