@@ -37,18 +37,19 @@ write_status() {
 # Sends what the log has gained, at most so many parts. What the bucket has, and where the part ends that is on its way,
 # is on disk first: a sender that was ended in the middle and the next one send the same bytes under the same name.
 ship_log() {
-  local count sent end part=$home/log.part
+  local count sent end part=$home/log.part.$BASHPID # its own: what an ended one has started may be at work still
   # A hole instead of a second file, since the trainer goes on writing to this one.
   read -r sent end <"$home/sent"
   [ "$sent" -le "$kept_bytes" ] || fallocate --punch-hole --offset 0 --length "$((sent - kept_bytes))" "$log" 2>/dev/null
   for ((count = 0; count < $1; count++)); do
     if [ "$end" = "$sent" ]; then
       sent=$(not_dropped "$sent") end=$(next_part "$sent")
-      [ "$end" -gt "$sent" ] && remember_sent "$sent" "$end" || return
+      [ "$end" -gt "$sent" ] || return 0
+      remember_sent "$sent" "$end" || return
     fi
     bytes_of_log "$sent" "$((end - sent))" >"$part"
     [ "$(stat -c %s "$part")" = "$((end - sent))" ] || return # the disk is full
-    timeout 300 gcloud storage cp --quiet "$part" "$url/attempts/$attempt/logs/host-$host/$(printf %015d "$sent")" \
+    timeout 120 gcloud storage cp --quiet "$part" "$url/attempts/$attempt/logs/host-$host/$(printf %015d "$sent")" \
       >/dev/null 2>&1 && remember_sent "$end" "$end" || return
     sent=$end
   done
@@ -70,9 +71,9 @@ not_dropped() {
   printf '%s\n' "$oldest"
 }
 
-# Where the next part ends: with a whole line, unless one is longer than a part.
+# Where the next part ends: with a whole line, unless one is longer than a part. Uses the file of ship_log.
 next_part() {
-  local bytes rest=0 part=$home/log.part
+  local bytes rest=0
   bytes_of_log "$1" "$part_bytes" >"$part"
   bytes=$(wc -c <"$part")
   [ "$(tail -c 1 "$part" | wc -l)" -gt 0 ] || rest=$(tail -n 1 "$part" | wc -c)
@@ -83,7 +84,8 @@ next_part() {
 # Never fails: without the bucket for a while the training goes on.
 ship() {
   local sent line
-  ship_log "$1"
+  ship_log "$1" || ship_log "$1" # after a worker's end there may be no other time
+  rm -f "$home/log.part.$BASHPID"
   read -r sent _ <"$home/sent"
   read -r -a line <"$status" # the sender that is being replaced must not send a new state with old words
   printf '%s %s %s %s\n' "${line[*]:0:4}" "$sent" "$(date +%s)" "${line[*]:4}" >"$status.sent"
@@ -303,6 +305,7 @@ leave() {
 
 trap 'pass_on stop' TERM INT
 trap 'pass_on "maintenance or preemption announced"' USR1
+rm -f "$home"/log.part.*
 touch "$log"
 [ -s "$home/sent" ] || remember_sent 0 0
 # A machine that lost its power may have lost the end of the log, too, of which the bucket has more.

@@ -268,7 +268,7 @@ def test_part_that_may_have_arrived_is_sent_again_as_it_was(cloud):
     cloud.error("logs/host-0/000000000000000", "ERROR: (gcloud) Max retries exceeded", times=2, after=True)
     worker = Worker(cloud, WORKER_BEAT_SECONDS="0.2")
     worker.start()
-    cloud.wait_for(lambda: len(cloud.calls("logs/host-0/000000000000000")) == 1)
+    cloud.wait_for(lambda: 0 in parts(cloud))
     first = parts(cloud)[0]
     with (worker.home / "log").open("a") as log:
         log.write("step 2\n")
