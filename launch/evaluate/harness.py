@@ -119,10 +119,19 @@ class Harness:
                 raise InputError(f"there is no task {task!r} in lm-eval {version}{where}; see lm-eval ls tasks")
 
     def measure(self, scorer: Scorer, tokenizer: Tokenizer) -> dict[str, Measurement]:
-        """What the model made of each task."""
-        found = lm_eval.simple_evaluate(
-            model=HarnessModel(scorer, tokenizer), tasks=self.tasks, task_manager=self._manager, **self._options
-        )
+        """What the model made of each task.
+
+        Raises:
+          InputError: a task's data cannot be read.
+        """
+        model = HarnessModel(scorer, tokenizer)
+        try:
+            found = lm_eval.simple_evaluate(model=model, tasks=self.tasks, task_manager=self._manager, **self._options)
+        except OSError as error:
+            raise InputError(
+                f"{', '.join(self.tasks)}: {error}; lm-evaluation-harness reads its own tasks' data from the hub, "
+                "see docs/serving.md for tasks without one"
+            ) from None
         return {task: _measurement(found["results"][task], found["samples"][task]) for task in found["samples"]}
 
 

@@ -141,3 +141,12 @@ def test_a_task_that_there_is_not_is_named(more, line, folder, tmp_path, monkeyp
         main(["--checkpoint=model", "--data=data", "--tasks=words_tsk", *(x.format(folder=tmp_path) for x in more)])
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("error: ") and line in said.splitlines()[-1], said
+
+
+def test_data_that_cannot_be_read_are_named(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "words_task.yaml").write_text(TASK.format(name="words_task", folder=tmp_path))
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint=model", "--data=data", "--tasks=words_task", f"--include_path={tmp_path}"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: words_task: Unable to find ") and line.endswith("for tasks without one")
