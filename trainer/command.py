@@ -27,7 +27,7 @@ from trainer.errors import (
     ResumeError,
     StorageError,
 )
-from trainer.flags import CONFIG, OVERRIDE_RESUME, PROFILE_STEPS, WORKDIR
+from trainer.flags import CONFIG, INIT_FROM, OVERRIDE_RESUME, PROFILE_STEPS, WORKDIR
 from trainer.hosts import compilation_cache, join, last_words
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.peers import Peers
@@ -57,7 +57,13 @@ def run(interrupt: Interrupt, started_at: float, argv: Sequence[str]) -> NoRetur
         compilation_cache.open_cache(settings.compilation_cache, str(WORKDIR.value))
         with logging_redirect_tqdm():
             code = train(
-                settings, str(WORKDIR.value), interrupt, OVERRIDE_RESUME.value, started_at, profile_steps=traced
+                settings,
+                str(WORKDIR.value),
+                interrupt,
+                OVERRIDE_RESUME.value,
+                started_at,
+                profile_steps=traced,
+                init_from=INIT_FROM.value,
             )
     except (LeaseError, StorageError, UnreachableError) as error:
         code = _say(f"error: {error}", EXIT_FAILED)

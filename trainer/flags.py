@@ -12,6 +12,9 @@ from trainer.errors import EXIT_MISTAKE
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's checkpoints, TensorBoard events and result.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/c4.py:d12", lock_config=True)
+INIT_FROM = flags.DEFINE_string(
+    "init_from", "", "Folder of an exported model, whose parameters a new run begins with; a resumed one has its own."
+)
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "Steps to trace, such as 100:105, which are 100 to 104.")
 OVERRIDE_RESUME = flags.DEFINE_multi_string(
     "override-resume",

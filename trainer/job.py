@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from data import Dataset, open_dataset
+from trainer.beginning import first_state
 from trainer.checkpoints.disk import check_workdir
 from trainer.checkpoints.manager import Checkpoints, Restored
 from trainer.checks import check_batch, check_dataset
@@ -18,7 +19,7 @@ from trainer.hosts.lease import Lease
 from trainer.hosts.watchdog import Watchdog
 from trainer.mesh import make_mesh
 from trainer.settings import Settings
-from trainer.state import TrainState, abstract_state, init_state
+from trainer.state import TrainState, abstract_state
 
 logger = logging.getLogger("trainer")
 
@@ -37,6 +38,7 @@ class Job:
     interrupt: Interrupt
     started_at: float  # when this process began, seconds of the monotonic clock
     is_main: bool  # whether this host speaks for all
+    init_from: str = ""  # folder of an exported model whose parameters a new run begins with
 
     @property
     def pad_id(self) -> int:
@@ -48,8 +50,15 @@ class Job:
 
         Raises:
           ResumeError: as `Checkpoints.restore`.
+          ConfigError: as `first_state`.
         """
-        return self.checkpoints.restore(self.state_shape) or _beginning(self.settings)
+        return self.checkpoints.restore(self.state_shape) or self._beginning()
+
+    def _beginning(self) -> Restored:
+        state = first_state(self.settings, self.init_from)
+        if self.init_from and self.is_main:
+            logger.info("beginning with the parameters of %s", self.init_from)
+        return Restored(state, 0, {"last_eval_step": -1, "skipped_batches": []})
 
 
 def open_job(
@@ -59,6 +68,7 @@ def open_job(
     interrupt: Interrupt,
     override_resume: Sequence[str],
     started_at: float,
+    init_from: str = "",
 ) -> Job:
     """Checks dataset, mesh and workdir against the settings, and each other, and takes the workdir; see `train` for the
     arguments.
@@ -87,9 +97,6 @@ def open_job(
         faults.step_timeout_seconds, faults.step_timeout_factor, faults.first_step_timeout_seconds, interrupt.on_exit
     )
     phases = Phases(watchdog, goodput)
-    return Job(settings, workdir, mesh, dataset, state_shape, checkpoints, phases, interrupt, started_at, is_main)
-
-
-def _beginning(settings: Settings) -> Restored:
-    state = jax.jit(lambda: init_state(settings))()
-    return Restored(state, 0, {"last_eval_step": -1, "skipped_batches": []})
+    return Job(
+        settings, workdir, mesh, dataset, state_shape, checkpoints, phases, interrupt, started_at, is_main, init_from
+    )

@@ -49,13 +49,15 @@ def train(
     started_at: float | None = None,
     writers: Sequence[MetricsWriter] = (),
     profile_steps: range = range(0),
+    init_from: str = "",
 ) -> int:
     """Trains to `settings.steps`, from the newest sound checkpoint in `workdir` if there is one, then evaluates.
 
     Writes `checkpoints/`, TensorBoard events in `tensorboard/`, `metrics.jsonl`, `goodput.json` and at the end
     `result.json` into `workdir`. `override_resume` names config fields that may differ from the checkpoint's;
     `started_at` is when this process began, in seconds of the monotonic clock; `writers` get the run's metrics too, and
-    `profile_steps` are traced.
+    `profile_steps` are traced. A new run begins with the parameters of the exported model in `init_from`, if one is
+    given.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_PREEMPTED after an interrupt that was followed by a save.
@@ -66,7 +68,8 @@ def train(
     """
     interrupt = interrupt or Interrupt()
     with Lease(interrupt.on_exit) as lease:
-        job = open_job(settings, workdir, lease, interrupt, override_resume, started_at or time.monotonic())
+        started_at = started_at or time.monotonic()
+        job = open_job(settings, workdir, lease, interrupt, override_resume, started_at, init_from)
         return _start(job, writers, Profiler(workdir, profile_steps, job.is_main))
 
 

@@ -71,6 +71,12 @@ def import_safetensors(directory: str | Path, **overrides: Any) -> Transformer:
       FileNotFoundError: no model there.
       ValueError: another format, a file that is damaged, or tensors that do not fit the config; the message names them.
     """
+    config, tensors = read_safetensors(directory, **overrides)
+    return model_of_tensors(config, tensors, str(Path(directory) / MODEL_FILE))
+
+
+def read_safetensors(directory: str | Path, **overrides: Any) -> tuple[TransformerConfig, dict[str, ArrayLike]]:
+    """What `import_safetensors` makes a model of: its config and its tensors. Arguments and errors are the same."""
     safetensors, directory = _safetensors(), Path(directory)
     try:
         fields = json.loads((directory / CONFIG_FILE).read_text())
@@ -89,7 +95,7 @@ def import_safetensors(directory: str | Path, **overrides: Any) -> Transformer:
         tensors = safetensors.load_file(directory / MODEL_FILE)
     except importlib.import_module("safetensors").SafetensorError as error:
         raise ValueError(f"{directory / MODEL_FILE} is damaged ({error}); export the model again") from error
-    return model_of_tensors(config, tensors, str(directory / MODEL_FILE))
+    return config, tensors
 
 
 def named_tensors(model: Transformer) -> dict[str, np.ndarray]:
@@ -111,12 +117,22 @@ def model_of_tensors(config: TransformerConfig, tensors: Mapping[str, ArrayLike]
       ValueError: tensors that do not fit the config; the message names them, and says that they are in `source`.
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
+    values = parameter_values(config, tensors, source)
+    loaded = [(path, x.replace(jnp.asarray(values[path]))) for path, x in nnx.to_flat_state(abstract)]
+    return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def parameter_values(
+    config: TransformerConfig, tensors: Mapping[str, ArrayLike], source: str
+) -> dict[tuple[Any, ...], np.ndarray]:
+    """The parameters by their paths in the model's state, float32, as `model_of_tensors` takes them."""
+    abstract = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))), nnx.Param)
     parameters = nnx.to_flat_state(abstract)
     names = {name for path, _ in parameters for name in _names(path, config)}
     if names != tensors.keys():
         missing, extra = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
         raise ValueError(f"{source} does not fit its config; missing: {missing}, unknown: {extra}")
-    loaded = []
+    values = {}
     for path, parameter in parameters:
         in_layer = parameter.shape[1:] if path[0] == "blocks" else parameter.shape
         inner = _inner_axes(path)
@@ -128,8 +144,8 @@ def model_of_tensors(config: TransformerConfig, tensors: Mapping[str, ArrayLike]
                 raise ValueError(f"{name} in {source} is {tensor.shape}, but must be {shape}")
             layers.append((tensor.T if inner else tensor).reshape(in_layer))
         value = np.stack(layers) if path[0] == "blocks" else layers[0]
-        loaded.append((path, parameter.replace(jnp.asarray(value, jnp.float32))))
-    return nnx.merge(graph, nnx.from_flat_state(loaded))
+        values[path] = np.asarray(value, np.float32)
+    return values
 
 
 def _names(path: tuple[Any, ...], config: TransformerConfig) -> list[str]:
