@@ -2,8 +2,7 @@
 
 XLA would write every intermediate of a layer that a gradient needs to memory, for every layer. Elementwise parts are
 cheaper to compute again, fused with what reads them; so a layer keeps its matmuls, attention and a few statistics,
-which are marked where they are made. Layers that are compiled apart also keep parameters as they were gathered over
-fsdp, in the activations' dtype, so that they travel once a step and not twice; a scan would copy them.
+which are marked where they are made.
 """
 
 from collections.abc import Callable
@@ -12,17 +11,12 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-_KEPT, _GATHERED = "kept", "gathered"
+_KEPT = "kept"
 
 
 def keep(x: Array) -> Array:
     """`x`, marked to be kept for the backward pass of a `rematerialised` layer."""
     return checkpoint_name(x, _KEPT)
-
-
-def keep_gathered(weight: Array) -> Array:
-    """`weight`, whole along fsdp, marked to be kept where layers are compiled apart."""
-    return checkpoint_name(weight, _GATHERED)
 
 
 def rematerialised(layer: Callable, remat: str, scanned: bool) -> Callable:
@@ -32,7 +26,7 @@ def rematerialised(layer: Callable, remat: str, scanned: bool) -> Callable:
     is cheap either way, and left to XLA.
     """
     policies = {
-        "none": jax.checkpoint_policies.save_only_these_names(_KEPT, *(() if scanned else (_GATHERED,))),
+        "none": jax.checkpoint_policies.save_only_these_names(_KEPT),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "block": None,
     }

@@ -56,8 +56,7 @@ class TransformerConfig:
     tied_embeddings: bool = True  # one matrix embeds tokens and gives logits [open]
     dtype: str = "bfloat16"  # of activations and matmuls: "bfloat16" or "float32"; parameters are float32
     # How a machine computes, not what: see `machine_fields`.
-    # What the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers). It gathers
-    # parameters over fsdp anew with the latter two, and in a scan; else the forward pass's are kept.
+    # What the backward pass recomputes: "none", "dots" (all but matmuls) or "block" (whole layers).
     remat: str = dataclasses.field(default="none", metadata=MACHINE)
     # False compiles every layer apart: slower to compile, but a gradient saves the copies into a scan's stacks.
     scan_layers: bool = dataclasses.field(default=True, metadata=MACHINE)

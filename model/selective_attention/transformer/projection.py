@@ -25,7 +25,7 @@ from flax import nnx
 from jax import Array
 
 from ..implementations.tpu.rotary import EPSILON
-from ..remat import keep, keep_gathered
+from ..remat import keep
 from ..sharding import Axes, partition_spec, reshard
 
 
@@ -46,7 +46,7 @@ class Contraction:
 
     def gathered(self, weight: Array) -> Array:
         """`weight`, whole along fsdp."""
-        return keep_gathered(reshard(weight, *(None if a == "embed" else a for a in self.weight_axes)))
+        return reshard(weight, *(None if a == "embed" else a for a in self.weight_axes))
 
     def apply(self, x: Array, gathered: Array) -> Array:
         return _einsum(self.subscripts, x, gathered, self.out_axes)
@@ -103,19 +103,22 @@ def _project(contractions: tuple[Contraction, ...], epsilon: float, x_BNE, scale
 def _project_forward(contractions, epsilon, x_BNE, scale_E, weights):
     inverse_BN1 = _inverse_rms(x_BNE, epsilon)
     normed_BNE = (_wide(x_BNE) * inverse_BN1).astype(x_BNE.dtype)
-    scaled = tuple(_scaled(c, scale_E, weight, x_BNE.dtype) for c, weight in zip(contractions, weights, strict=True))
-    outs = tuple(keep(c.apply(normed_BNE, weight)) for c, weight in zip(contractions, scaled, strict=True))
-    return outs, (x_BNE, inverse_BN1, scale_E, weights, scaled, outs)
+    outs = tuple(
+        keep(contraction.apply(normed_BNE, _scaled(contraction, scale_E, weight, x_BNE.dtype)))
+        for contraction, weight in zip(contractions, weights, strict=True)
+    )
+    return outs, (x_BNE, inverse_BN1, scale_E, weights, outs)
 
 
 def _project_backward(contractions, _, residuals, d_outs):
-    x_BNE, inverse_BN1, scale_E, weights, gathered, outs = residuals
+    x_BNE, inverse_BN1, scale_E, weights, outs = residuals
     dtype = x_BNE.dtype
     normed_BNE = _wide(x_BNE) * inverse_BN1
     along_BN1 = jnp.zeros_like(inverse_BN1)
     d_normed_BNE, d_scale_E, d_weights = jnp.zeros_like(normed_BNE), jnp.zeros_like(scale_E), []
-    for contraction, weight, scaled, out, d_out in zip(contractions, weights, gathered, outs, d_outs, strict=True):
+    for contraction, weight, out, d_out in zip(contractions, weights, outs, d_outs, strict=True):
         along_BN1 += jnp.sum(_wide(d_out) * _wide(out), axis=tuple(range(2, out.ndim)))[..., None]
+        scaled = _scaled(contraction, scale_E, weight, dtype)
         d_normed_BNE += _wide(contraction.input_gradient(d_out, scaled, ("batch", "sequence", None)))
         d_scaled = contraction.weight_gradient(normed_BNE.astype(dtype), d_out).astype(weight.dtype)
         d_weights.append(_times(scale_E, d_scaled))

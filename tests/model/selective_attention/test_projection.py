@@ -1,14 +1,10 @@
 """Projections of a normalised residual stream, whose backward pass is our own, against the two steps in float64."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
-from selective_attention import Transformer, TransformerConfig, lm_loss
 from selective_attention.sharding import reshard
 from selective_attention.transformer.projection import contract, normalised_projections, rms_norm
 
@@ -50,21 +46,3 @@ def test_values_and_gradients_equal_those_of_the_two_steps_on_a_mesh():
         actual = gradients(ours, jnp.float32)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * np.abs(e).max())
-
-
-@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("block", 2)])
-def test_each_layers_matrices_are_gathered_once_a_step_or_again_where_layers_are_recomputed(remat, times):
-    sizes = {"vocab_size": 40, "num_layers": 2, "num_heads": 4, "d_model": 24, "mlp_dim": 20, "max_length": 12}
-    choices = {"head_dim": 6, "dtype": "float32", "attention": "reference", "remat": remat, "scan_layers": False}
-    config = TransformerConfig(**sizes, **choices)
-    with jax.set_mesh(jax.make_mesh((1, 4, 1, 1), AXES)):
-        graph, parameters = nnx.split(jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))())
-        tokens = jax.device_put(np.ones((4, 12), np.int32), jax.P(("data", "fsdp"), None))
-
-        def loss(parameters, tokens):
-            return lm_loss(nnx.merge(graph, parameters)(tokens), tokens, jnp.ones_like(tokens, jnp.float32))[0]
-
-        text = jax.jit(jax.grad(loss)).lower(parameters, tokens).compile().as_text()
-    gathered = [shape for shape in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text) if "," in shape]
-    of_layers = [shape for shape in gathered if shape != "40,24"]  # the embedding's
-    assert len(of_layers) == 7 * config.num_layers * times
