@@ -18,7 +18,7 @@ from trainer.checkpoints.checksums import seal_path
 from trainer.checkpoints.manager import Checkpoints
 from trainer.mesh import make_mesh
 from trainer.settings import read_settings
-from trainer.state import init_state
+from trainer.state import abstract_state
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,8 +30,11 @@ def workdir(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     config = demo.get_config()
     config.update_from_flattened_dict(TINY | {"data.path": str(dataset_path), "model.attention": "reference"})
     settings, folder = read_settings(config), tmp_path_factory.mktemp("run")
-    with jax.set_mesh(make_mesh(settings.mesh)):
-        state = jax.jit(init_state, static_argnums=0)(settings)
+    generator = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda x: jax.device_put((0.1 * generator.standard_normal(x.shape)).astype(x.dtype), x.sharding),
+        abstract_state(settings, make_mesh(settings.mesh)),
+    )
     checkpoints = Checkpoints(str(folder), settings, open_dataset(dataset_path).manifest.fingerprint)
     checkpoints.save(30, state._replace(step=state.step * 0 + 30), {"step": 30}, None)
     checkpoints.wait()
