@@ -52,7 +52,7 @@ def kernels(command: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     KERNELS: kernels,
-    f"{PLAN} --mesh=fsdp=1": printed,
+    PLAN: printed,
     f"{PLAN} --topology=v4-16 --sweep": printed,
     f"{PLAN} --topology=v4-8,v4-32,v4-128,v4-512,v4-2048": printed,
 }
