@@ -146,7 +146,7 @@ def _fields(line: str, where: str) -> tuple[Any, int, str, str, Any]:
 
 def _item(where: str, doc: Any, by_index: dict[int, tuple[str, str, Any]], tokenizer: Tokenizer, length: int) -> Item:
     rows = [by_index[index] for index in sorted(by_index)]
-    labels = {repr(label) for _, _, label in rows}
+    labels = dict.fromkeys(repr(label) for _, _, label in rows)
     gold = rows[0][2] if len(rows) > 1 else 0
     if len(rows) > 1 and (len(labels) > 1 or type(gold) is not int or not 0 <= gold < len(rows)):
         raise InputError(f"{where}: label is {', '.join(labels)}; it must be the number of one of {len(rows)} answers")
