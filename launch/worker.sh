@@ -122,7 +122,7 @@ report() {
       ;;
     *)
       # A machine that goes away, and a slice that bills until this line is read, wait for the end of the log alone.
-      unsent_bytes=$((32 * part_bytes))
+      [ "$unsent_bytes" -lt $((32 * part_bytes)) ] || unsent_bytes=$((32 * part_bytes))
       ship 40
       ;;
   esac

@@ -143,7 +143,7 @@ def test_questions_with_too_long_an_answer_can_be_left_out(folder, tmp_path, cap
     assert "x: 1 questions cut from the left to 64 tokens, <BOS> kept" in said
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b\x08", gzip.compress(b"{")])
+@pytest.mark.parametrize("content", [b"\x1f\x8b\x08", gzip.compress(b"{", mtime=0)], ids=["cut", "no JSON"])
 def test_files_of_requests_that_are_damaged_are_named(content, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     (tmp_path / "x.jsonl.gz").write_bytes(content)
