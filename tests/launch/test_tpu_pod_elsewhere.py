@@ -85,6 +85,7 @@ def test_words_of_a_detached_watcher_are_nobody_elses_and_stay_what_they_are(clo
     os.kill(int(pid), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     cloud.trainer("-")
     process = cloud.start("submit", "--watch", *SUBMIT, "--internal-ips", "--network", "n", *TRAINER)
@@ -101,6 +102,7 @@ def test_network_options_of_a_run_are_known_on_another_machine(cloud):
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
     cloud.trainer("0")
     code, output = cloud.submit("--tunnel-through-iap", "--runtime-version", "v2-alpha-new")
@@ -181,6 +183,7 @@ def test_zones_are_tried_in_turn_while_there_are_no_machines(cloud):
     assert "ZONE=asia-east1-c\n" in cloud.object("run")
 
 
+@pytest.mark.slow
 def test_types_are_tried_in_turn_and_each_is_checked_before(cloud):
     cloud.attempts(["FAILED 8 There is no more capacity in the zone"], ["ACTIVE"])
     cloud.trainer("0")
@@ -192,6 +195,7 @@ def test_types_are_tried_in_turn_and_each_is_checked_before(cloud):
     assert len(cloud.calls("host.sh start")) == 1  # v4-8 has one host
 
 
+@pytest.mark.slow
 def test_somebody_is_told_of_preemption_and_end(cloud, tmp_path):
     cloud.attempts(["PROVISIONING", "SUSPENDED"], ["ACTIVE"])
     cloud.trainer("0")

@@ -29,6 +29,7 @@ def killed(cloud, condition: Callable[[], object]) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_hosts_that_cannot_write_to_the_bucket_end_the_run_after_two_slices(cloud):
     cloud.host(FAKE_READ_ONLY=1)
     cloud.environment["TPU_POD_POLL_SECONDS"] = "0.05"
@@ -38,6 +39,7 @@ def test_hosts_that_cannot_write_to_the_bucket_end_the_run_after_two_slices(clou
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+@pytest.mark.slow
 def test_slice_that_may_not_delete_itself_is_not_trained_on(cloud):
     cloud.host(FAKE_NO_TPU_ROLE=1)
     code, output = cloud.submit()
@@ -46,6 +48,7 @@ def test_slice_that_may_not_delete_itself_is_not_trained_on(cloud):
     assert cloud.state() == {"requests": {}, "created": 2} and not (cloud.folder / "starts-0").exists()
 
 
+@pytest.mark.slow
 def test_stock_outs_are_no_attempts(cloud):
     cloud.attempts([STOCK_OUT], [STOCK_OUT], [STOCK_OUT], ["ACTIVE"])
     cloud.trainer("0")
@@ -54,6 +57,7 @@ def test_stock_outs_are_no_attempts(cloud):
     assert cloud.state() == {"requests": {}, "created": 4}
 
 
+@pytest.mark.slow
 def test_quota_that_somebody_took_after_a_preemption_is_waited_for(cloud):
     cloud.trainer("-", "0")
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
@@ -89,6 +93,7 @@ def test_request_that_is_not_found_at_once_is_no_second_attempt(cloud):
     assert created(cloud) == 1 and cloud.object("events").count("attempt") == 3  # made, started, finished
 
 
+@pytest.mark.slow
 def test_lock_that_somebody_removed_does_not_end_the_watch(cloud):
     cloud.trainer("-", "0")
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
@@ -111,6 +116,7 @@ def test_slice_can_be_deleted_when_the_bucket_is_gone(cloud):
     assert cloud.state()["requests"] == {}
 
 
+@pytest.mark.slow
 def test_slice_whose_trainer_had_ended_is_used_for_what_was_mended(cloud):
     cloud.trainer("2 error: batch_size=3 must be a multiple of 8", "0")
     killed(cloud, lambda: "started" in cloud.object("events"))
@@ -121,6 +127,7 @@ def test_slice_whose_trainer_had_ended_is_used_for_what_was_mended(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_trainer_at_work_is_restarted_on_other_code_only_when_that_was_meant(cloud, tmp_path):
     cloud.repository = shutil.copytree(cloud.repository, tmp_path / "checkout")
     cloud.trainer("-", "0")

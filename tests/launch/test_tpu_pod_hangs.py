@@ -2,11 +2,14 @@
 
 import shutil
 
+import pytest
+
 from tests.support.cloud import SUBMIT, TRAINER
 
 from .test_tpu_pod_life import created
 
 
+@pytest.mark.slow
 def test_hanging_set_up_is_ended_and_tried_again(cloud):
     cloud.trainer("0")
     cloud.hang("host.sh setup")
@@ -16,6 +19,7 @@ def test_hanging_set_up_is_ended_and_tried_again(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_slice_that_is_preempted_while_its_set_up_hangs_is_replaced(cloud):
     cloud.trainer("0")
     cloud.hang("host.sh setup")
@@ -48,6 +52,7 @@ def test_delete_does_not_wait_for_hosts_that_hang(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_hanging_look_is_no_look(cloud):
     cloud.trainer("0")
     cloud.hang("queued-resources describe")
@@ -57,6 +62,7 @@ def test_hanging_look_is_no_look(cloud):
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 def test_request_whose_creation_hangs_after_it_was_taken_is_found(cloud):
     cloud.trainer("0")
     cloud.hang("queued-resources create", after=True)

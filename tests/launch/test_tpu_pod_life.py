@@ -36,6 +36,7 @@ def test_submitted_run_is_set_up_trained_and_its_slice_deleted(cloud):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_reclaimed_while_provisioning_and_while_active_it_is_made_again(cloud):
     reclaimed = ["PROVISIONING", "SUSPENDING", "FAILED 13 an internal error has occurred"]
     cloud.attempts(reclaimed, QUEUED)
@@ -48,6 +49,7 @@ def test_reclaimed_while_provisioning_and_while_active_it_is_made_again(cloud):
     assert cloud.state() == {"requests": {}, "created": 3}
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_named_and_ends_the_billing(cloud):
     cloud.trainer("3 error: the step does not fit")
     code, output = cloud.submit()
@@ -56,6 +58,7 @@ def test_out_of_memory_is_named_and_ends_the_billing(cloud):
     assert len((cloud.folder / "starts-0").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_crashes_are_restarted_up_to_a_limit(cloud):
     cloud.trainer(*["1 ValueError: broken"] * 9)
     code, output = cloud.submit()
@@ -98,6 +101,7 @@ def test_watcher_killed_at_any_moment_leaves_nothing_that_is_made_twice(cloud, m
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_network_errors_of_every_call_are_outlived(cloud):
     cloud.trainer("0")
     calls = ["runs/run/events", "objects describe", "tpu-vm describe", "tpu-vm ssh", "queued-resources delete run "]
@@ -118,6 +122,7 @@ def test_network_error_while_creating_makes_no_second_slice(cloud, after):
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 def test_rate_limit_is_waited_out(cloud):
     cloud.error("queued-resources create", RATE)
     cloud.trainer("0")
@@ -126,6 +131,7 @@ def test_rate_limit_is_waited_out(cloud):
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "words"), [(0, "no quota at all"), (32, "ask for more quota")])
 def test_quota_error_says_what_to_do_and_submit_goes_on_later(cloud, limit, words):
     cloud.error("queued-resources create", QUOTA.format(limit))

@@ -64,6 +64,7 @@ def test_slice_that_does_not_come_up_is_given_back(cloud):
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+@pytest.mark.slow
 def test_node_that_is_gone_while_the_request_looks_well_is_replaced(cloud):
     cloud.trainer("-", "0")
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
@@ -114,9 +115,8 @@ def test_second_submit_is_refused_and_a_take_over_ends_the_first(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("--zone", "europe-west4-a"), pytest.param("--type", "v4-8", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "value"), [("--zone", "europe-west4-a"), ("--type", "v4-8")])
 def test_run_that_has_a_slice_gets_no_second_one_elsewhere_until_that_is_deleted(cloud, option, value):
     cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
     cloud.trainer("0")
@@ -166,6 +166,7 @@ def test_slice_deletes_itself_when_nobody_watches(cloud):
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 def test_expired_login_leaves_the_slice_and_the_watcher_goes_on(cloud):
     cloud.trainer("-", "0")
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
@@ -180,6 +181,7 @@ def test_expired_login_leaves_the_slice_and_the_watcher_goes_on(cloud):
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux")
 def test_detached_run_goes_on_without_a_terminal(cloud, tmp_path):
     cloud.trainer("0")

@@ -72,6 +72,7 @@ def test_interrupted_watcher_ends_although_set_up_hangs(cloud):
     assert cloud.launcher_processes() == []
 
 
+@pytest.mark.slow
 def test_delete_does_not_wait_for_a_bucket_that_takes_nothing(cloud):
     cloud.trainer("-")
     watcher = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)

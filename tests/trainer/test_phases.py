@@ -23,6 +23,7 @@ def run(tmp_path, program: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_exception_ends_the_watch_and_its_time_has_its_cause(tmp_path):
     program = """
 with contextlib.suppress(OSError), phases("saving a checkpoint", "saving"):

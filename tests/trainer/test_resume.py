@@ -41,6 +41,7 @@ def test_interrupted_run_ends_bit_identical(
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_signal_exits_at_once_and_leaves_a_usable_workdir(start_trainer, run_until, finish, tmp_path):
     process = start_trainer(tmp_path, steps=100_000)
     run_until(process, "step 6 ")
@@ -55,12 +56,13 @@ def test_a_second_signal_exits_at_once_and_leaves_a_usable_workdir(start_trainer
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ending",
     [
         "killed",
-        pytest.param("second SIGTERM", marks=pytest.mark.slow),
-        pytest.param("too late", marks=pytest.mark.slow),
+        "second SIGTERM",
+        "too late",
     ],
 )
 def test_a_run_that_ends_between_commit_and_seal_of_a_checkpoint_loses_nothing(
@@ -93,6 +95,7 @@ def test_a_run_that_ends_between_commit_and_seal_of_a_checkpoint_loses_nothing(
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_sigterm_in_an_evaluation_loses_neither_its_point_nor_the_best_checkpoint(
     start_trainer, start_process, finish, assert_same_run, undisturbed, tmp_path
 ):

@@ -82,6 +82,7 @@ def padded(shape: list[int], order: str, tile: str) -> int:
     return math.prod(-(-size // side) * side for size, side in zip_longest(sizes, sides, fillvalue=1))
 
 
+@pytest.mark.slow
 @shipped_and_tiny
 def test_no_collective_moves_an_array_of_n_by_n(planned, name):
     plan, length = planned(name).plan, config_of(name).context_length
@@ -125,6 +126,7 @@ def test_the_table_fits_a_terminal_and_says_that_it_estimates(planned, name):
     assert "Estimates:" in made.output and f"{made.plan['step_ms']:.2f}" in made.output
 
 
+@pytest.mark.slow
 def test_only_gradients_cross_between_slices(planned):
     plan = planned("tiny").plan
     dcn = [row for row in plan["collectives"] if row["network"] == "DCN"]
@@ -150,6 +152,7 @@ def test_matmuls_stand_between_the_start_and_the_end_of_gathering_parameters_on_
     assert planned("tiny, one slice").plan["hidden_collectives_ms"] > 0
 
 
+@pytest.mark.slow
 def test_a_changed_size_changes_the_plan_by_as_much(planned):
     before, after = (planned(name).plan["hbm_bytes"] for name in ("tiny", "tiny, changed"))
     assert after["parameters"] - before["parameters"] == 512 * 128 * 4 / 2  # rows of the embedding, float32, fsdp=2

@@ -25,6 +25,7 @@ def pages(runs, killed, resumed, stopped, diverged, report_dataset, tmp_path_fac
     return {count: folder / str(count) / "index.html" for count in (1, 2, 12)}
 
 
+@pytest.mark.slow
 def test_pages_open_without_a_network_or_an_error_and_fit_their_windows(pages, tmp_path):
     with open_browser() as page:
         for count, path in pages.items():

@@ -104,9 +104,8 @@ def test_values_and_gradients_in_float32(case):
     assert_same(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "case", ["grouped_heads_and_padding", pytest.param("logits_beyond_the_bound", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["grouped_heads_and_padding", "logits_beyond_the_bound"])
 def test_values_and_gradients_in_bfloat16_twice_the_same(case):
     arrays, options = make(**CASES[case])
     arrays = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays[:5]] + arrays[5:]
@@ -184,6 +183,7 @@ def test_backward_in_chunks_of_queries(monkeypatch):
     assert_same(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_kernels_have_tiles_of_different_sizes(monkeypatch):
     monkeypatch.setattr(pallas_tpu_plan, "ELSEWHERE", pallas_tpu_plan.Tiling(256, 256, 256, 128, 2**24))
     arrays, options = make(**CASES["grouped_heads_and_padding"])
@@ -226,6 +226,7 @@ def test_rounding_errors_of_f_do_not_grow_with_the_length():
     assert errors[-1024:].max() < 1e-6
 
 
+@pytest.mark.slow
 def test_gradients_have_no_races_on_two_cores(capfd):
     """TPU interpret mode: VMEM, DMAs and the order of the grid are simulated, and unwritten memory reads as NaN."""
     arrays, options = make(130, heads=2, tau=1.0)

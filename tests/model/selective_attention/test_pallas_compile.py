@@ -40,6 +40,7 @@ def measure_generation(generation):
     return measure(f"--generations={generation}", f"--heads={HEADS}", f"--width={WIDTH}", f"--length={LENGTH}")
 
 
+@pytest.mark.slow
 @over_generations
 def test_bundles_stay_under_what_was_measured(generation, forward, backward, vmem):
     kernels = measure_generation(generation)

@@ -92,7 +92,8 @@ def test_digest_sees_a_flipped_bit_and_two_elements_swapped():
     assert found[0] == sum(bits * (index * 2_654_435_761 % 2**32 | 1)) % 2**32
 
 
-@pytest.mark.parametrize("reopen", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("reopen", [False, True])
 def test_last_two_multiples_of_four_and_the_best_are_kept(config, tmp_path, reopen):
     abstract = layout(config, data=8)
     state = random_state(config, abstract)
@@ -109,6 +110,7 @@ def test_last_two_multiples_of_four_and_the_best_are_kept(config, tmp_path, reop
     assert len(list((tmp_path / "checkpoints").glob("*.checksums.json"))) == 4
 
 
+@pytest.mark.slow
 def test_the_only_checkpoint_is_not_deleted_before_the_next_is_sealed(config, tmp_path, monkeypatch):
     config.update_from_flattened_dict({"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 0})
     state = random_state(config, layout(config, data=8))

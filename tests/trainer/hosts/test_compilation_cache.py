@@ -73,6 +73,7 @@ def flip(content: bytes, bit: int) -> bytes:
     return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_train_step_is_ever_run(trained, cache, tmp_path):
     entry = entry_of_train_step(trained[0])
     content = entry.read_bytes()
@@ -115,7 +116,8 @@ def test_a_program_under_the_key_of_another_is_damaged(cache, tmp_path):
     assert cache().get("other") is None
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_run_that_finds_a_flipped_bit_computes_the_same_and_repairs_it(
     trained, start_trainer, finish, loss_series, tmp_path, seed
 ):

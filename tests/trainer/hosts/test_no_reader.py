@@ -39,6 +39,7 @@ def test_a_pod_nobody_listens_to_trains_to_the_end(start_pod, run_until, tmp_pat
     assert (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_pod_whose_log_is_on_a_full_disk_trains_to_the_end(small_disk, start_pod, tmp_path, dataset_path):
     config = [f"--config.{name}={value}" for name, value in {**TINY, "data.path": dataset_path}.items()]
     pod = ["launch.emulate", "--hosts=1", "--devices-per-host=8", "--", "--config=configs/demo.py"]

@@ -45,12 +45,13 @@ def test_sigterm_on_one_host_saves_on_all_and_the_run_ends_bit_equal(
     assert sum(goodput["seconds"].values()) == pytest.approx(total, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "host"),
     [
-        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
+        (signal.SIGKILL, 0),
+        (signal.SIGKILL, 1),
+        (signal.SIGSTOP, 0),
         (signal.SIGSTOP, 1),
     ],
 )
