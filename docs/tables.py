@@ -2,7 +2,7 @@
 
     make results [ONLY=WORD]    # WORD: part of the command above a table, such as sweep
 
-A table follows a line that names its command and commit. Takes half an hour on two cores; no TPU is needed.
+A table follows a line that names its command and commit. Takes an hour on two cores; no TPU is needed.
 """
 
 import json
@@ -10,13 +10,17 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PLAN = "python -m launch.plan --config=configs/c4.py:d12"
 KERNELS = "python benchmarks/tpu_kernels.py --generations v4,v5e,v5p,v6e"
+DECODE = "python -m launch.plan --decode --memory-factor=1,4,16,47 --topology=v4-8 --config=configs/c4.py:"
 PARTS = {"forward": "forward", "backward": "backward", "fwd": "forward", "dkv": "backward", "dq": "backward"}
+FULL = {"standard": "full, standard model", "full": "full, selective model"}
 PROGRAMS = {"selective": "ours, selective", "standard": "ours, selection off", "splash": "splash, no selection"}
 
 
@@ -50,9 +54,41 @@ def kernels(command: str) -> str:
     return "\n".join(lines)
 
 
+def decoding(command: str) -> str:
+    """A row for each cache of a plan of decoding."""
+    with tempfile.NamedTemporaryFile() as file:
+        _output(f"{command} --json={file.name}")
+        return decoding_table(json.load(file)["plans"])
+
+
+def decoding_table(plans: list[dict[str, Any]]) -> str:
+    """The first of the plans is what the others are compared with."""
+    baseline = plans[0]["tokens_per_second_per_chip"]
+    lines = [
+        "| cache | slots a layer | batch | ms a step | HBM allows | tokens/s of a chip | | million tokens a dollar |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for plan in plans:
+        speed = plan["tokens_per_second_per_chip"]
+        cells = (
+            FULL.get(plan["name"], f"{plan['memory_factor']:.1f}x smaller"),
+            f"{sum(plan['budgets']) / len(plan['budgets']):,.0f}",
+            f"{plan['batch_size']:,}",
+            f"{plan['step_ms']:.2f}",
+            f"{plan['hbm_limit_ms']:.2f}",
+            f"{speed:,.0f}",
+            f"{speed / baseline:.1f}x",
+            f"{plan['tokens_per_dollar'] / 1e6:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     KERNELS: kernels,
     PLAN: printed,
+    f"{DECODE}d12,n2048": decoding,
+    f"{DECODE}d12,n2048 --batch=128": decoding,
     f"{PLAN} --topology=v4-16 --sweep": printed,
     f"{PLAN} --topology=v4-8,v4-32,v4-128,v4-512,v4-2048": printed,
 }

@@ -4,9 +4,13 @@
         [--json=OUT] [--hlo=OUT] [--price-per-chip-hour=DOLLARS] [--config.key=value]
     python -m launch.plan --config=configs/c4.py:d12 --topology=v4-32 --sweep [--mesh=tensor=1]
     python -m launch.plan --config=configs/c4.py:d12 --topology=v4-8,v4-16,v4-32 [--png=OUT]
+    python -m launch.plan --decode [--config=configs/c4.py:d12,n2048] --memory-factor 1,4,16,47 | --budgets FILE
+        [--topology=v4-8] [--batch=ROWS] [--mesh=tensor=4] [--json=OUT] [-o PNG]
 
 Compiles the very step that the trainer runs. The first form says whether it fits and how long a step should take, and
 tries what would make it fit; the second ranks meshes, `--mesh` holding axes fixed; the third shows how speed scales.
+The fourth compiles the step by which `inference_budget.Decoder` serves a model instead, for each cache: full ones, of
+this model and of the one without selection, and budgets, each at the largest batch that fits or at `--batch`.
 How times are estimated: launch/plan/times.py. Exit codes: 0, 2 a mistake in the command, 3 does not
 fit, 130 stopped by Ctrl-C.
 """
@@ -21,6 +25,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from launch.plan import chart, scaling, tables
+from launch.plan.decode.command import Asked, plan_decoding
 from launch.plan.planner import plan
 from launch.plan.remedies import try_remedies
 from launch.plan.result import Plan
@@ -37,8 +42,14 @@ MESH = flags.DEFINE_string("mesh", "", "Sizes of axes, e.g. data=4,fsdp=2,tensor
 SWEEP = flags.DEFINE_bool("sweep", False, "Compile all sensible meshes, and rank them.")
 JSON = flags.DEFINE_string("json", "", "File for the result as JSON.")
 HLO = flags.DEFINE_string("hlo", "", "File for the optimised program of a single plan.")
-PNG = flags.DEFINE_string("png", "", "File for a picture of how several topologies scale.")
+PNG = flags.DEFINE_string(
+    "png", "", "File for a picture of how several topologies scale, or of what smaller caches bring.", short_name="o"
+)
 PRICE = flags.DEFINE_float("price-per-chip-hour", 0.0, "Dollars; by default the list price.", lower_bound=0.0)
+DECODE = flags.DEFINE_bool("decode", False, "Plan decoding instead of training.")
+BUDGETS = flags.DEFINE_list("budgets", [], "With --decode: files that `launch.budgets search` wrote.")
+FACTORS = flags.DEFINE_list("memory-factor", [], "With --decode: uniform budgets, so many times smaller; 1 is full.")
+BATCH = flags.DEFINE_integer("batch", None, "With --decode: rows on the slice; by default the most that fit.")
 EXIT_STOPPED = 130  # by Ctrl-C, as shells say it
 
 
@@ -50,12 +61,17 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("libtpu") is None:
         _mistake("the TPU compiler is not installed; run: pip install -e '.[tpu]'")
     try:
-        names = [name.strip() for name in TOPOLOGY.value] or [CONFIG.value.mesh.topology]
+        names = [name.strip() for name in TOPOLOGY.value]
+        if CONFIG.value is not None:
+            names = names or [CONFIG.value.mesh.topology]
         _check_flags(names)
         topologies = _find(names)
         fixed = parse_mesh(MESH.value)
-        CONFIG.value.mesh.update(fixed)
-        code = _run(read_settings(CONFIG.value), topologies, fixed)
+        if DECODE.value:
+            code = _run_decode(topologies[0], fixed)
+        else:
+            CONFIG.value.mesh.update(fixed)
+            code = _run(read_settings(CONFIG.value), topologies, fixed)
     except ConfigError as error:
         _mistake(str(error))
     except RuntimeError as error:
@@ -96,6 +112,19 @@ def _run(config: Settings, topologies: list[Topology], fixed: dict[str, int]) ->
     return 0 if made.fits else EXIT_OUT_OF_MEMORY
 
 
+def _run_decode(topology: Topology, mesh: dict[str, int]) -> int:
+    """Plans decoding as the flags ask for, writes and prints it; the exit code."""
+    dollars, date = (PRICE.value, "") if PRICE.value else topology.list_price
+    asked = Asked(BUDGETS.value, FACTORS.value, BATCH.value, mesh, dollars)
+    config = None if CONFIG.value is None else read_settings(CONFIG.value).transformer
+    made = plan_decoding(config, topology, asked, date)
+    _write(made.to_json())
+    if PNG.value:
+        made.draw(PNG.value)
+    print(made.table())
+    return 0 if made.fits else EXIT_OUT_OF_MEMORY
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """The sizes of axes in a value of `--mesh`.
 
@@ -114,10 +143,18 @@ def parse_mesh(text: str) -> dict[str, int]:
 def _check_flags(names: list[str]) -> None:
     if SWEEP.value and len(names) > 1:
         raise ConfigError(f"--sweep takes one --topology, got {', '.join(names)}")
+    training = {"sweep": SWEEP.value, "slices": SLICES.value != 1, "hlo": bool(HLO.value)}
+    decoding = {"budgets": bool(BUDGETS.value), "memory-factor": bool(FACTORS.value), "batch": BATCH.value is not None}
+    for flag, given in (training if DECODE.value else decoding).items():
+        if given:
+            other = "training; leave it out with --decode" if DECODE.value else "decoding; give --decode too"
+            raise ConfigError(f"--{flag} is for {other}")
+    if DECODE.value and len(names) != 1:
+        raise ConfigError(f"--decode takes one --topology, got {', '.join(names) or 'none'}")
     single = not SWEEP.value and len(names) == 1
     if HLO.value and not single:
         raise ConfigError("--hlo is for a single plan; leave out --sweep, and give one --topology")
-    if PNG.value and (SWEEP.value or len(names) == 1):
+    if PNG.value and not DECODE.value and (SWEEP.value or len(names) == 1):
         raise ConfigError("--png is for several topologies, such as --topology=v4-8,v4-16,v4-32")
     for path in filter(None, (JSON.value, HLO.value, PNG.value)):
         if not Path(path).absolute().parent.is_dir():
@@ -142,5 +179,6 @@ def _mistake(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
+    message = "Flag --config must have a value other than None."  # as absl says it of a flag that is required
+    flags.register_validator("config", lambda config: config is not None or DECODE.value, message)
     app.run(main, flags_parser=parse_flags)

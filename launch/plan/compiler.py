@@ -15,14 +15,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from launch.plan import times
 from launch.plan.collectives import Collective, Network
 from launch.plan.hlo import Program
-from launch.plan.result import CollectiveRow, OversizedStep, Shortage, Step
+from launch.plan.result import CollectiveRow, Json, OversizedStep, Shortage, Step
 from launch.plan.schedule import environment
 from launch.slices import Topology, find
 from trainer.errors import ConfigError
@@ -38,44 +38,51 @@ def measure(config: Settings, topology: Topology, slices: int = 1) -> Step | Ove
       ConfigError: the mesh or the batch does not fit the slice.
       RuntimeError: compiling failed for another reason.
     """
+    request = {"config": dataclasses.asdict(config), "topology": topology.name, "slices": slices}
+    result = ask("launch.plan.compiler", request)
+    return Step(**result["step"]) if "step" in result else read_oversized(result["oversized"])
+
+
+def ask(module: str, request: Json) -> Json:
+    """What the process of `module`, whose main is `answer`, makes of a request that names a topology.
+
+    Raises:
+      ConfigError: as the process found.
+      RuntimeError: it ended without a result.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        request = {
-            "config": dataclasses.asdict(config),
-            "topology": topology.name,
-            "slices": slices,
-            "dump": f"{name}/dump",
-        }
-        (folder / "request").write_text(json.dumps(request))
-        command = [sys.executable, "-m", "launch.plan.compiler", f"{name}/request", f"{name}/result"]
+        (folder / "request").write_text(json.dumps(request | {"dump": f"{name}/dump"}))
+        command = [sys.executable, "-m", module, f"{name}/request", f"{name}/result"]
         variables = os.environ | environment(folder / "dump")
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
         if not (folder / "result").exists():
-            raise RuntimeError(f"compiling for {topology.name} failed:\n{done.stderr[-4000:]}")
-        result = json.loads((folder / "result").read_text())
+            raise RuntimeError(f"compiling for {request['topology']} failed:\n{done.stderr[-4000:]}")
+        result: Json = json.loads((folder / "result").read_text())
     if "mistake" in result:
         raise ConfigError(result["mistake"])
-    if "step" in result:
-        return Step(**result["step"])
-    oversized = result["oversized"]
-    return OversizedStep(**oversized | {"shortage": Shortage(**oversized["shortage"])})
+    return result
 
 
-def main() -> None:
-    """Compiles what REQUEST asks for."""
+def answer(made: Callable[[Json], Any]) -> None:
+    """Compiles what REQUEST asks for; `made` gives the dataclass of a step, or OversizedStep."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
-        config, topology = read_settings(request["config"]), find(request["topology"])
-        made = _compile(config, topology, request["slices"], Path(request["dump"]))
+        step = made(request)
     except ConfigError as error:
         result: dict[str, object] = {"mistake": str(error)}
     else:
-        result = {"step" if isinstance(made, Step) else "oversized": dataclasses.asdict(made)}
+        result = {"oversized" if isinstance(step, OversizedStep) else "step": dataclasses.asdict(step)}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
-def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> Step | OversizedStep:
+def read_oversized(values: Json) -> OversizedStep:
+    """What `answer` wrote of one."""
+    return OversizedStep(**values | {"shortage": Shortage(**values["shortage"])})
+
+
+def _compile(request: Json) -> Step | OversizedStep:
     import jax
 
     from trainer.checks import check_batch
@@ -83,6 +90,8 @@ def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> S
     from trainer.state import abstract_state
     from trainer.step import compile_train_step
 
+    config, topology = read_settings(request["config"]), find(request["topology"])
+    slices = request["slices"]
     if config.model.attention == "auto":
         config = changed(config, {"model.attention": "pallas"})  # what "auto" is on a TPU
     mesh = make_mesh(config.mesh, devices=list(topology.describe(slices).devices))
@@ -107,7 +116,7 @@ def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> S
     program = Program(text)
     operations = list(program.operations())
     network = Network(dict(mesh.shape), mesh.devices, topology, slices)
-    estimate = times.step_times(program, operations, network, dump)
+    estimate = times.step_times(program, operations, network, Path(request["dump"]))
     hbm_bytes = {
         "parameters": parameters,
         "optimizer": optimizer,
@@ -123,7 +132,7 @@ def _compile(config: Settings, topology: Topology, slices: int, dump: Path) -> S
         argument_bytes=memory.argument_size_in_bytes,
         step_ms_by_part=estimate.milliseconds,
         hidden_collectives_ms=estimate.hidden,
-        collectives=_rows(estimate.collectives),
+        collectives=collective_rows(estimate.collectives),
         moved_shapes=sorted({shape for c in estimate.collectives for shape in c.shapes}),
         matmul_flops=sum(o.flops * o.times for o in operations),
         unscaled_matmul_flops=sum(o.flops for o in program.operations(scale=False)),
@@ -147,7 +156,7 @@ def shortage(message: str) -> Shortage:
     return Shortage(" ".join(message.split())[:200])
 
 
-def _rows(collectives: Iterable[Collective]) -> list[CollectiveRow]:
+def collective_rows(collectives: Iterable[Collective]) -> list[CollectiveRow]:
     """One row for each kind, axes, group size and network; estimated milliseconds."""
     rows: dict[tuple[str, str, int, str], CollectiveRow] = {}
     for c in collectives:
@@ -162,4 +171,4 @@ def _rows(collectives: Iterable[Collective]) -> list[CollectiveRow]:
 
 
 if __name__ == "__main__":
-    main()
+    answer(_compile)

@@ -51,6 +51,12 @@ class Instruction:
         """The compiler's estimate, per chip; 0 where it makes none."""
         return int(_group(r'"estimated_cycles":"(\d+)"', self.text) or 0)
 
+    @property
+    def in_place(self) -> set[int]:
+        """Which of its results are operands that it updates."""
+        aliases = _group(r"output_to_operand_aliasing=\{(.*?\))\s*\}", self.text)
+        return {int(n or 0) for n in re.findall(r"\{(\d*)\}: \(", aliases)}
+
     def operands(self) -> list[str]:
         """The names of the instructions whose results it takes."""
         return re.findall(r"%([^\s,)]+)", self.text.split(")", 1)[0])

@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-# Of one core, for a step of d12 on an idle machine; larger models and longer contexts take longer.
+# Of one core, for a train step of d12 on an idle machine; larger models and longer contexts take longer.
 MINUTES = 1.5
 Result = TypeVar("Result")
 
 
-def compile_all(one: Callable[[Any], Result], of: Sequence[Any], what: str) -> list[Result]:
+def compile_all(one: Callable[[Any], Result], of: Sequence[Any], what: str, minutes: float = MINUTES) -> list[Result]:
     """`one(x)` for each x, several at once; in the order of `of`. Ctrl-C starts no more of them.
 
-    `what` they are is for the person who waits, such as "meshes".
+    `what` they are, such as "meshes", and how many minutes of a core each takes are for the person who waits.
     """
-    print(announcement(len(of), what, workers()), file=sys.stderr)
+    print(announcement(len(of), what, workers(), minutes), file=sys.stderr)
     with ThreadPoolExecutor(workers()) as pool:
         try:
             futures = [pool.submit(one, x) for x in of]
@@ -31,12 +31,12 @@ def compile_all(one: Callable[[Any], Result], of: Sequence[Any], what: str) -> l
         return [future.result() for future in futures]
 
 
-def announcement(number: int, what: str, at_once: int) -> str:
+def announcement(number: int, what: str, at_once: int, minutes: float = MINUTES) -> str:
     """How many compilations there are, and how long they should take."""
-    minutes = math.ceil(math.ceil(number / at_once) * MINUTES)
+    together = math.ceil(math.ceil(number / at_once) * minutes)
     return (
-        f"Compiling {number} {what}, {at_once} at once: roughly {minutes} minutes; Ctrl-C stops.\n"
-        f"({MINUTES} minutes of a core each, as d12 takes; larger models take longer.)"
+        f"Compiling {number} {what}, {at_once} at once: roughly {together} minutes; Ctrl-C stops.\n"
+        f"({minutes} minutes of a core each, as d12 takes; larger models take longer.)"
     )
 
 

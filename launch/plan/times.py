@@ -11,7 +11,7 @@ is in the order in which the chip runs it. Links serve one collective at a time,
 import collections
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.plan.collectives import Collective, Network
@@ -36,23 +36,32 @@ class Times:
         return sum(c.times * c.milliseconds for c in self.collectives) - self.milliseconds.get("collectives", 0.0)
 
 
-def step_times(program: Program, operations: Sequence[Operation], network: Network, dump: Path) -> Times:
-    """`dump` is the folder of the kernels' schedules."""
+def step_times(
+    program: Program,
+    operations: Sequence[Operation],
+    network: Network,
+    dump: Path,
+    part_of: Callable[[Operation], str] | None = None,
+) -> Times:
+    """The times of `operations`; `part_of` names a part of the step, by default one of a train step.
+
+    `dump` is the folder of the kernels' schedules.
+    """
+    part_of = part_of or part_of_training
     chip = network.topology.chip
     parts: dict[str, float] = collections.defaultdict(float)
     found: list[Collective] = []
     under_way: dict[str, float] = {}  # collectives that have started, and what of each is still to come
     calls: dict[str, list[str]] = collections.defaultdict(list)
     for operation in operations:
-        if body := _kernel(operation):
+        if body := kernel_body(operation):
             calls[body].append(operation.instruction.name)
     for operation in operations:
-        part, milliseconds = part_of(operation), 1e3 * operation.instruction.cycles / chip.clock
-        if body := _kernel(operation):
-            part = "attention kernel" if operation.instruction.name.startswith("selective_att") else "other kernels"
+        milliseconds = 1e3 * operation.instruction.cycles / chip.clock
+        if body := kernel_body(operation):
             cycles = kernel_cycles(dump, calls[body], body) / chip.cores
             milliseconds = 1e3 * max(cycles / chip.clock, _hbm_seconds(program, operation, chip))
-        parts[part] += operation.times * milliseconds
+        parts[part_of(operation)] += operation.times * milliseconds
         _hide(under_way, milliseconds)
         here = network.collectives(operation)
         waited = sum(c.milliseconds for c in here)
@@ -73,8 +82,10 @@ def _hide(under_way: dict[str, float], milliseconds: float) -> None:
         milliseconds -= hidden
 
 
-def part_of(operation: Operation) -> str:
-    """Which part of the step an operation of XLA's belongs to, by what it computes and where it was traced."""
+def part_of_training(operation: Operation) -> str:
+    """Which part of a train step an operation belongs to, by what it computes and where it was traced."""
+    if kernel_body(operation):
+        return "attention kernel" if operation.instruction.name.startswith("selective_att") else "other kernels"
     if operation.flops:
         return "matmuls"
     where = operation.instruction.op_name
@@ -85,14 +96,18 @@ def part_of(operation: Operation) -> str:
     return "elementwise in layers" if "/layer/" in where else "loss and embedding"
 
 
-def _kernel(operation: Operation) -> str:
+def kernel_body(operation: Operation) -> str:
     """The base64 of a Pallas kernel's program; empty if it is none."""
     found = re.search(r'"body":"([^"]+)"', operation.instruction.text)
     return found[1] if found else ""
 
 
 def _hbm_seconds(program: Program, operation: Operation, chip: Generation) -> float:
-    """What a kernel reads and writes of HBM, each array once, at the published bandwidth."""
-    operands = [program.instructions[name].arrays[:1] for name in dict.fromkeys(operation.instruction.operands())]
-    moved = sum(a.bytes for arrays in (operation.instruction.arrays, *operands) for a in arrays if a.space == 0)
+    """What a kernel reads and writes of HBM, each array once, at the published bandwidth; of one that it updates in
+    place, what it writes is taken to be little beside what it reads.
+    """
+    instruction = operation.instruction
+    operands = [program.instructions[name].arrays[:1] for name in dict.fromkeys(instruction.operands())]
+    results = [a for n, a in enumerate(instruction.arrays) if n not in instruction.in_place]
+    moved = sum(a.bytes for arrays in (results, *operands) for a in arrays if a.space == 0)
     return moved / chip.hbm_bandwidth

@@ -95,7 +95,8 @@ def decode_step(model: Transformer, cache: Cache, tokens_B: Array) -> tuple[Arra
     traced, so that nothing here can check it.
     """
     position_B1 = cache.position[:, None]
-    attends = [functools.partial(layer.attend, cache.position) for layer in cache.layers]
+    scoped = jax.named_scope("cache")  # so that profiles and the plan of decoding tell it from the projections
+    attends = [scoped(functools.partial(layer.attend, cache.position)) for layer in cache.layers]
     x_B1E, layers = run_layers(model, model.embed(tokens_B[:, None], position_B1), position_B1, attends)
     return _logits(model, x_B1E)[:, 0], Cache(cache.position + 1, layers)
 
