@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, P
 
 from selective_attention import Cache, TransformerConfig, partition_spec, reshard
 from selective_attention.transformer.decoding import decode_step
@@ -112,9 +112,24 @@ def admit(rows: Rows, row: Array, logits_1V: Array, lane: Cache, asked: Asked) -
     """The rows with one of them replaced, all of it, by a prompt that was taken in."""
 
     def put(x: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(x, new[0].astype(x.dtype), row, axis=0)
+        new = new.astype(x.dtype)
+        if jax.sharding.get_abstract_mesh().empty:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0)
+        spec = jax.typeof(x).sharding.spec
+        whole = P(None, *spec[1:])
+        replace = functools.partial(_replace_on_shard, batch_axes=spec[0])
+        mapped = jax.shard_map(replace, in_specs=(spec, whole, P()), out_specs=spec, check_vma=False)
+        return mapped(x, jax.reshard(new, whole), row)
 
     return jax.tree.map(put, rows, Rows(lane, logits_1V, asked))
+
+
+def _replace_on_shard(x: Array, new: Array, row: Array, *, batch_axes: Any) -> Array:
+    """Replaces one of all shards' rows, if this shard has it."""
+    row = row - (0 if batch_axes is None else jax.lax.axis_index(batch_axes) * x.shape[0])
+    held = jax.lax.dynamic_slice_in_dim(x, row, 1)  # of another row, if it is not here
+    new = jnp.where((row >= 0) & (row < x.shape[0]), new, held)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnums=2)

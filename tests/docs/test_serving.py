@@ -95,6 +95,16 @@ def test_the_commands_of_the_serving_page_work_after_its_own_installation(enviro
     assert (trained / "budgets.html").exists()
 
 
+def test_the_page_s_file_of_prompts_is_completed(trained):
+    _, commands, *others = blocks(ROOT / "docs" / "serving.md", "sh")
+    (generate,) = (block for block in others if "inference_budget generate" in block)
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    if not (trained / "budgets.json").exists():
+        run(commands.splitlines(keepends=True)[0] + commands.splitlines()[1], trained, here)
+    assert "completions.jsonl: 2 prompts" in run(generate, trained, here)
+    assert (trained / "completions.jsonl").read_text().count('"text": ') == 2
+
+
 def test_the_page_s_folder_for_transformers_loads_and_generates(trained):
     pytest.importorskip("transformers")
     _, commands, *others = blocks(ROOT / "docs" / "serving.md", "sh")
