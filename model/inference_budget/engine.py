@@ -172,8 +172,9 @@ class Engine:
             cancelled = [self._live[number] for number in sorted(self._cancelled)]
             self._cancelled.clear()
             news = [self._ended_early(live) for live in cancelled]
-        for batch in self._batches.values():
-            news += batch.step()
+        rounds = [(batch, batch.start()) for batch in self._batches.values()]  # the device has all before one is read
+        for batch, drawn in rounds:
+            news += [] if drawn is None else batch.read(drawn)
         with self._lock:
             for live, progress in news:
                 if progress.finish_reason is not None:
@@ -231,18 +232,34 @@ class _Batch:
         else:
             self.waiting.remove(live)
 
-    def step(self) -> list[_News]:
-        """Fills free rows, then decodes; on the device a chunk of the next prompt follows while the host reads."""
+    def start(self) -> Drawn | None:
+        """Fills free rows, then starts a round, which a chunk of the next prompt follows while the host reads."""
         for _ in range(self._held.count(None)):  # the more rows are free, the more decoding waits for prompts
             self._take_chunk()
             self._fill_row()
         if not any(self._held):
-            return []
+            return None
         going_B = np.array([live is not None for live in self._held])
         hurry = np.bool_(self._lane is not None or bool(self.waiting))
         self._rows, drawn = decode_rows(*self._model, self._rows, going_B, hurry, steps=self._steps)
         self._take_chunk()
-        return self._read(drawn)
+        return drawn
+
+    def read(self, drawn: Drawn) -> list[_News]:
+        """What came out for each request, those that ended in their order; their rows are free."""
+        tokens_CB = np.asarray(drawn.tokens)
+        scored = any(live is not None and live.request.logprobs is not None for live in self._held)
+        scores = [np.asarray(x) for x in drawn[1:]] if scored else []
+        news: list[tuple[int, _News]] = []
+        for row, live in enumerate(self._held):
+            if live is None:
+                continue
+            new = tokens_CB[tokens_CB[:, row] != NOTHING, row].tolist()
+            progress = live.take(new, [x[: len(new), row] for x in scores])
+            news.append((len(new), (live, progress)))
+            if progress.finish_reason is not None:
+                self._held[row] = None
+        return [one for _, one in sorted(news, key=lambda one: one[0])]
 
     def _take_chunk(self) -> None:
         """Takes in the next tokens of the prompt in the lane, or of the first that waits."""
@@ -271,19 +288,3 @@ class _Batch:
         asked = asked_of(lane.live.request, self._vocab_size)
         self._rows = admit(self._rows, np.int32(row), lane.logits_1V, lane.cache, asked)
         self._held[row], self._lane = lane.live, None
-
-    def _read(self, drawn: Drawn) -> list[_News]:
-        """What came out for each request, those that ended in their order; their rows are free."""
-        tokens_CB = np.asarray(drawn.tokens)
-        scored = any(live is not None and live.request.logprobs is not None for live in self._held)
-        scores = [np.asarray(x) for x in drawn[1:]] if scored else []
-        news: list[tuple[int, _News]] = []
-        for row, live in enumerate(self._held):
-            if live is None:
-                continue
-            new = tokens_CB[tokens_CB[:, row] != NOTHING, row].tolist()
-            progress = live.take(new, [x[: len(new), row] for x in scores])
-            news.append((len(new), (live, progress)))
-            if progress.finish_reason is not None:
-                self._held[row] = None
-        return [one for _, one in sorted(news, key=lambda one: one[0])]

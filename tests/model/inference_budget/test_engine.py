@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import random
 import resource
+import threading
 
 import jax
 import numpy as np
@@ -125,6 +126,24 @@ def test_progress_adds_up_to_completions(model, expected):
     assert engine.step() == []
 
 
+def test_other_threads_submit_while_it_runs(model, expected):
+    engine = Engine(model, BUDGETS, SELECTIVE, rows=2, steps=3)
+    places: dict[int, int] = {}
+
+    def submit() -> None:
+        for place, request in enumerate(GREEDY * 4):
+            places[engine.submit(request)] = place % 5
+
+    threads = [threading.Thread(target=submit) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    done = {}
+    while engine.pending or any(thread.is_alive() for thread in threads):
+        done |= {completion.number: completion.tokens for completion in engine}
+    assert sorted(done) == list(range(60))
+    assert all(tokens == expected[places[number]] for number, tokens in done.items())
+
+
 def test_cancelled_requests_leave_queue_lane_and_row_to_others(model, expected):
     engine = Engine(model, BUDGETS, SELECTIVE, rows=1, steps=2, block=4)
     numbers = [engine.submit(request) for request in GREEDY]
@@ -151,14 +170,11 @@ def test_what_a_free_row_holds_never_leaks(model, expected):
         return x * float("nan") if np.issubdtype(x.dtype, np.floating) else x
 
     batch._rows = jax.tree.map(poisoned, batch._rows)
-    for number, request in enumerate(GREEDY[:3]):  # one row stays free
-        engine.submit(request)
-        engine.step()
-        assert number < 3
-    engine.submit(GREEDY[3])
-    engine.submit(GREEDY[4])
-    found = {done.number: done.tokens for done in engine}
-    assert [found[number] for number in sorted(found)] == expected[-len(found) :]
+    few, rest = list(enumerate(GREEDY[:3])), list(enumerate(GREEDY))[3:]
+    found = answers(engine, few)
+    assert np.isnan(batch._rows.logits[3]).all()  # it has stayed free
+    found |= answers(engine, rest)
+    assert [found[n][0] for n in range(5)] == expected
 
 
 def test_few_programs_are_compiled_whatever_is_asked_for(compiled):
