@@ -100,7 +100,7 @@ def test_a_killed_command_is_completed_by_the_same_command(folder, tmp_path):
 
 def test_text_is_taken_and_given_with_a_tokenizer(dataset_path, tmp_path):
     tokenizer = Tokenizer.from_file(dataset_path / "tokenizer.model")
-    model = make_model(vocab_size=tokenizer.vocab_size + 4)
+    model = make_model(vocab_size=tokenizer.vocab_size + 4, num_layers=1)
     export_safetensors(model, tmp_path / "export")
     (tmp_path / "export" / "tokenizer.model").write_bytes(tokenizer.model)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The", "num_tokens": 5, "stop_ids": []}\n')
@@ -108,7 +108,7 @@ def test_text_is_taken_and_given_with_a_tokenizer(dataset_path, tmp_path):
     main(["generate", f"--checkpoint={tmp_path / 'export'}", *files, "--temperature=0", "--rows=1"])
     done = read(tmp_path / "out.jsonl")[1]
     prompt = [tokenizer.bos_id, *tokenizer.encode("The")]
-    full = Decoder(model, Budgets.full(2, LENGTH), POLICIES["oldest"])
+    full = Decoder(model, Budgets.full(1, LENGTH), POLICIES["oldest"])
     assert done["tokens"] == full.generate([prompt], 5, temperature=0)[0]
     assert done["text"] == tokenizer.decode([token for token in done["tokens"] if token < tokenizer.vocab_size])
 
