@@ -78,7 +78,8 @@ def _complete(loaded: Loaded, output: CompletionFile) -> None:
         lines[engine.submit(line.request)] = line
     progress = _Progress(len(lines))
     for completion in engine:
-        text = None if loaded.tokenizer is None else loaded.tokenizer.decode(completion.tokens)
+        prompt, tokens = completion.request.prompt, completion.tokens
+        text = None if loaded.tokenizer is None else loaded.tokenizer.continuation(prompt, tokens)
         output.write(lines.pop(completion.number), completion, text)
         progress.completed(completion.drawn_tokens)
     progress.end(output.path)

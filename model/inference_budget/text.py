@@ -45,6 +45,11 @@ class TextTokenizer:
         """A prompt: <BOS>, and the ids of the text."""
         return [self.bos_id, *self._processor.encode(text)]
 
+    def continuation(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text that tokens add to that of a prompt; some tokenizers drop the space that a text begins with."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *tokens])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(tokens)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without that of special ones and of those beyond the tokenizer's."""
         return self._processor.decode([token for token in tokens if token < self.vocab_size])

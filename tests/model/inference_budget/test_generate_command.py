@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from data.tokenizer import Tokenizer
 from inference_budget import POLICIES, Budgets, Decoder, save_budgets
 from inference_budget.__main__ import main
+from inference_budget.text import TextTokenizer
 from selective_attention import export_safetensors, import_safetensors
 from tests.support.small_model import LENGTH, make_model, make_tokens
 
@@ -111,6 +113,18 @@ def test_text_is_taken_and_given_with_a_tokenizer(dataset_path, tmp_path):
     full = Decoder(model, Budgets.full(1, LENGTH), POLICIES["oldest"])
     assert done["tokens"] == full.generate([prompt], 5, temperature=0)[0]
     assert done["text"] == tokenizer.decode([token for token in done["tokens"] if token < tokenizer.vocab_size])
+
+
+def test_a_continuation_keeps_its_first_space(tmp_path):
+    """With a tokenizer that puts a space before every text, and takes it off again."""
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        texts = iter(["the cat sat on the mat", "a dog ran over the hill"] * 50)
+        options = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "hard_vocab_limit": False, "minloglevel": 2}
+        SentencePieceTrainer.train(sentence_iterator=texts, model_writer=file, vocab_size=60, **options)
+    tokenizer = TextTokenizer(tmp_path)
+    prompt, whole = tokenizer.encode("the cat"), tokenizer.encode("the cat sat")
+    assert whole[: len(prompt)] == prompt
+    assert tokenizer.continuation(prompt, whole[len(prompt) :]) == " sat"
 
 
 @pytest.mark.parametrize(
