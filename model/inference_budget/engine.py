@@ -156,7 +156,7 @@ class Engine:
 
     def step(self) -> list[Progress]:
         """Takes in chunks of prompts and draws up to `steps` tokens in each row: what came out since the last call, in
-        the order in which requests ended. Without anything to do it is empty, at once.
+        the order in which requests of a class ended. Without anything to do it is empty, at once.
         """
         return [progress for _, progress in self._look()]
 
