@@ -53,3 +53,18 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without that of special ones and of those beyond the tokenizer's."""
         return self._processor.decode([token for token in tokens if token < self.vocab_size])
+
+    def pieces(self) -> list[bytes]:
+        """The bytes of text that each token stands for; special ones have none."""
+        return [self._bytes(token) for token in range(self.vocab_size)]
+
+    def _bytes(self, token: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(token):
+            return b""
+        if processor.is_unknown(token):
+            return processor.decode([token]).encode()
+        piece: str = processor.id_to_piece(token)
+        if processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0x0A>
+        return piece.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
