@@ -72,6 +72,12 @@ def test_the_library_s_page_needs_no_more_than_it_installs(environment, sources,
     run("python first.py && python page.py && python typed.py", tmp_path, environment)
 
 
+def test_the_server_needs_no_more_than_its_extra(environment, sources):
+    (block,) = (block for block in blocks(ROOT / "docs" / "serving.md", "sh") if "[serve]" in block)
+    run(block.splitlines()[0], sources, environment)
+    run("python -c 'import inference_budget.server.process'", sources, environment)
+
+
 @pytest.fixture(scope="module")
 def trained(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `runs/demo`: a dataset, a selective model, and a standard one that has learned less."""

@@ -21,6 +21,8 @@ from .errors import ApiError
 from .metrics import Metrics
 from .worker import Answers, Worker
 
+PARSERS = 4  # bodies that are looked at together
+BODIES = 32  # times the limit of one: bytes of all that have not been looked at, at most
 LEFT = 499  # the status under which a request is counted whose client went away
 EVENTS: Message = {
     "type": "http.response.start",
@@ -81,12 +83,13 @@ class Completions:
     def __init__(self, served: Served, worker: Worker, metrics: Metrics, max_body: int, body_seconds: float) -> None:
         self._served, self._worker, self._metrics = served, worker, metrics
         self._max_body, self._body_seconds = max_body, body_seconds
+        self._parsers, self._unparsed = asyncio.Semaphore(PARSERS), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
         request = Request(scope, receive)
         try:
-            asked = await run_in_threadpool(parse, await self._read(request), self._served)
+            asked = await self._parsed(request)
             started = time.monotonic()
             with self._worker.submitted(_generations(asked)) as answers:
                 await _unless_gone(receive, self._answer(asked, answers, started, request, send))
@@ -100,20 +103,29 @@ class Completions:
         finally:
             self._metrics.requests.labels(str(status)).inc()
 
-    async def _read(self, request: Request) -> bytes:
+    async def _parsed(self, request: Request) -> CompletionRequest:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the body must be JSON; send Content-Type: application/json")
-        parts, size = [], 0
+        body = bytearray()
         try:
+            self._check_room(int(request.headers.get("content-length", 0)))  # which is checked to be a number
             async with asyncio.timeout(self._body_seconds):
                 async for part in request.stream():
-                    parts.append(part)
-                    size += len(part)
-                    if size > self._max_body:
-                        raise ApiError(413, f"the body is larger than {self._max_body} bytes, the most that is taken")
+                    body += part
+                    self._unparsed += len(part)
+                    self._check_room(len(body))
+            async with self._parsers:
+                return await run_in_threadpool(parse, bytes(body), self._served)
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {self._body_seconds:g} seconds") from None
-        return b"".join(parts)
+        finally:
+            self._unparsed -= len(body)
+
+    def _check_room(self, size: int) -> None:
+        if size > self._max_body:
+            raise ApiError(413, f"the body is larger than {self._max_body} bytes, the most that is taken")
+        if self._unparsed > BODIES * self._max_body:
+            raise ApiError(503, "too many requests arrive at once; try again later", headers={"Retry-After": "1"})
 
     async def _answer(
         self, asked: CompletionRequest, answers: Answers, started: float, request: Request, send: Send

@@ -22,6 +22,9 @@ KNOWN = (
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "stop", "stop_token_ids",
     "stream", "stream_options", "logprobs", "seed", "user", "budget", *NEUTRAL,
 )  # fmt: skip
+MAX_FIELDS = 100
+# Of one answer, tokens and the likeliest ones beside them: what is kept in memory until a client has read it.
+MAX_VALUES = 1 << 20
 SEEDS = 1 << 32
 GOLDEN = 0x9E3779B1  # an odd number: no two choices of a request have one seed
 
@@ -115,9 +118,8 @@ def parse(body: bytes, served: Served) -> CompletionRequest:
     n = fields.whole("n", 1, served.max_sequences) or 1
     if content.get("best_of") not in (None, n):
         raise invalid("best_of", f"best_of={content['best_of']!r} is not supported unless it is n, which is {n}")
-    if n * len(prompts) > served.max_sequences:
-        what = f"{len(prompts)} prompts with n={n} are {n * len(prompts)} continuations"
-        raise invalid("n", f"{what}; this server takes at most {served.max_sequences} of a request")
+    logprobs = fields.whole("logprobs", 0, served.max_logprobs)
+    _check_size(n, len(prompts), max_tokens, logprobs, served)
     temperature = fields.number("temperature", 0, MAX_TEMPERATURE)
     seed = fields.whole("seed", -(1 << 63), (1 << 63) - 1)
     stream = fields.flag("stream")
@@ -132,7 +134,7 @@ def parse(body: bytes, served: Served) -> CompletionRequest:
         top_k=fields.whole("top_k", 1, served.vocab_size),
         stop=_stops(content.get("stop")),
         stop_ids=(served.tokenizer.eos_id, *_stop_ids(content.get("stop_token_ids"), served)),
-        logprobs=fields.whole("logprobs", 0, served.max_logprobs),
+        logprobs=logprobs,
         seed=secrets.randbelow(SEEDS) if seed is None else seed % SEEDS,
         stream=stream,
         include_usage=_include_usage(content.get("stream_options"), stream),
@@ -148,6 +150,8 @@ def _object(body: bytes) -> dict[str, Any]:
         raise invalid(None, f"the body is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise invalid(None, f"the body must be a JSON object, not {_kind(content)}")
+    if len(content) > MAX_FIELDS:
+        raise invalid(None, f"the body has {len(content)} fields; this server reads at most {MAX_FIELDS}")
     return content
 
 
@@ -157,9 +161,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _check_name(name: str) -> None:
     """Refuses what is one slip away from a field; other fields pass, as with other servers, for clients send many."""
-    near = difflib.get_close_matches(name, KNOWN, 1, 0.85)
-    if near and name not in KNOWN:
-        raise invalid(name[:64], f"there is no field {name[:64]!r}; {near[0]!r} is the nearest")
+    if name in KNOWN or len(name) > 2 * max(map(len, KNOWN)):
+        return
+    for near in difflib.get_close_matches(name, KNOWN, 1, 0.85):
+        raise invalid(ascii(name)[1:-1], f"there is no field {name!r}; {near!r} is the nearest")
 
 
 def _model(name: str | None, budget: str | None, served: Served) -> tuple[str, str]:
@@ -175,6 +180,15 @@ def _model(name: str | None, budget: str | None, served: Served) -> tuple[str, s
     if budget is not None and by_name not in ("", budget):
         raise invalid("budget", f"budget={budget!r} contradicts the model {name!r}; leave one of them out")
     return name, budget or by_name or served.budget_classes[0]
+
+
+def _check_size(n: int, prompts: int, max_tokens: int, logprobs: int | None, served: Served) -> None:
+    sequences, what = n * prompts, f"{prompts} prompts with n={n} are {n * prompts} continuations"
+    if sequences > served.max_sequences:
+        raise invalid("n", f"{what}; this server takes at most {served.max_sequences} of a request")
+    if (values := sequences * max_tokens * (1 + (logprobs or 0))) > MAX_VALUES:
+        what = f"{what} of max_tokens={max_tokens}, with logprobs={logprobs or 0} beside each token {values} values"
+        raise invalid("max_tokens", f"{what}; this server answers a request with at most {MAX_VALUES}")
 
 
 def _prompts(value: Any, max_tokens: int, served: Served) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,6 +130,16 @@ def test_another_model_is_not_found(served, name):
     assert len(str(error.value)) < 300
 
 
+def test_an_answer_has_an_end():
+    tokenizer = SimpleNamespace(bos_id=BOS, eos_id=EOS)
+    served = Served("small", tokenizer, ("default",), 2048, 400, max_sequences=1000, max_logprobs=20)  # type: ignore
+    fields = {"prompt": [BOS], "n": 100, "max_tokens": 2000}
+    assert parsed(served, **fields, logprobs=4).n == 100
+    with pytest.raises(ApiError, match="n=100 are 100 continuations of max_tokens=2000, with logprobs=5") as error:
+        parsed(served, **fields, logprobs=5)
+    assert error.value.body["error"]["param"] == "max_tokens"
+
+
 def test_too_long_a_prompt_has_openai_s_code(served):
     with pytest.raises(ApiError) as error:
         parsed(served, prompt=[BOS] * 60)
@@ -143,6 +154,7 @@ BODIES = {
     b"null": "must be a JSON object, not null",
     b'{"temperature": NaN}': "NaN is no number of JSON",
     b'{"temperature": -Infinity}': "-Infinity is no number of JSON",
+    json.dumps(dict.fromkeys(map(str, range(101)))).encode(): "the body has 101 fields",
     b'{"n": ' + b"9" * 5000 + b"}": "is not JSON",
     b'{"prompt": ' + b"[" * 200_000: "nested too deeply",
 }

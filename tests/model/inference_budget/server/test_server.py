@@ -165,6 +165,8 @@ BAD = [
     ("POST", "/v1/completions", b'{"model": "small", "prompt": {}}', {}, 400, "prompt must be"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": [5]}', {}, 400, "must begin with <BOS>"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "\\ud800"}', {}, 400, "surrogate"),
+    ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "max_token\\ud800": 1}', {}, 400, "'max_tokens' is the nearest"),
+    ("POST", "/v1/completions", b'{"model": "\\ud800", "prompt": "a"}', {}, 404, "there is no model"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "n": 9999}', {}, 400, "n must be from 1"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "echo": true}', {}, 400, "echo is not supported"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "top_p": NaN}', {}, 400, "NaN is no number"),
@@ -215,6 +217,9 @@ def test_a_body_that_does_not_end_is_refused_and_its_connection_closed(server):
     with server.connected() as connection:
         connection.sendall(head + b"Content-Length: 1000\r\n\r\n{")
         assert b" 408 " in connection.makefile("rb").read().splitlines()[0]
+    with server.connected() as connection:
+        connection.sendall(head + b"Content-Length: 99999999999\r\n\r\n")
+        assert b" 413 " in connection.makefile("rb").readline()
     with server.connected() as connection:
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         with pytest.raises(OSError):
