@@ -165,7 +165,7 @@ BAD = [
     ("POST", "/v1/completions", b'{"model": "small", "prompt": {}}', {}, 400, "prompt must be"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": [5]}', {}, 400, "must begin with <BOS>"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "\\ud800"}', {}, 400, "surrogate"),
-    ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "max_token\\ud800": 1}', {}, 400, "'max_tokens' is the nearest"),
+    ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "max_token\\ud800": 1}', {}, 400, "is the nearest"),
     ("POST", "/v1/completions", b'{"model": "\\ud800", "prompt": "a"}', {}, 404, "there is no model"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "n": 9999}', {}, 400, "n must be from 1"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "echo": true}', {}, 400, "echo is not supported"),

@@ -66,7 +66,7 @@ STOPS = st.lists(st.text("abcé", min_size=1, max_size=4), max_size=3)
 @given(st.lists(st.integers(0, len(PIECES) - 1), max_size=12), STOPS)
 @example([0, 1, 4], ["abc", "b"])
 @example([0, 6, 7, 1], ["é"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_stop_string_ends_the_text_before_it_wherever_tokens_end(tokens, stops):
     """Against a search in the whole text after each token."""
     found: list[int] = []
