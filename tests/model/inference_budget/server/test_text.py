@@ -47,6 +47,18 @@ def test_random_tokens_read_like_sentencepiece_decodes_them(tokenizer, pieces, o
         assert "".join(streamed(pieces, ids)) == oracle.decode(ids)
 
 
+def test_a_continuation_keeps_the_spaces_of_a_tokenizer_that_begins_texts_with_one(tmp_path):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        texts = iter(["the cat sat on the mat", "a dog ran over the hill"] * 50)
+        options = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "hard_vocab_limit": False, "minloglevel": 2}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=file, vocab_size=60, **options)
+    tokenizer, rng = TextTokenizer(tmp_path), random.Random(0)
+    pieces = tokenizer.pieces()
+    for _ in range(1000):
+        ids = rng.choices(range(tokenizer.vocab_size), k=rng.randrange(6))
+        assert "".join(streamed(pieces, ids)) == tokenizer.continuation(tokenizer.encode("the cat"), ids)
+
+
 @pytest.mark.parametrize("text", ["  two  spaces \n\ttab ", "naïve 😀 日本語 e\u0301", "", "\x00", "\ufffd <s> <0x41>"])
 def test_a_text_comes_back_as_it_was(tokenizer, pieces, text):
     assert "".join(streamed(pieces, tokenizer.encode(text))) == text
