@@ -3,9 +3,10 @@
     python -m trainer.export --workdir=DIR [--output=FOLDER]
     python -m trainer.export CHECKPOINT --format=hf -o FOLDER [--dtype=bfloat16] [--tokenizer=PATH]
 
-The first has the format of `selective_attention.export_safetensors`, by default in DIR/export/STEP, where a checkpoint
-that was exported before is left as it is. The second is a folder for `transformers`; CHECKPOINT is a workdir, too, or a
-folder that the first command or `trainer.import_hf` wrote. Both print the folder.
+The first has the format of `selective_attention.export_safetensors`, beside it the `tokenizer.model` of the run's
+dataset if that is still there. By default it is in DIR/export/STEP, where a checkpoint that was exported before is left
+as it is. The second is a folder for `transformers`; CHECKPOINT is a workdir, too, or a folder that the first command or
+`trainer.import_hf` wrote. Both print the folder.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from data import DataError, open_dataset
+from data.manifest import TOKENIZER_FILE
 from selective_attention import Transformer, TransformerConfig, export_safetensors
 from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
@@ -82,16 +85,18 @@ def export(workdir: str, output: str | None = None) -> Path:
         raise ConfigError(
             f"an export is written on this machine, not to {output or workdir}; give a folder with --output"
         )
-    model, _, step = load_model(workdir)
+    model, settings, step = load_model(workdir)
     folder = Path(output) if output else Path(workdir) / "export" / str(step)
     if output is None and folder.exists():
         return folder
     if output is not None:
         export_safetensors(model, folder)
+        _copy_tokenizer(workdir, settings, step, folder)
         return folder
     partial = folder.with_name(f".partial-{uuid.uuid4().hex}")  # tempfile would keep others from reading it
     try:
         export_safetensors(model, partial)
+        _copy_tokenizer(workdir, settings, step, partial)
         os.rename(partial, folder)
     except OSError:
         if not folder.exists():  # or another process was quicker
@@ -99,6 +104,18 @@ def export(workdir: str, output: str | None = None) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _copy_tokenizer(workdir: str, settings: Settings, step: int, folder: Path) -> None:
+    """Lets `python -m inference_budget` take text, wherever the folder goes."""
+    fingerprint = read_metadata(checkpoint_folder(workdir) / str(step))["dataset_fingerprint"]
+    try:
+        dataset = open_dataset(settings.data.path)
+    except (OSError, DataError):  # it is not there any more
+        return
+    file = dataset.path / TOKENIZER_FILE
+    if dataset.manifest.fingerprint == fingerprint and file.is_file():
+        shutil.copyfile(file, folder / TOKENIZER_FILE)
 
 
 def export_hugging_face(checkpoint: str, output: str, *, dtype: str = "float32", tokenizer: str | None = None) -> Path:

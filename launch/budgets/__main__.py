@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(run=run_search, interrupted="the same command goes on from the journal beside its output")
     for name, run, text in (
         ("evaluate", run_evaluate, "measure the perplexity of budgets; tasks: python -m launch.evaluate"),
-        ("generate", run_generate, "continue a prompt"),
+        ("generate", run_generate, "continue a prompt; files of them: python -m inference_budget generate"),
     ):
         add = commands.add_parser(name, help=text)
         add.add_argument("--budgets", required=True, help="file of `search`")

@@ -2,6 +2,7 @@
 
 from .budgets import Budgets, BudgetsError
 from .cache import PrunedLayerCache, cache_bytes, init_pruned_cache, memory_factor
+from .engine import Engine
 from .generation import Decoder, generate
 from .interchange import load_budgets, model_fingerprint, save_budgets
 from .perplexity import Evaluator, Losses, Windows, eviction_times
@@ -19,6 +20,7 @@ from .policies import (
     policy_name,
 )
 from .prefill import prefill
+from .requests import Completion, GenerationRequest, Progress, TokenLogprob
 from .scoring import Request, Score, Scorer
 from .search import Found, Point, baselines, best_point, exchange, search, uniform
 
@@ -28,14 +30,18 @@ __all__ = [
     "TOVA",
     "Budgets",
     "BudgetsError",
+    "Completion",
     "Decoder",
+    "Engine",
     "Evaluator",
     "EvictionPolicy",
     "Found",
+    "GenerationRequest",
     "Held",
     "Losses",
     "OldestFirst",
     "Point",
+    "Progress",
     "PrunedLayerCache",
     "Random",
     "Request",
@@ -43,6 +49,7 @@ __all__ = [
     "Scorer",
     "Selective",
     "SinksAndWindow",
+    "TokenLogprob",
     "Windows",
     "baselines",
     "best_point",

@@ -189,22 +189,25 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: TransformerConfig, b
     if not len(prompts):
         raise BudgetsError("there is no prompt; give at least one list of token ids")
     for number, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise BudgetsError(
-                f"prompt {number} is {prompt!r}, not a list of token ids; one prompt alone is a list of one list"
-            )
-        if not ids.size:
-            raise BudgetsError(f"prompt {number} is empty; it needs at least <BOS>")
-        outside = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
-        if outside.size:
-            raise BudgetsError(
-                f"prompt {number} has token {ids[outside[0]]} at position {outside[0]}; the model's are from 0 to "
-                f"{config.vocab_size - 1}"
-            )
-        bos_id = ids[0] if bos_id is None else bos_id  # unknown, but one for all
-        if ids[0] != bos_id:
-            raise BudgetsError(f"prompt {number} starts with token {ids[0]}; put <BOS>, which is {bos_id}, before it")
+        check_prompt(prompt, config, bos_id, f"prompt {number}")
+        bos_id = prompt[0] if bos_id is None else bos_id  # unknown, but one for all
+
+
+def check_prompt(prompt: Sequence[int], config: TransformerConfig, bos_id: int | None, name: str) -> None:
+    """Raises BudgetsError, which calls the prompt by its name, if the model cannot take it."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise BudgetsError(f"{name} is {prompt!r}, not a list of token ids; one prompt alone is a list of one list")
+    if not ids.size:
+        raise BudgetsError(f"{name} is empty; it needs at least <BOS>")
+    outside = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
+    if outside.size:
+        raise BudgetsError(
+            f"{name} has token {ids[outside[0]]} at position {outside[0]}; the model's are from 0 to "
+            f"{config.vocab_size - 1}"
+        )
+    if bos_id is not None and ids[0] != bos_id:
+        raise BudgetsError(f"{name} starts with token {ids[0]}; put <BOS>, which is {bos_id}, before it")
 
 
 class _Outputs:

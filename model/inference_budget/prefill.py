@@ -51,20 +51,25 @@ def prefill(
     cache = init_pruned_cache(model.config, batch, budgets, policy, dtype)
     block = num_tokens if block is None else min(check_block(block), num_tokens)
     tokens_BN = reshard(jnp.pad(tokens_BN, ((0, 0), (0, -num_tokens % block))), "batch", None)
-    last_BE, cache = _take_block(model, cache, tokens_BN[:, :block], lengths_B, empty=True)
+    last_BE, cache = take_block(model, cache, tokens_BN[:, :block], lengths_B, empty=True)
     if tokens_BN.shape[1] > block:
 
         def step(n, carry):
             last_BE, cache = carry
             goes_on_B = lengths_B > cache.position
             tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BN, n * block, block, axis=1)
-            in_block_BE, cache = _take_block(model, cache, tokens_BT, lengths_B, empty=False)
+            in_block_BE, cache = take_block(model, cache, tokens_BT, lengths_B, empty=False)
             return jnp.where(goes_on_B[:, None], in_block_BE, last_BE), cache
 
         # As many blocks as the longest prompt has: how far it is padded costs nothing.
         last_BE, cache = jax.lax.fori_loop(1, -(-jnp.max(lengths_B) // block), step, (last_BE, cache))
+    return logits_of_last(model, last_BE), cache
+
+
+def logits_of_last(model: Transformer, last_BE: Array) -> Array:
+    """Logits [B, V] of the tokens after these, from the last layer's output."""
     normed_B1E = model.normalised(last_BE)[:, None]
-    return model.logits(normed_B1E)[:, 0], cache
+    return model.logits(normed_B1E)[:, 0]
 
 
 def check_block(block: int) -> int:
@@ -74,10 +79,13 @@ def check_block(block: int) -> int:
     return block
 
 
-def _take_block(
+def take_block(
     model: Transformer, cache: Cache, tokens_BT: Array, lengths_B: Array, *, empty: bool
 ) -> tuple[Array, Cache]:
-    """(the last layer's output [B, E] at each row's last token of the block, the cache after the block)."""
+    """(the last layer's output [B, E] at each row's last token of the block, the cache after the block).
+
+    `lengths_B` are the tokens of each row's whole prompt; `empty` says that the cache is.
+    """
     length = tokens_BT.shape[1]
     count_B = jnp.clip(lengths_B - cache.position, 0, length)
     # Padding may go beyond the model's positions, where a table of learned ones has nothing.

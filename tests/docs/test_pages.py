@@ -112,6 +112,7 @@ def _source(program: str) -> Path:
     if name.endswith(".py"):
         return ROOT / name
     path = ROOT / name.replace(".", "/")
+    path = path if path.exists() or path.with_suffix(".py").exists() else ROOT / "model" / name
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 

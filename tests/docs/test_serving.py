@@ -72,6 +72,12 @@ def test_the_library_s_page_needs_no_more_than_it_installs(environment, sources,
     run("python first.py && python page.py && python typed.py", tmp_path, environment)
 
 
+def test_the_server_needs_no_more_than_its_extra(environment, sources):
+    (block,) = (block for block in blocks(ROOT / "docs" / "serving.md", "sh") if "[serve]" in block)
+    run(block.splitlines()[0], sources, environment)
+    run("python -c 'import inference_budget.server.process'", sources, environment)
+
+
 @pytest.fixture(scope="module")
 def trained(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `runs/demo`: a dataset, a selective model, and a standard one that has learned less."""
@@ -93,6 +99,16 @@ def test_the_commands_of_the_serving_page_work_after_its_own_installation(enviro
     shown = run(commands, trained, environment)
     assert "x fewer tokens, budgets [" in shown and "The function returns" in shown
     assert (trained / "budgets.html").exists()
+
+
+def test_the_page_s_file_of_prompts_is_completed(trained):
+    _, commands, *others = blocks(ROOT / "docs" / "serving.md", "sh")
+    (generate,) = (block for block in others if "inference_budget generate" in block)
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    if not (trained / "budgets.json").exists():
+        run(commands.splitlines(keepends=True)[0] + commands.splitlines()[1], trained, here)
+    assert "completions.jsonl: 2 prompts" in run(generate, trained, here)
+    assert (trained / "completions.jsonl").read_text().count('"text": ') == 2
 
 
 def test_the_page_s_folder_for_transformers_loads_and_generates(trained):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import demo
+from data import open_dataset
 from launch.budgets.inputs import load_model
 from selective_attention import TransformerConfig, import_safetensors
 from tests.support.runs import TINY
@@ -21,17 +22,20 @@ from trainer.state import abstract_state
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With one checkpoint, whose run had chosen how its machines compute."""
+    """With one checkpoint, whose run had chosen how its machines compute; its dataset is not there any more."""
+    return make_workdir(tmp_path_factory.mktemp("run"), {}, "fingerprint")
+
+
+def make_workdir(folder: Path, more: dict[str, object], fingerprint: str) -> Path:
     config = demo.get_config()
     fields = {"model.attention": "reference", "model.remat": "block"}
-    config.update_from_flattened_dict(TINY | fields)
+    config.update_from_flattened_dict(TINY | fields | more)
     settings, generator = read_settings(config), np.random.default_rng(0)
     state = jax.tree.map(
         lambda x: jax.device_put(generator.integers(1, 100, x.shape).astype(x.dtype), x.sharding),
         abstract_state(settings, make_mesh(settings.mesh)),
     )
-    folder = tmp_path_factory.mktemp("run")
-    checkpoints = Checkpoints(str(folder), settings, "fingerprint")
+    checkpoints = Checkpoints(str(folder), settings, fingerprint)
     checkpoints.save(3, state._replace(step=state.step * 0 + 3), {"step": 3}, None)
     checkpoints.wait()
     checkpoints.close()
@@ -64,6 +68,15 @@ def test_an_export_in_the_workdir_can_be_read_by_whom_the_umask_lets(workdir):
     modes = {path.relative_to(workdir).as_posix(): path.stat().st_mode & 0o777 for path in files(workdir / "export")}
     assert modes == {"export/3": 0o755, "export/3/config.json": 0o644, "export/3/model.safetensors": 0o644}
     assert export(str(workdir)) == folder
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_export_brings_the_tokenizer_of_the_very_dataset(dataset_path, tmp_path, is_same):
+    fingerprint = open_dataset(dataset_path).manifest.fingerprint if is_same else "another"
+    run = make_workdir(tmp_path, {"data.path": str(dataset_path)}, fingerprint)
+    brought = export(str(run)) / "tokenizer.model"
+    assert brought.exists() == is_same
+    assert not is_same or brought.read_bytes() == (dataset_path / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize("more", [[], ["--output=gs://bucket/export"]])

@@ -47,20 +47,6 @@ def test_ragged_prompts_go_on_as_the_parallel_evaluation_says(name, changes, blo
         assert continuation == likeliest.tolist()
 
 
-@pytest.fixture
-def compiled():
-    """The names of what is compiled from now on."""
-    names: list[str] = []
-
-    def listen(event: str, seconds: float, **details: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(details.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_300_ragged_prompts_compile_at_most_six_programs(compiled):
     model, budgets = make_model(max_length=256, num_layers=1, tied_embeddings=False), Budgets((32,), 256)
     rng = np.random.default_rng(0)
