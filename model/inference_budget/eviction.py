@@ -169,7 +169,7 @@ def has_kernel(policy: EvictionPolicy, config: TransformerConfig, num_columns: i
     """Whether the TPU kernel finds the eviction times, where it runs; everything else takes the scan."""
     by_f = type(policy) is Selective and config.selection is not Selection.UNPROTECTED_BOS  # <BOS> has no F there
     on_tpu = implementation_name(config.attention) == "pallas"
-    return on_tpu and (by_f or type(policy) in FIXED) and num_columns <= eviction_kernel.most_columns()
+    return on_tpu and (by_f or type(policy) in FIXED) and num_columns <= eviction_kernel.MOST_COLUMNS
 
 
 def _by_kernel(

@@ -31,7 +31,9 @@ from selective_attention.selection import Rule, Selection, rectified
 
 ROWS = 8  # sublanes of a register
 QUERIES = (128, 64, 32, 16)  # of a block: the first of which S fits into half of VMEM
+MOST_COLUMNS = 16_384  # of which S of 16 queries does on every TPU
 MOST_KEYS = 512  # of a block
+HALF_TILE = 64  # to whose multiple the selecting head is padded
 EVICTED = -0x0E80_0000  # int32, of the bits of -2**100: lower than any F, and 23 more bits for a column
 NOBODY = 2.0**30  # beyond all positions
 NEVER = jnp.iinfo(jnp.int32).max
@@ -67,15 +69,6 @@ class _Plan:
     def last_block_k(self, i: Any) -> Any:
         """The last block of keys that queries of block i see."""
         return jnp.minimum((self.num_held + (i + 1) * self.block_q - 1) // self.block_k, self.blocks_k - 1)
-
-
-def most_columns() -> int:
-    """How many columns fit the TPU that is traced for."""
-    return tiling_here().vmem // 2 // _s_bytes(QUERIES[-1], 1)
-
-
-def _s_bytes(queries: int, columns: int) -> int:
-    return queries * ROWS * columns * 4
 
 
 def times(
@@ -115,7 +108,7 @@ def times(
         real_BT = jnp.arange(length) < num_queries[:, None]
         q_sel, k_sel = (
             # Positions along lanes, as the attention kernels want them, so that q and k are laid out once for both.
-            pad(jnp.swapaxes(jnp.where(there[..., None], x, 0), 1, 2), plan.groups * plan.rows, 0)
+            pad(pad(jnp.swapaxes(jnp.where(there[..., None], x, 0), 1, 2), plan.groups * plan.rows, 0), HALF_TILE, 1)
             for x, there in zip(selecting, (real_BT, position >= 0), strict=True)
         )
         operands |= {"q_sel": pad(q_sel, LANES, 2), "k_sel": pad(k_sel, plan.num_columns, 2)}
@@ -135,7 +128,7 @@ def times(
 def _make_plan(rule: Rule, selects: bool, batch: int, num_columns: int, length: int) -> _Plan:
     groups = -(-batch // ROWS) if batch > ROWS else min(batch, 2)  # work for two cores
     padded = round_up(num_columns, LANES)
-    queries = next((n for n in QUERIES if _s_bytes(n, padded) <= tiling_here().vmem // 2), QUERIES[-1])
+    queries = next(n for n in QUERIES if n * ROWS * padded * 4 <= tiling_here().vmem // 2)
     block_q = min(queries, max(QUERIES[-1], 1 << (length - 1).bit_length()))
     block_k = math.gcd(padded, MOST_KEYS)
     return _Plan(

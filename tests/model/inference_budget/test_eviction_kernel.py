@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from inference_budget import POLICIES, Budgets, eviction_kernel, eviction_times, prefill
+from inference_budget import POLICIES, Budgets, eviction_kernel, prefill
 from inference_budget.eviction import NEVER, Arriving, Columns, attend_evicting, evict
 from selective_attention import TransformerConfig
 from selective_attention.selection import Projections
@@ -74,7 +74,7 @@ def test_times_and_f_are_those_of_the_scan(case):
     columns, q, arriving = held_and_new(np.random.default_rng(length), batch, num_held, length)
     columns = columns._replace(f=None) if changes is STANDARD else columns
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
     def run(attention, columns, q, arriving):
         config = config_of(attention, **changes)
         return evict(POLICIES[name], config, columns, q, q[:, :, 0], columns.k[:, :, 0], arriving, None)
@@ -90,17 +90,17 @@ def test_times_and_f_are_those_of_the_scan(case):
         assert np.isfinite(after.f).all() or name != "selective"
 
 
-@pytest.mark.parametrize("budget", [2, 5, pytest.param(13, marks=pytest.mark.slow), 14])
 @pytest.mark.parametrize("name", ["selective", pytest.param("sinks", marks=pytest.mark.slow)])
-def test_a_layer_evicts_and_attends_as_plain_python_does(name, budget):
-    length, rng = 14, np.random.default_rng(budget)
-    q = rng.normal(size=(2, length, 4, 8)).astype(np.float32) * 2
-    k, v = rng.normal(size=(2, 2, length, 2, 8)).astype(np.float32)  # grouped heads
-    zeros = jnp.zeros(2, jnp.int32)
-    arriving = Arriving(zeros, zeros + length, zeros + budget, 0)
+def test_a_layer_evicts_and_attends_as_plain_python_does_with_a_budget_for_every_row(name):
+    length, budgets, rng = 14, [2, 3, 5, 13, 14], np.random.default_rng(0)
+    q = rng.normal(size=(len(budgets), length, 4, 8)).astype(np.float32) * 2
+    k, v = rng.normal(size=(2, len(budgets), length, 2, 8)).astype(np.float32)  # grouped heads
+    zeros = jnp.zeros(len(budgets), jnp.int32)
+    arriving = Arriving(zeros, zeros + length, jnp.array(budgets), 0)
     config = config_of("pallas", heads=4, num_kv_heads=2)
-    out, _, hidden_at = attend_evicting(POLICIES[name], config, None, Projections(q, k, v, None, None), arriving)
-    for row in range(2):
+    run = jax.jit(functools.partial(attend_evicting, POLICIES[name], config, None), compiler_options=UNOPTIMISED)
+    out, _, hidden_at = run(Projections(q, k, v, None, None), arriving)
+    for row, budget in enumerate(budgets):
         expected, gone = oracle_layer(POLICIES[name], budget, q[row], k[row], v[row], selective=True)
         assert gone == {j: int(i) for j, i in enumerate(hidden_at[row]) if i < length}
         assert len(gone) == length - budget
@@ -118,14 +118,16 @@ def test_ties_go_to_the_oldest_token_and_not_to_the_lowest_column():
     np.testing.assert_array_equal(times, oldest)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("budgets", "policy", "block"))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("budgets", "policy", "block"), compiler_options=UNOPTIMISED
+)
 def _prefill(graph, parameters, tokens, lengths, **options):
     return prefill(nnx.merge(graph, parameters), tokens, lengths, **options)
 
 
 def prefilled(attention, block=None, **changes):
-    model = make_model(attention=attention, **changes)
-    budgets, lengths_B = Budgets((3, 9), LENGTH), np.array([24, 5, 11], np.int32)
+    model = make_model(attention=attention, num_layers=1, **changes)
+    budgets, lengths_B = Budgets((5,), LENGTH), np.array([24, 5, 11], np.int32)
     options = {"budgets": budgets, "policy": POLICIES["selective"], "block": block}
     with jax.default_matmul_precision("highest"):
         return _prefill(*nnx.split(model), make_tokens(), lengths_B, **options)
@@ -134,8 +136,8 @@ def prefilled(attention, block=None, **changes):
 @pytest.mark.parametrize(
     ("block", "changes"),
     [
-        (None, {"selection": "own_head"}),
-        (7, {"num_kv_heads": 2}),
+        (7, {"num_kv_heads": 2, "selection": "own_head"}),
+        pytest.param(None, {}, marks=pytest.mark.slow),
         pytest.param(5, {}, marks=pytest.mark.slow),
         pytest.param(23, {}, marks=pytest.mark.slow),
     ],
@@ -143,7 +145,7 @@ def prefilled(attention, block=None, **changes):
 )
 def test_prefill_leaves_what_the_scan_leaves(block, changes):
     logits, cache = prefilled("pallas", block, **changes)
-    expected, cache_of_scan = prefilled("xla", block, **changes)
+    expected, cache_of_scan = prefilled("reference", block, **changes)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     for one, other in zip(cache.layers, cache_of_scan.layers, strict=True):
         np.testing.assert_array_equal(one.position, other.position)
@@ -158,12 +160,3 @@ def test_a_mesh_leaves_what_one_device_leaves():
     np.testing.assert_allclose(logits, alone, atol=1e-4, rtol=0)
     for one, other in zip(cache.layers, cache_of_mesh.layers, strict=True):
         np.testing.assert_array_equal(one.position, other.position)
-
-
-def test_rows_have_budgets_of_their_own():
-    model, tokens_BN = make_model(num_layers=1, attention="pallas"), make_tokens(batch=1)
-    budgets = [2, 7, LENGTH]
-    alone = [
-        eviction_times(model, tokens_BN, Budgets((budget,), LENGTH), POLICIES["selective"])[0] for budget in budgets
-    ]
-    assert [int((np.asarray(times) < LENGTH).sum()) for times in alone] == [LENGTH - budget for budget in budgets]
