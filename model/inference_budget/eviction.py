@@ -93,7 +93,9 @@ def attend_evicting(
     columns = _joined(held, _columns(policy, config, Projections(q, k, v, new.q_sel, new.k_sel), arriving))
     q_sel, k_sel = new.q_sel, columns.k_sel
     if q_sel is None or k_sel is None:
-        q_sel, k_sel = (from_first_shard(x[:, :, 0], heads_axis) for x in (q, columns.k))
+        # From heads side by side: a slice of the axis of heads makes the TPU compiler lay out all of them anew for it.
+        firsts = (x.reshape(*x.shape[:2], -1)[..., : config.head_dim] for x in (q, columns.k))
+        q_sel, k_sel = (from_first_shard(first, heads_axis) for first in firsts)
     hidden_at, after = evict(policy, config, columns, q, q_sel, k_sel, arriving, heads_axis)
     f = jnp.zeros(columns.position.shape, jnp.promote_types(q.dtype, jnp.float32)) if columns.f is None else columns.f
     seen = Seen(offset=columns.position.shape[1] - q.shape[1], evict_at=hidden_at)

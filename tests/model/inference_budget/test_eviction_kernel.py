@@ -68,7 +68,10 @@ def held_and_new(rng, batch, num_held, length, width=8):
     return columns, q, Arriving(*(jnp.asarray(x) for x in (start, count, budget)), 3)
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = "ragged_in_two_blocks_of_queries", "some_held_before_in_any_order", "sinks", "random"
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
 def test_times_and_f_are_those_of_the_scan(case):
     batch, num_held, length, name, changes = CASES[case]
     columns, q, arriving = held_and_new(np.random.default_rng(length), batch, num_held, length)
