@@ -27,7 +27,7 @@ def test_a_step_takes_no_more_bundles_on_v4_than_were_measured_and_s_fits_vmem()
 
 @pytest.mark.slow
 def test_an_evicting_layer_takes_little_longer_than_a_plain_one():
-    assert measure()["ratio"] < 1.3
+    assert measure()["ratio"] < 1.15  # 1.10
 
 
 @pytest.mark.slow
