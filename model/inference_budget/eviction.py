@@ -3,7 +3,8 @@
 Within a layer, hiding a token does not change what any query selects: S depends on queries and keys, which are
 functions of the layer's input. So all evictions of a layer can be found first, by a scan over its queries that touches
 one vector per row, and attention then runs once, masked by the query at which each token left. Policies that judge by
-attention weights need the held tokens' softmax at each step of that scan as well.
+attention weights need the held tokens' softmax at each step of that scan as well. For the others the scan is one kernel
+on TPUs, `eviction_kernel`.
 
 The columns of a block are the layer's slots, in any order, and then the block's own tokens; <BOS> is the first of all.
 Shape letters: README.md.
@@ -18,12 +19,14 @@ from jax import Array
 
 from selective_attention import Selection, TransformerConfig
 from selective_attention.attention import implementation_module
+from selective_attention.implementations import implementation_name
 from selective_attention.parallel import from_first_shard
 from selective_attention.selection import HIDDEN, Keys, Projections, Queries, Rule, Seen, select
 
-from .policies import EvictionPolicy, Held
+from . import eviction_kernel
+from .eviction_kernel import NEVER
+from .policies import FIXED, EvictionPolicy, Held, Selective
 
-NEVER = jnp.iinfo(jnp.int32).max
 QUERIES = 32  # whose logits are in memory at a time
 
 
@@ -90,8 +93,10 @@ def attend_evicting(
     columns = _joined(held, _columns(policy, config, Projections(q, k, v, new.q_sel, new.k_sel), arriving))
     q_sel, k_sel = new.q_sel, columns.k_sel
     if q_sel is None or k_sel is None:
-        q_sel, k_sel = (from_first_shard(x[:, :, 0], heads_axis) for x in (q, columns.k))
-    hidden_at, after = evict(policy, config.selection, columns, q, q_sel, k_sel, arriving, heads_axis)
+        # From heads side by side: a slice of the axis of heads makes the TPU compiler lay out all of them anew for it.
+        firsts = (x.reshape(*x.shape[:2], -1)[..., : config.head_dim] for x in (q, columns.k))
+        q_sel, k_sel = (from_first_shard(first, heads_axis) for first in firsts)
+    hidden_at, after = evict(policy, config, columns, q, q_sel, k_sel, arriving, heads_axis)
     f = jnp.zeros(columns.position.shape, jnp.promote_types(q.dtype, jnp.float32)) if columns.f is None else columns.f
     seen = Seen(offset=columns.position.shape[1] - q.shape[1], evict_at=hidden_at)
     rule, whole = Rule(config.head_dim**-0.5, config.selection), Projections(q, columns.k, columns.v, q_sel, k_sel)
@@ -128,7 +133,7 @@ def _joined(held: Columns | None, new: Columns) -> Columns:
 @jax.named_scope("evict")
 def evict(
     policy: EvictionPolicy,
-    selection: Selection,
+    config: TransformerConfig,
     columns: Columns,
     q: Array,
     q_sel: Array,
@@ -140,7 +145,7 @@ def evict(
 
     Args:
       policy: decides who leaves.
-      selection: the model's rule of F.
+      config: the model's.
       columns: the slots and the T new tokens, whose f and score are 0.
       q: [B, T, H, D] of the new tokens.
       q_sel, k_sel: [B, T, D] and [B, M, D] of the selecting head.
@@ -148,21 +153,47 @@ def evict(
       heads_axis: the axis of a surrounding `shard_map` that heads are sharded over, if any.
     """
     length, num_columns = q.shape[1], columns.position.shape[1]
-    scan = _Scan(policy, selection, columns, k_sel, arriving, heads_axis, num_held=num_columns - length)
-    carry = jnp.full(columns.position.shape, NEVER), columns.f, columns.score
-    queries = jnp.arange(length, dtype=jnp.int32), jnp.moveaxis(q, 1, 0), jnp.moveaxis(q_sel, 1, 0)
-    whole, rest = length - length % QUERIES, length % QUERIES
-    if whole:
-        blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, QUERIES, *x.shape[1:]), queries)
-        carry, _ = jax.lax.scan(lambda carry, some: (scan.block(carry, some), None), carry, blocks)
-    if rest:
-        carry = scan.block(carry, jax.tree.map(lambda x: x[whole:], queries))
-    evict_at_BM, f_BM, score_BM = carry
+    num_held = num_columns - length
+    if has_kernel(policy, config, num_columns):
+        evict_at_BM, f_BM = _by_kernel(policy, config, columns, q_sel, k_sel, arriving)
+        score_BM = columns.score
+    else:
+        scan = _Scan(policy, config.selection, columns, k_sel, arriving, heads_axis, num_held)
+        evict_at_BM, f_BM, score_BM = scan.all(q, q_sel)
     column_M = jnp.arange(num_columns, dtype=jnp.int32)
-    real_BM = (column_M < scan.num_held) | (column_M - scan.num_held < arriving.num_tokens[:, None])
+    real_BM = (column_M < num_held) | (column_M - num_held < arriving.num_tokens[:, None])
     position_BM = jnp.where(real_BM & (evict_at_BM == NEVER), columns.position, -1)
     hidden_at_BM = jnp.where(columns.position < 0, 0, evict_at_BM)  # a free slot is never seen
     return hidden_at_BM, columns._replace(position=position_BM, f=f_BM, score=score_BM)
+
+
+def has_kernel(policy: EvictionPolicy, config: TransformerConfig, num_columns: int) -> bool:
+    """Whether the TPU kernel finds the eviction times, where it runs; everything else takes the scan."""
+    by_f = type(policy) is Selective and config.selection is not Selection.UNPROTECTED_BOS  # <BOS> has no F there
+    on_tpu = implementation_name(config.attention) == "pallas"
+    return on_tpu and (by_f or type(policy) in FIXED) and num_columns <= eviction_kernel.MOST_COLUMNS
+
+
+def _by_kernel(
+    policy: EvictionPolicy, config: TransformerConfig, columns: Columns, q_sel: Array, k_sel: Array, arriving: Arriving
+) -> tuple[Array, Array | None]:
+    """When each column left, int32 [B, M], and F of the next query, as the scan finds them."""
+    start_B, length = arriving.start, q_sel.shape[1]
+    rule = Rule(config.head_dim**-0.5, config.selection)
+    held = Held(columns.position, columns.f, None, start_B[:, None], arriving.budget[:, None], arriving.layer)
+    priority_BM = jnp.where(columns.position > 0, policy.priority(held), -jnp.inf)
+    evicting = arriving.budget - start_B, arriving.num_tokens
+    if type(policy) is Selective:
+        return eviction_kernel.times(rule, priority_BM, columns.position, (q_sel, k_sel), *evicting, length)
+    evict_at_BM, _ = eviction_kernel.times(rule, priority_BM, columns.position, None, *evicting, length)
+    if columns.f is None:
+        return evict_at_BM, None
+    real_BT = jnp.arange(length) < arriving.num_tokens[:, None]
+    seen = Seen(offset=columns.position.shape[1] - length)
+    sums_BM = implementation_module(config.attention).column_sums(
+        jnp.where(real_BT[..., None], q_sel, 0), k_sel, seen, rule
+    )
+    return evict_at_BM, columns.f + sums_BM
 
 
 # When each column left, int32 [B, M]; F of the next query; the policy's scores.
@@ -180,6 +211,19 @@ class _Scan:
     arriving: Arriving
     heads_axis: str | None
     num_held: int  # columns before those of the new tokens
+
+    def all(self, q: Array, q_sel: Array) -> _Carry:
+        """Takes in all queries, [B, T, ...]."""
+        length, position = q.shape[1], self.columns.position
+        carry = jnp.full(position.shape, NEVER), self.columns.f, self.columns.score
+        queries = jnp.arange(length, dtype=jnp.int32), jnp.moveaxis(q, 1, 0), jnp.moveaxis(q_sel, 1, 0)
+        whole, rest = length - length % QUERIES, length % QUERIES
+        if whole:
+            blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, QUERIES, *x.shape[1:]), queries)
+            carry, _ = jax.lax.scan(lambda carry, some: (self.block(carry, some), None), carry, blocks)
+        if rest:
+            carry = self.block(carry, jax.tree.map(lambda x: x[whole:], queries))
+        return carry
 
     def block(self, carry: _Carry, queries: tuple[Array, Array, Array]) -> _Carry:
         """Takes in Q queries: their numbers [Q], q [Q, B, H, D] and q_sel [Q, B, D]."""

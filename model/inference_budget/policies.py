@@ -161,6 +161,9 @@ class Random(_Unscored):
         return (x >> 8).astype(jnp.float32)  # 24 bits, which float32 holds exactly
 
 
+FIXED = (SinksAndWindow, OldestFirst, Random)  # what neither queries nor time change the order of
+
+
 def _mixed(x: Array) -> Array:
     """A bijection of uint32 whose output bits each depend on all input bits (MurmurHash3's finalizer)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

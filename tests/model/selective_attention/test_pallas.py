@@ -139,6 +139,27 @@ def test_a_logit_bound_that_is_given_decides_whether_there_is_a_running_maximum(
     assert not np.isfinite(bounded(1.0)).all()  # a false promise: exp2 overflows
 
 
+@pytest.mark.parametrize("first_leaves", [False, True])
+def test_without_a_running_maximum_no_sum_vanishes_while_the_first_key_stays(first_leaves):
+    arrays, options = make(130, selection=Selection.OWN_HEAD)
+    arrays[3] *= 30  # F hides far more than float32 can tell from nothing
+    arrays[5][:, 0] = 0
+    evict_at = np.random.default_rng(0).integers(0, 130, size=(2, 130)).astype(np.int32)  # some before their own query
+    evict_at[:, 0] = 100 if first_leaves else 130
+    options["evict_at"] = evict_at
+
+    def run(*arrays, **bound):
+        unoptimised = {"xla_backend_optimization_level": 0}
+        attends = jax.jit(functools.partial(attend, pallas_tpu, **options, **bound), compiler_options=unoptimised)
+        return attends(*(jnp.asarray(x, jnp.float32) for x in arrays))[0]
+
+    with jax.enable_x64():
+        expected = attend(reference, *(jnp.asarray(x) for x in arrays), **options)[0]
+    assert_same([np.asarray(run(*arrays))], [np.asarray(expected)], 5e-6)
+    falsely_bounded = run(arrays[0] * 80, *arrays[1:], logit_bound=1.0)
+    assert np.isfinite(falsely_bounded).all() == first_leaves
+
+
 def test_chunks_of_queries_with_their_carries_equal_the_whole():
     arrays, options = make(384, heads=2, tau=1.0)
     q, k, v, q_sel, k_sel, _ = (jnp.asarray(x, jnp.float32) for x in arrays)

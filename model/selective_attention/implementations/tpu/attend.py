@@ -74,6 +74,8 @@ def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> 
         bounded = _bounded(plan, columns["q"], columns["k"])
     else:
         bounded = jnp.broadcast_to(_bounds(plan, jnp.asarray(rule.logit_bound, jnp.float32)), k.shape[:1])
+    if seen.evict_at is not None:
+        bounded *= _sees_first(rule.selection, seen, f_start, q.shape[1])
     out, forgotten = _attend(plan, integers | {"bounded": bounded}, protected, columns, f_start)
     out = from_columns(out, plan.value_dim, (*q.shape[:3], v.shape[3]))
     return out, None if rule.tau is None else forgotten[:, : q.shape[1]]
@@ -208,12 +210,23 @@ def _bounded(plan: KernelPlan, q_BRN: Array, k_BRN: Array) -> Array:
 def _bounds(plan: KernelPlan, largest_logit: Array) -> Array:
     """Int32, whether logits of at most this size let a tile do without a running maximum.
 
-    F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That holds
-    for neither a leaky rule (which raises logits) nor evicted keys (one's own may be gone).
+    F only lowers logits, and never a query's logit with its own key, so a sum of exp2 can't vanish either. That does
+    not hold for a leaky rule (which raises logits); for evicted keys see `_sees_first`.
     """
-    if plan.selection is Selection.LEAKY or plan.evict:
+    if plan.selection is Selection.LEAKY:
         return jnp.zeros(largest_logit.shape, jnp.int32)
     return (largest_logit * LOG2_E <= LOGIT_BOUND).astype(jnp.int32)
+
+
+def _sees_first(selection: Selection, seen: Seen, f_start_B1M: Array, length: int) -> Array:
+    """Int32 [B], whether all queries see the first key, which F does not lower: then no sum vanishes, even where a
+    query's own key is gone.
+    """
+    evict_at_BM = jnp.asarray(seen.evict_at)
+    if selection is Selection.UNPROTECTED_BOS or seen.kv_segment_ids is not None:
+        return jnp.zeros(evict_at_BM.shape[0], jnp.int32)
+    stays_B = evict_at_BM[:, 0] >= seen.offset + length
+    return (stays_B & (f_start_B1M[:, 0, 0] == 0)).astype(jnp.int32)
 
 
 def _segment_rows(plan: KernelPlan, q_segment_ids: Array, kv_segment_ids: Array) -> dict[str, Array]:
