@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import Tokenizer
+from data import Tokenizer, load_tokenizer
 from inference_budget import POLICIES, Budgets, Scorer, eviction_times
 from launch.commands import InputError
 from launch.evaluate.__main__ import main
@@ -42,7 +42,7 @@ def scorer(request, folder) -> Scorer:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_file(folder / "data" / "tokenizer.model")
+    return load_tokenizer(folder / "data" / "tokenizer.model")
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data.tokenizer import Tokenizer
+from data import load_tokenizer
+from data.tokenizer import SentencePieceTokenizer
 from tests.support.datasets import SENTENCE
 from trainer.errors import ConfigError
 from trainer.huggingface.tokenizer import tokenizer_files
@@ -25,7 +26,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def pair(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory):
     """The tokenizer here and there."""
-    folder, ours = tmp_path_factory.mktemp("tokenizer"), Tokenizer.from_file(dataset_path / "tokenizer.model")
+    folder, ours = tmp_path_factory.mktemp("tokenizer"), load_tokenizer(dataset_path / "tokenizer.model")
     for name, content in tokenizer_files(ours).items():
         (folder / name).write_bytes(content)
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
@@ -74,4 +75,4 @@ def test_tokenizers_of_other_kinds_are_refused(options, why):
         **{**kind, **spaces, **options},
     )
     with pytest.raises(ConfigError, match=why):
-        tokenizer_files(Tokenizer(model.getvalue()))
+        tokenizer_files(SentencePieceTokenizer(model.getvalue()))
