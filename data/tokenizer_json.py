@@ -120,7 +120,7 @@ class JsonTokenizer(Tokenizer):
     def piece(self, token: int) -> str:
         token = int(token)
         shown = {self.unk_id: "<unk>", self.pad_id: "<pad>", self.eos_id: "</s>", self.bos_id: "<s>"}
-        if token in shown or token in self._special:
+        if token in shown or token in self._as_written or not self._byte_level:
             return shown.get(token, self._pieces[token])
         content = self._bytes(token)
         if len(content) == 1 and not 32 <= content[0] < 127:

@@ -32,6 +32,16 @@ def pair(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory):
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def test_data_reads_it_as_the_same_tokenizer(pair, tmp_path):
+    ours = pair[0]
+    for name, content in tokenizer_files(ours).items():
+        (tmp_path / name).write_bytes(content)
+    again, ids = load_tokenizer(tmp_path), range(ours.vocab_size)
+    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert [again.piece(token) for token in ids] == [ours.piece(token) for token in ids]
+    assert again.piece_bytes().tolist() == ours.piece_bytes().tolist()
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_the_same_after_bos_and_give_the_text_back(pair, text):
     ours, theirs = pair
