@@ -198,13 +198,14 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
         axes.minorticks_off()
         if metric in SHARES and found["chance"] is not None:
             axes.axhline(found["chance"], color=charts.SOFT, linewidth=1, linestyle="dashed")
-        for name in names:
+        for place, name in enumerate(names):
             line = [results[0], *(result for result in results[1:] if result["policy"] == name)]
             line.sort(key=lambda result: result["memory_factor"])
             values = [result["tasks"][task]["metrics"][metric] for result in line]
             errors = [1.96 * (value["standard_error"] or 0.0) for value in values]
             colour = charts.SERIES[list(POLICIES).index(name) if name in POLICIES else -1]
-            factors = [result["memory_factor"] for result in line]
+            beside = 1.04 ** (place - (len(names) - 1) / 2)  # of the others, which would hide its bars
+            factors = [result["memory_factor"] * beside for result in line]
             axes.errorbar(factors, [value["value"] for value in values], errors, color=colour, linewidth=2, label=name)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", ncols=len(labels) or 1, frameon=False)
