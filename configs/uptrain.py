@@ -6,7 +6,8 @@
 
 The model's shape, context and dtype are CHECKPOINT's, an exported folder of `trainer.import_hf` or `trainer.export`.
 With selection `own_head`, the default here, the run begins as exactly that model. `--config.model.selection=paper`
-needs no new parameters, but head 0 masks at once. Beside the model everything is our choice.
+needs no new parameters, but head 0 masks at once. Beside the model everything is our choice;
+docs/results.md has what a small one makes of it.
 """
 
 import dataclasses
