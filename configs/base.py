@@ -28,6 +28,17 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies are slowed down: what `selective_attention.RotaryScaling` is made from."""
+
+    kind: str = "none"  # or "linear", "llama3"
+    factor: float = 1.0  # by which they are divided
+    low_frequency_factor: float = 1.0  # of llama3, as the others: turns within original_length, below which all are
+    high_frequency_factor: float = 4.0  # turns from which none are
+    original_length: int = 8192  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """What `selective_attention.TransformerConfig` is made from."""
 
@@ -35,10 +46,16 @@ class Model:
     num_layers: int = 0  # layers; 0 means width
     num_heads: int = 0  # query heads; 0 means width
     num_kv_heads: int = 0  # key/value heads; 0 means as many as query heads
-    vocab_size: int = 8192  # token ids; must be the dataset's
+    d_model: int = 0  # width of the residual stream; 0 means 64 x width
+    mlp_dim: int = 0  # hidden width of SwiGLU; 0 means 8/3 x 64 x width, rounded up to a multiple of 128
+    head_dim: int = 64  # width of a head
+    vocab_size: int = 8192  # token ids; at least the dataset's
     selective: bool = True  # False trains the standard transformer, all else equal
     selection: str = "paper"  # or an ablation: unprotected_bos, unprotected_self, leaky, own_head
     positions: str = "rotary"  # or "learned"; not stated by the paper: our choice
+    rotary_base: float = 10_000.0  # wavelength base of rotary positions; not stated by the paper: our choice
+    rotary_scaling: RotaryScaling = RotaryScaling()
+    norm_epsilon: float = 1e-6  # added to the mean square that RMSNorm divides by
     qk_norm: bool = True  # RMS-normalise queries and keys
     tied_embeddings: bool = True  # input and output embedding are one matrix; not stated by the paper: our choice
     dtype: str = "bfloat16"  # of activations and matmuls, or "float32"; parameters are float32

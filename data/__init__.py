@@ -5,6 +5,7 @@ from data.dataset import Dataset, open_dataset
 from data.errors import DataError, UnreachableError
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
 
 __all__ = [
     "DataError",
@@ -14,5 +15,6 @@ __all__ = [
     "Tokenizer",
     "TrainBatches",
     "UnreachableError",
+    "load_tokenizer",
     "open_dataset",
 ]

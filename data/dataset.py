@@ -13,8 +13,9 @@ from array_record.python import array_record_module
 
 from data.errors import DataError, UnreachableError
 from data.files import file_size, read_file, retried
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, file_crc32
+from data.manifest import MANIFEST_FILE, Manifest, Shard, file_crc32
 from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
 
 # Random access: no read-ahead inside a shard, and no threads but our own.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -31,13 +32,16 @@ class Dataset:
         self.path = path
         self.manifest = manifest
         self._retry_seconds = retry_seconds
+        self._tokenizer: Tokenizer | None = None
         self._splits = {
             name: _SplitReader(path, split.shards, manifest.record_length, manifest.record_dtype)
             for name, split in manifest.splits.items()
         }
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(self.path / TOKENIZER_FILE)
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path / self.manifest.tokenizer.file)
+        return self._tokenizer
 
     def read_records(self, split: str, records: Sequence[int]) -> np.ndarray:
         """Token ids `[len(records), record_length]`, in the manifest's `record_dtype`.
@@ -115,7 +119,9 @@ def _open(path: Path, retry_seconds: float) -> Dataset:
     dataset = Dataset(path, manifest, retry_seconds)
     tokenizer = dataset.tokenizer()
     if tokenizer.identity != manifest.tokenizer or tokenizer.vocab_size != manifest.vocab_size:
-        raise DataError(f"{path / TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} describes; prepare again")
+        raise DataError(
+            f"{path / manifest.tokenizer.file} is not the tokenizer that {MANIFEST_FILE} describes; prepare again"
+        )
     _allow_open_files(len(manifest.shards))
     dataset.check_shards()
     if sum(shard.bytes for shard in manifest.shards) <= _VERIFIED_BYTES:

@@ -39,7 +39,7 @@ def describe(manifest: Manifest) -> str:
         ("vocabulary", f"{manifest.vocab_size:,} ids, tokenizer {manifest.tokenizer.sha256[:16]}"),
         ("record", f"{manifest.record_length:,} tokens of {manifest.record_dtype}"),
         ("bad documents skipped", f"{manifest.source.get('bad_documents', 0):,}"),
-        ("documents with U+2581", f"{manifest.source.get('changed_documents', 0):,}"),
+        ("documents that do not come back", f"{manifest.source.get('changed_documents', 0):,}"),
     ]
     width = max(len(name) for name, _ in facts)
     rows: list[tuple[str, ...]] = [

@@ -1,4 +1,4 @@
-"""What a prepared dataset is: `manifest.json`, beside `tokenizer.model` and the ArrayRecord shards it describes."""
+"""What a prepared dataset is: `manifest.json`, beside the tokenizer and the ArrayRecord shards it describes."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ from data.errors import DataError
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
+TOKENIZER_JSON = "tokenizer.json"
 MAX_UINT16_VOCAB = 65_536
 
 
@@ -48,13 +49,14 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """The SHA-256 of `tokenizer.model` and its special ids."""
+    """The SHA-256 of the tokenizer's files, its special ids, and the name of the first file."""
 
     sha256: str
     pad_id: int
     unk_id: int
     bos_id: int
     eos_id: int
+    file: str = TOKENIZER_FILE  # or TOKENIZER_JSON
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Manifest:
             "vocab_size": self.vocab_size,
             "record_length": self.record_length,
             "record_dtype": self.record_dtype,
-            "tokenizer": {"file": TOKENIZER_FILE, **dataclasses.asdict(self.tokenizer)},
+            "tokenizer": dataclasses.asdict(self.tokenizer),
             "splits": splits,
             "source": self.source,
         }
@@ -140,10 +142,12 @@ class Manifest:
             }
             for name, split in splits.items():
                 _check_names(name, [shard.file for shard in split.shards])
-            identity = {key: value for key, value in content["tokenizer"].items() if key != "file"}
+            identity = TokenizerIdentity(**content["tokenizer"])
+            if identity.file not in (TOKENIZER_FILE, TOKENIZER_JSON):
+                raise DataError(f"its tokenizer is {identity.file!r}, not {TOKENIZER_FILE} or {TOKENIZER_JSON}")
             manifest = cls(
                 content["source"],
-                TokenizerIdentity(**identity),
+                identity,
                 content["vocab_size"],
                 content["record_length"],
                 splits,

@@ -26,6 +26,7 @@ from data.plan import SHARD_BYTES, Plan, find_inputs, shard_tasks, split_totals
 from data.sources import SOURCES
 from data.stages import Receipt, tokenize_file, write_shard
 from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer_files import load_tokenizer, read_tokenizer, write_tokenizer
 from data.workers import run_tasks
 
 WORK_FOLDER = ".prepare"
@@ -77,10 +78,11 @@ def _make(
     plan: Plan, folder: Folder, work: Folder, run: Runner, max_bad_fraction: float, tokenizer: Tokenizer | None
 ) -> Manifest:
     _record_plan(work, plan)
-    if not work.exists(TOKENIZER_FILE):
+    if (begun := read_tokenizer(work)) is not None:
+        tokenizer = begun
+    else:
         tokenizer = tokenizer or train_tokenizer(plan.sample_texts(), plan.vocab_size)
-        work.write(TOKENIZER_FILE, tokenizer.model)
-    tokenizer = Tokenizer(work.read(TOKENIZER_FILE))
+        write_tokenizer(work, tokenizer)
     receipts = [
         Receipt.from_json(content)
         for content in _run_stage(run, tokenize_file, plan.file_tasks(work), work, desc="tokenize", unit="B")
@@ -104,7 +106,7 @@ def _make(
         "changed_documents": sum(receipt.changed_documents for receipt in receipts),
     }
     manifest = Manifest(source, tokenizer.identity, tokenizer.vocab_size, plan.record_length, splits)
-    folder.write(TOKENIZER_FILE, tokenizer.model)
+    write_tokenizer(folder, tokenizer)
     folder.write(MANIFEST_FILE, manifest.to_json().encode())
     return manifest
 
@@ -168,7 +170,10 @@ def summary(manifest: Manifest) -> str:
     ]
     bad, changed = manifest.source["bad_documents"], manifest.source["changed_documents"]
     if bad or changed:
-        lines.append(f"{bad:,} bad documents skipped; {changed:,} hold U+2581, which comes back as a space")
+        reason = "hold U+2581, which comes back as a space"
+        if manifest.tokenizer.file != TOKENIZER_FILE:
+            reason = "do not come back as they were: the tokenizer changes them"
+        lines.append(f"{bad:,} bad documents skipped; {changed:,} {reason}")
     return "\n".join(lines)
 
 
@@ -189,7 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-input", "validation files of other names", nargs="+", default=[], metavar="PATTERN")
     add("--output", "folder for the dataset, local or an fsspec URL", required=True)
     add("--vocab-size", "pieces to train, or 8k or 32k", type=vocabulary_size, default="8k")
-    add("--tokenizer", "a SentencePiece model to use as it is, instead of training one", metavar="FILE")
+    add(
+        "--tokenizer",
+        "to use as it is, instead of training one: a SentencePiece model, a tokenizer.json, or a folder with one",
+        metavar="PATH",
+    )
     add("--sample-bytes", "of text that the tokenizer is trained on", type=positive_integer, default=32_000_000)
     add("--record-length", "tokens in a record: the longest context", type=positive_integer, default=2_048)
     add("--shards", f"number of training shards; by default one per {SHARD_BYTES >> 20} MiB", type=positive_integer)
@@ -238,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     if beam_arguments and options.runner != "beam":
         parser.error(f"{' '.join(beam_arguments)}: arguments after -- are for --runner beam")
     try:
-        tokenizer = Tokenizer.from_file(options.tokenizer) if options.tokenizer else None
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         plan = Plan(
             source=options.source,
             inputs=find_inputs(options.input, options.validation_input),

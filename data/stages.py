@@ -6,7 +6,6 @@ both give the same bytes whoever runs them.
 """
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,9 +17,10 @@ from array_record.python import array_record_module
 
 from data.errors import DataError, WorkError
 from data.folder import Folder
-from data.manifest import TOKENIZER_FILE, Shard, file_crc32, record_dtype
+from data.manifest import Shard, file_crc32, record_dtype
 from data.sources import BadDocument, in_validation, read_documents
-from data.tokenizer import SPACE_SYMBOL, Tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import read_tokenizer
 from data.workers import Position
 
 # Uncompressed, since ids hardly compress and reading is what must be fast. A reader keeps 8 bytes of index for each
@@ -47,7 +47,7 @@ class Receipt:
     splits: dict[str, SplitCount]
     bad_documents: int
     bad: list[tuple[int, str]]
-    changed_documents: int  # those with U+2581, which comes back as a space
+    changed_documents: int  # those that do not come back as they were
 
     @classmethod
     def from_json(cls, content: bytes) -> "Receipt":
@@ -115,7 +115,10 @@ class ShardTask:
 
 @cache
 def _load_tokenizer(work: Folder) -> Tokenizer:
-    return Tokenizer(work.read(TOKENIZER_FILE))
+    tokenizer = read_tokenizer(work)
+    if tokenizer is None:
+        raise DataError(f"{work.url} has no tokenizer; prepare again")
+    return tokenizer
 
 
 def tokenize_file(task: FileTask, position: Position) -> None:
@@ -149,12 +152,17 @@ def tokenize_file(task: FileTask, position: Position) -> None:
             text = document.text
             split = task.split or ("validation" if in_validation(text, task.validation_fraction) else "train")
             count = counts[split]
-            for ids in itertools.chain(tokenizer.encode_chunks(text), [[tokenizer.eos_id]]):
+            changed = False
+            for chunk in tokenizer.chunks(text):
+                ids = tokenizer.encode_chunk(chunk)
                 files[split].write(np.array(ids, dtype).tobytes())
                 count[1] += len(ids)
+                changed |= tokenizer.changes(chunk, ids)
+            files[split].write(np.array([tokenizer.eos_id], dtype).tobytes())
             count[0] += 1
+            count[1] += 1
             count[2] += len(text.encode())
-            changed_documents += SPACE_SYMBOL in text
+            changed_documents += changed
     receipt = Receipt({name: SplitCount(*counts[name]) for name in names}, bad_documents, bad, changed_documents)
     task.work.write(task.receipt_file, json.dumps(dataclasses.asdict(receipt)).encode())
 

@@ -62,7 +62,10 @@ def trained_values(config: TransformerConfig, folder: str) -> dict[tuple[Any, ..
     for field in dataclasses.fields(TransformerConfig):
         found, wanted = getattr(before, field.name), getattr(config, field.name)
         if field.name not in free and found != wanted:
-            raise ConfigError(f"--init_from={folder}: its {field.name} is {found}, but the config makes it {wanted}")
+            raise ConfigError(
+                f"--init_from={folder}: its {field.name} is {found}, but the config makes it {wanted}; "
+                f"--config=configs/uptrain.py:{folder} takes the shape from there"
+            )
     if config.selection is Selection.OWN_HEAD and before.selection is not Selection.OWN_HEAD:
         values |= _silent_head(values, config.qk_norm)
     kept = {path for path in values if not path[-1].endswith("_sel") and not path[-1].endswith("_sel_norm")}

@@ -8,8 +8,11 @@ from trainer.settings import Settings
 
 
 def check_dataset(settings: Settings, manifest: Manifest) -> None:
-    """Raises ConfigError unless the dataset has this vocabulary and windows of this length."""
-    if manifest.vocab_size != settings.model.vocab_size:
+    """Raises ConfigError unless the model knows the dataset's tokens, and windows have this length.
+
+    A model may know more: pretrained ones often have a vocabulary that is padded to a round number.
+    """
+    if manifest.vocab_size > settings.model.vocab_size:
         raise ConfigError(
             f"the dataset in {settings.data.path} has {manifest.vocab_size} token ids, the model "
             f"{settings.model.vocab_size}; set --config.model.vocab_size={manifest.vocab_size}"

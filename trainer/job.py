@@ -91,6 +91,8 @@ def open_job(
     if is_main:
         counts = settings.transformer.parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
+        if (unused := settings.model.vocab_size - dataset.manifest.vocab_size) > 0:
+            logger.info("the model has %s token ids that the dataset's tokenizer does not have", f"{unused:,}")
         logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
     faults = settings.faults
     watchdog = Watchdog(

@@ -32,7 +32,8 @@ class Settings(base.Config):
         given = {name: value for name, value in vars(m).items() if name in names}  # fields of one name are one thing
         given["selection"] = m.selection if m.selective else Selection.OFF
         given["attention"] = None if m.attention == "auto" else m.attention
-        for name in ("num_layers", "num_heads"):
+        given["rotary_scaling"] = None if m.rotary_scaling.kind == "none" else vars(m.rotary_scaling)
+        for name in ("num_layers", "num_heads", "d_model", "mlp_dim"):
             if not given[name]:
                 del given[name]  # it is as the width says
         try:

@@ -39,7 +39,7 @@ def _load(options: argparse.Namespace) -> tuple[UsableFile, Transformer, Dataset
     if options.data is None and "data" not in content:
         raise InputError(f"{options.budgets} names no dataset; give --data")
     dataset = open_dataset(options.data or content["data"]["path"])
-    check_vocabulary(model, dataset)
+    check_vocabulary(model, dataset.manifest.vocab_size, dataset.path)
     found_on = content["data"]["fingerprint"] if "data" in content else dataset.manifest.fingerprint
     if found_on != dataset.manifest.fingerprint:
         raise InputError(
@@ -82,11 +82,11 @@ def run_generate(options: argparse.Namespace) -> None:
 
     def show(tokens: list[list[int]], *, last: bool = False) -> None:
         nonlocal shown
-        drawn.extend(token for token in tokens[0] if token < tokenizer.vocab_size)  # a model may have more
+        drawn.extend(tokens[0])
         if shown is None:
             print(text, end="", flush=True)
             shown = ""
-        whole = tokenizer.decode(drawn)
+        whole = tokenizer.continuation(prompt, drawn)
         half = whole.endswith("\ufffd") and not last  # of a character, which waits for its other half
         if whole.startswith(shown) and not half:
             print(whole[len(shown) :], end="", flush=True)

@@ -58,11 +58,11 @@ def located(path: str | Path) -> str:
     return str(path) if "://" in str(path) else str(Path(path).resolve())
 
 
-def check_vocabulary(model: Transformer, dataset: Dataset) -> None:
-    """Raises InputError if the dataset has tokens that the model does not know."""
-    if dataset.manifest.vocab_size > model.config.vocab_size:
+def check_vocabulary(model: Transformer, vocab_size: int, source: object) -> None:
+    """Raises InputError if the tokenizer of `source`, of so many tokens, has some that the model does not know."""
+    if vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{dataset.path} has {dataset.manifest.vocab_size} different tokens, the model {model.config.vocab_size}; "
+            f"{source} has {vocab_size} different tokens, the model {model.config.vocab_size}; "
             "give the dataset that the model was trained on"
         )
 
@@ -76,7 +76,10 @@ def read_windows(dataset: Dataset, split: str, length: int, count: int) -> Windo
     """
     record_length = dataset.manifest.record_length
     if record_length % length:
-        raise InputError(f"a context of {length} tokens does not divide this dataset's records of {record_length}")
+        raise InputError(
+            f"a context of {length} tokens does not divide this dataset's records of {record_length}; give a divisor "
+            "with --context"
+        )
     whole = dataset.manifest.splits[dataset.check_split(split)].tokens // length  # the last may be padded
     if count < 1 or not whole:
         raise InputError(f"{count} of {whole} windows of {length} tokens in {split!r} are not enough")

@@ -51,7 +51,7 @@ def run_search(options: argparse.Namespace) -> None:
     check_output(output)
     policy = find_policy(options.policy)
     model, dataset = load_model(options.checkpoint), open_dataset(options.data)
-    check_vocabulary(model, dataset)
+    check_vocabulary(model, dataset.manifest.vocab_size, dataset.path)
     length = options.context or model.config.max_length
     if length > model.config.max_length:
         most = model.config.max_length

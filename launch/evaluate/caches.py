@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import Dataset, Tokenizer, open_dataset
+from data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from data.manifest import TOKENIZER_JSON
 from inference_budget import Budgets, EvictionPolicy, Scorer, find_policy, model_fingerprint, policy_name
 from inference_budget.budgets import check_budgets
 from inference_budget.interchange import budgets_of, read_budgets_file
@@ -39,7 +40,7 @@ class Subject:
 
     model: Transformer
     checkpoint: dict[str, str]  # path and fingerprint
-    dataset: Dataset
+    text: Dataset | None  # for tasks that are made of text
     tokenizer: Tokenizer
     caches: list[CacheSize]  # the first one is full
 
@@ -48,22 +49,40 @@ class Subject:
         """The context of all caches, tokens."""
         return self.caches[0].budgets.context_length
 
+    @property
+    def dataset(self) -> Dataset:
+        """The text.
+
+        Raises:
+          InputError: none was given.
+        """
+        if self.text is None:
+            raise InputError(f"{self.checkpoint['path']} has a tokenizer, but no text; give a dataset with --data")
+        return self.text
+
     def scorer(self, cache: CacheSize) -> Scorer:
         policy = cache.policy or find_policy("oldest")  # whom nothing makes room for in a full cache
         return Scorer(self.model, cache.budgets, policy, bos_id=self.tokenizer.bos_id)
 
 
 def load_subject(
-    checkpoint: str | None, data: str | None, files: Sequence[str], factors: Sequence[float], policies: Sequence[str]
+    checkpoint: str | None,
+    data: str | None,
+    files: Sequence[str],
+    factors: Sequence[float],
+    policies: Sequence[str],
+    context: int | None = None,
 ) -> Subject:
     """The model, and its full cache before those that were asked for.
 
     Args:
       checkpoint: by default where the first of `files` says.
-      data: a dataset, of which tokenizer and text are taken; by default the one that the file or the run names.
+      data: a dataset, of which tokenizer and text are taken; by default the one that the file or the run names, or for
+        an imported model its own tokenizer, without a text.
       files: of `python -m launch.budgets search`.
       factors: memory factors of uniform budgets, with each of `policies`.
       policies: by default each file's own, and for `factors` "selective".
+      context: tokens; by default the model's, or that of the files.
 
     Raises:
       InputError, DataError, BudgetsError: what cannot be used.
@@ -80,7 +99,11 @@ def load_subject(
     for content in contents:
         budgets, own = budgets_of(content, fingerprint)
         caches += [CacheSize(budgets, policy) for policy in given or [own]]
-    length = min([config.max_length, *(cache.budgets.context_length for cache in caches)])
+    length = context or min([config.max_length, *(cache.budgets.context_length for cache in caches)])
+    if length > config.max_length:
+        raise InputError(
+            f"--context={context}: the model has been made for {config.max_length} tokens; give at most that"
+        )
     for policy in given or [find_policy("selective")]:
         for factor in factors:
             total = round(config.num_layers * length / factor)
@@ -90,13 +113,18 @@ def load_subject(
         if cache.policy is not None:
             check_policy(cache.policy, config)
         if cache.budgets.context_length != length:
-            raise InputError("the files of --budgets are for contexts of different lengths; evaluate one at a time")
+            raise InputError("the files of --budgets are for other contexts than this; evaluate one context at a time")
     path = data or next((content["data"]["path"] for content in contents if "data" in content), None)
-    dataset = open_dataset(path) if path else data_of_run(checkpoint)
-    check_vocabulary(model, dataset)
+    if path is None and (Path(checkpoint) / TOKENIZER_JSON).is_file():
+        text, tokenizer = None, load_tokenizer(checkpoint)
+        check_vocabulary(model, tokenizer.vocab_size, checkpoint)
+    else:
+        text = open_dataset(path) if path else data_of_run(checkpoint)
+        tokenizer = text.tokenizer()
+        check_vocabulary(model, text.manifest.vocab_size, text.path)
     full = CacheSize(Budgets.full(config.num_layers, length), None)
     source = {"path": located(checkpoint), "fingerprint": fingerprint}
-    return Subject(model, source, dataset, dataset.tokenizer(), [full, *caches])
+    return Subject(model, source, text, tokenizer, [full, *caches])
 
 
 def data_of_run(checkpoint: str) -> Dataset:

@@ -4,6 +4,7 @@ Every text begins with <BOS>, once, since a model never saw one without, and wha
 from behind it.
 """
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,19 @@ from inference_budget import Request, Scorer
 from launch.commands import InputError
 
 from .items import Measurement, Values, fitted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawing:
+    """What continuations that are drawn together have in common."""
+
+    most: int  # tokens
+    temperature: float
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "_Drawing":
+        temperature = float(options.get("temperature", 1.0)) if options.get("do_sample", False) else 0.0
+        return cls(int(options.get("max_gen_toks", 256)), temperature)
 
 
 class HarnessModel(TemplateLM):
@@ -71,30 +85,67 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues each context up to and without its first stop string, or <EOS>."""
-        return [self._generated(*request.args) for request in tqdm(requests, desc="generate", disable=disable_tqdm)]
+        """Continues each context up to and without its first stop string, or <EOS>; those of like options together."""
+        together: dict[_Drawing, list[int]] = {}
+        prompts, stops = [], []
+        for number, request in enumerate(requests):
+            context, options = request.args
+            drawing = _Drawing.of(options)
+            together.setdefault(drawing, []).append(number)
+            prompts.append(self._prompt(context, drawing.most))
+            until = options.get("until") or []
+            stops.append(tuple(filter(None, [until] if isinstance(until, str) else until)))
+        texts = [""] * len(requests)
+        with tqdm(desc="generate", total=len(requests), disable=disable_tqdm) as bar:
+            for drawing, numbers in together.items():
+                numbers.sort(key=lambda number: len(prompts[number]))  # a batch is as wide as its longest
+                for start in range(0, len(numbers), self.scorer.rows):
+                    some = numbers[start : start + self.scorer.rows]
+                    found = self._generated([prompts[n] for n in some], [stops[n] for n in some], drawing)
+                    for number, text in zip(some, found, strict=True):
+                        texts[number] = text
+                    bar.update(len(some))
+        return texts
 
-    def _generated(self, context: str, options: dict[str, Any]) -> str:
-        most, sampled = int(options.get("max_gen_toks", 256)), options.get("do_sample", False)
+    def _prompt(self, context: str, most: int) -> list[int]:
         tokens, room = self.tok_encode(context), self.scorer.length - most
         if room < 2:
             raise InputError(
                 f"max_gen_toks={most} leaves no room for a prompt in a context of {self.scorer.length}; give the task "
                 "fewer in its generation_kwargs"
             )
-        prompt = [*tokens[:1], *tokens[1:][-(room - 1) :]]
-        temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-        stops = [self.eot_token_id]
-        drawn = self.scorer.decoder.generate([prompt], most, temperature=temperature, stop_ids=stops)[0]
-        text = self._tokenizer.decode([token for token in drawn if token < self._tokenizer.vocab_size])
-        until = options.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.partition(stop)[0] if stop else text
-        return text
+        return [*tokens[:1], *tokens[1:][-(room - 1) :]]
+
+    def _generated(self, prompts: list[list[int]], stops: list[tuple[str, ...]], drawing: "_Drawing") -> list[str]:
+        drawn: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+
+        def all_ended(new: list[list[int]]) -> bool:
+            """Whether each text is at its end, or has its stop string, so that what would follow is cut off anyway."""
+            for row, tokens in enumerate(new):
+                drawn[row] += tokens
+                text = self._tokenizer.continuation(prompts[row], drawn[row]) if stops[row] else ""
+                ended[row] = not tokens or any(stop in text for stop in stops[row])
+            return all(ended)
+
+        self.scorer.decoder.generate(
+            prompts,
+            drawing.most,
+            temperature=drawing.temperature,
+            stop_ids=[self.eot_token_id],
+            on_tokens=all_ended,
+        )
+        texts = [self._tokenizer.continuation(*pair) for pair in zip(prompts, drawn, strict=True)]
+        return [_cut(text, some) for text, some in zip(texts, stops, strict=True)]
 
     def _scores(self, pairs: Sequence[Request], disable_tqdm: bool) -> list[tuple[float, bool]]:
         with tqdm(desc="answers", total=len(pairs), disable=disable_tqdm) as bar:
             return [(score.log_probability, score.greedy) for score in self.scorer.score(pairs, progress=bar.update)]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """What is before the first of the stop strings."""
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
 
 
 class Harness:

@@ -172,17 +172,23 @@ def compare(results: Sequence[CacheResult], other: ResultsFile | None) -> None:
 
 
 def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
-    """A PNG: for each task its first metric against the memory factor, a line for each policy, bars of 95%."""
-    tasks = list(results[0]["tasks"])
+    """A PNG: for each task its first metric, and its bits per byte, which small models move first, against the memory
+    factor, a line for each policy, bars of 95%.
+    """
+    panels = [
+        (task, metric)
+        for task, found in results[0]["tasks"].items()
+        for number, metric in enumerate(found["metrics"])
+        if number == 0 or metric == "bits_per_byte"
+    ]
     names = list(dict.fromkeys(result["policy"] for result in results[1:] if result["policy"])) or [""]
-    columns = min(len(tasks), 3)
+    columns = min(len(panels), 2)
     width, height = 440, 300
-    figure = charts.new_figure(columns * width, 40 + -(-len(tasks) // columns) * height, "white")
-    for number, task in enumerate(tasks):
+    figure = charts.new_figure(columns * width, 40 + -(-len(panels) // columns) * height, "white")
+    for number, (task, metric) in enumerate(panels):
         left, top = number % columns * width, 40 + number // columns * height
         box = left + 64, top + 24, left + width - 16, top + height - 48
         found = results[0]["tasks"][task]
-        metric = next(iter(found["metrics"]))
         axes = charts.add_axes(figure, box, "memory factor", metric)
         axes.yaxis.set_label_coords((left + 14 - box[0]) / (box[2] - box[0]), 0.5)
         axes.set_title(task, size=13, color=charts.INK, loc="left")
@@ -192,13 +198,14 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
         axes.minorticks_off()
         if metric in SHARES and found["chance"] is not None:
             axes.axhline(found["chance"], color=charts.SOFT, linewidth=1, linestyle="dashed")
-        for name in names:
+        for place, name in enumerate(names):
             line = [results[0], *(result for result in results[1:] if result["policy"] == name)]
             line.sort(key=lambda result: result["memory_factor"])
             values = [result["tasks"][task]["metrics"][metric] for result in line]
             errors = [1.96 * (value["standard_error"] or 0.0) for value in values]
             colour = charts.SERIES[list(POLICIES).index(name) if name in POLICIES else -1]
-            factors = [result["memory_factor"] for result in line]
+            beside = 1.04 ** (place - (len(names) - 1) / 2)  # of the others, which would hide its bars
+            factors = [result["memory_factor"] * beside for result in line]
             axes.errorbar(factors, [value["value"] for value in values], errors, color=colour, linewidth=2, label=name)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", ncols=len(labels) or 1, frameon=False)

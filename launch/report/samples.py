@@ -73,7 +73,7 @@ def read_samples(runs: Sequence[Run], dataset_path: str | Path, seed: int = 0) -
 def _misfit(run: Run, dataset: Dataset) -> str:
     """Why the dataset is not a run's own; empty if it is, or that is not known."""
     vocab_size, pieces = run.field("model.vocab_size"), dataset.tokenizer().vocab_size
-    if vocab_size not in (None, pieces):
+    if vocab_size is not None and vocab_size < pieces:
         return f"it has {vocab_size} token ids, but the dataset {dataset.path} has {pieces}"
     fingerprint = dataset.manifest.fingerprint
     if run.fingerprint not in ("", fingerprint):
@@ -169,5 +169,4 @@ def _sample(model: Transformer, dataset: Dataset, context_length: int, seed: int
     drawn = np.asarray(drawn_1N)[0].tolist()
     if tokenizer.eos_id in drawn:
         drawn = drawn[: drawn.index(tokenizer.eos_id)]
-    text, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *drawn])
-    return text, whole[len(text) :]
+    return tokenizer.decode(prompt), tokenizer.continuation(prompt, drawn)

@@ -45,7 +45,7 @@ class Drawing(TypedDict, total=False):
     top_k: int | None  # draw only from so many likeliest tokens
     top_p: float | None  # draw only from the fewest that have this probability together
     stop_ids: Sequence[int]  # tokens that end a continuation
-    on_tokens: Callable[[list[list[int]]], object] | None  # called with each prompt's next tokens, some at a time
+    on_tokens: Callable[[list[list[int]]], object] | None  # called with each prompt's next tokens; True ends it all
 
 
 class Decoder:
@@ -118,9 +118,8 @@ class Decoder:
         outputs = _Outputs(len(prompts), frozenset(stop_ids))
         for tokens_CB, count in chunks:
             new = outputs.add(np.asarray(tokens_CB)[:count, : len(prompts)])
-            if on_tokens is not None:
-                on_tokens(new)
-            if not any(outputs.going):
+            enough = on_tokens is not None and on_tokens(new) is True
+            if enough or not any(outputs.going):
                 break
         return outputs.tokens
 

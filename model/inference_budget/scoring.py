@@ -50,6 +50,7 @@ class Scorer:
     Attributes:
       decoder: continues prompts with the same weights and budgets.
       length: the longest context and continuation together, tokens; the last one is never fed, and not counted.
+      rows: how many contexts, and continuations, a batch has at most.
       contexts, continuations: how many were taken in, and scored, so far.
 
     Raises:
@@ -70,7 +71,7 @@ class Scorer:
         budgets = budgets or Budgets.full(config.num_layers, config.max_length)
         self.decoder = Decoder(model, budgets, policy or OldestFirst(), bos_id=bos_id)
         self.length, self.contexts, self.continuations = budgets.context_length, 0, 0
-        self._bos_id, self._rows = bos_id, max(1, min(ROWS, TOKENS_PER_PASS // self.length))
+        self._bos_id, self.rows = bos_id, max(1, min(ROWS, TOKENS_PER_PASS // self.length))
 
     def score(
         self, requests: Sequence[Request], *, progress: Callable[[int], object] = lambda done: None
@@ -86,14 +87,14 @@ class Scorer:
             by_context.setdefault(tuple(context), []).append(number)
         contexts = sorted(by_context, key=len)
         scores: dict[int, Score] = {}
-        for some in _parts(contexts, self._rows):
+        for some in _parts(contexts, self.rows):
             # Whole batches have one shape, and the last one too if there was any before it.
-            padding = [some[0][:1]] * (self._rows - len(some) if len(contexts) > self._rows else 0)
+            padding = [some[0][:1]] * (self.rows - len(some) if len(contexts) > self.rows else 0)
             after = self.decoder.prefill([*some, *padding])
             self.contexts += len(some)
             asked = [(row, number) for row, context in enumerate(some) for number in by_context[context]]
             asked.sort(key=lambda one: len(requests[one[1]].continuation))
-            for part in _parts(asked, self._rows):
+            for part in _parts(asked, self.rows):
                 rows, numbers = [row for row, _ in part], [number for _, number in part]
                 texts = [requests[number].continuation for number in numbers]
                 scores |= dict(zip(numbers, self._continued(after, rows, texts), strict=True))
@@ -110,11 +111,11 @@ class Scorer:
             raise BudgetsError(f"request {number} has {fed} tokens to take in; the model has room for {self.length}")
 
     def _continued(self, after: tuple, rows: list[int], continuations: list[Sequence[int]]) -> list[Score]:
-        """The scores of at most `_rows` continuations of the contexts in these rows."""
+        """The scores of at most `rows` continuations of the contexts in these rows."""
         longest = max(map(len, continuations))
         width = next(width for width in (8, 32, 128, 512, longest) if longest <= width)
-        tokens_BT, count_B = np.zeros((self._rows, width), np.int32), np.ones(self._rows, np.int32)
-        row_B = np.zeros(self._rows, np.int32)
+        tokens_BT, count_B = np.zeros((self.rows, width), np.int32), np.ones(self.rows, np.int32)
+        row_B = np.zeros(self.rows, np.int32)
         row_B[: len(rows)] = rows
         for n, tokens in enumerate(continuations):
             tokens_BT[n, : len(tokens)], count_B[n] = tokens, len(tokens)

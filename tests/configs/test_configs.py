@@ -51,6 +51,11 @@ def test_what_says_how_a_machine_computes_is_free_on_resume_and_in_no_export():
     assert free == TransformerConfig.machine_fields() == {"attention", "remat", "scan_layers"}
 
 
+def test_a_model_is_at_the_package_s_defaults_where_a_config_says_nothing():
+    model = TransformerConfig.from_width(12, vocab_size=8192, max_length=512, scan_layers=False)
+    assert read_settings(base.get_config()).transformer == model
+
+
 def test_settings_are_the_config_and_a_copy_with_a_change():
     settings = read_settings(c4.get_config("d8,memory"))
     assert dataclasses.asdict(settings) == c4.get_config("d8,memory").to_dict()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, Dataset, Tokenizer
+from data import DataError, Dataset, Tokenizer, load_tokenizer
 from data import tokenizer as tokenizer_module
 from data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, train_tokenizer
 
@@ -67,7 +67,7 @@ def test_too_little_text_is_an_error_that_says_what_to_do() -> None:
 def test_a_file_that_is_no_model_is_an_error(tmp_path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"x\.model: not a SentencePiece model"):
-        Tokenizer.from_file(tmp_path / "x.model")
+        load_tokenizer(tmp_path / "x.model")
 
 
 def test_the_bytes_of_pieces_add_up_to_those_of_the_text(tokenizer):

@@ -23,7 +23,7 @@ from trainer.settings import read_settings
         ("batch_size", 12, "batch_size=12 cannot be divided.*multiple of 8"),
         ("accumulation", 4, "accumulation=4 = 32 parts"),
         ("context_length", 48, "context_length=48 does not divide.*64"),
-        ("model.vocab_size", 512, "300 token ids.*vocab_size=300"),
+        ("model.vocab_size", 256, "300 token ids.*vocab_size=300"),
         ("mesh.data", 3, "data=3.*does not fit the 8 devices"),
         ("mesh.tensor", 2, "data=4, fsdp=2, context=1, tensor=2 does not fit the 8 devices"),
         ("mesh", {"data": 1, "fsdp": 1, "context": 8}, "8 splits the sequence into 16 chunks.*context_length=8"),

@@ -1,13 +1,14 @@
 """What is exported: a model, its tokenizer, and what is known of it."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 from etils import epath
 
-from data import DataError
-from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
-from data.tokenizer import Tokenizer
+from data import DataError, load_tokenizer
+from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, TOKENIZER_JSON, Manifest
+from data.tokenizer import SentencePieceTokenizer
 from selective_attention import Transformer, import_safetensors
 from trainer.checkpoints.folder import checkpoint_folder, read_metadata
 from trainer.errors import ConfigError
@@ -66,15 +67,29 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
     Raises:
       ConfigError: there is none, or one of another kind.
     """
-    if (path / "tokenizer.json").is_file():
-        return {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+    if (path / TOKENIZER_JSON).is_file():
+        files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+        return {**_generation_config(path), **files}
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"there is no tokenizer in {path}; give --tokenizer, a file or a folder")
     try:
-        return tokenizer_files(Tokenizer.from_file(file))
+        tokenizer = load_tokenizer(file)
     except DataError as error:
         raise ConfigError(str(error)) from error
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return read_tokenizer(file.parent)
+    return tokenizer_files(tokenizer)
+
+
+def _generation_config(folder: Path) -> dict[str, bytes]:
+    """With the ids that a dataset's documents have; none where the tokenizer is of a kind that is not known here."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError:
+        return {}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
+    return {"generation_config.json": (json.dumps(ids, indent=1) + "\n").encode()}
 
 
 def _fingerprint(path: Path) -> str | None:

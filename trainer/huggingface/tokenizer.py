@@ -10,13 +10,13 @@ import re
 
 import sentencepiece
 
-from data.tokenizer import SPACE_SYMBOL, Tokenizer
+from data.tokenizer import SPACE_SYMBOL, SentencePieceTokenizer
 from trainer.errors import ConfigError
 
 _PROBE = "  \ufb01t \uff21\u3000 b "  # which any normalisation but `identity` changes
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: SentencePieceTokenizer) -> dict[str, bytes]:
     """The contents of `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`, which has its ids.
 
     Raises:

@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data import Manifest, Tokenizer
+from data import Manifest, load_tokenizer
 from data.manifest import Shard, Split, file_crc32
 from launch.budgets.__main__ import main
 from selective_attention import export_safetensors
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=str(data / "tokenizer"), vocab_size=PIECES, minloglevel=2, **special
     )
-    tokenizer = Tokenizer.from_file(data / "tokenizer.model")
+    tokenizer = load_tokenizer(data / "tokenizer.model")
     tokens = np.concatenate([[*tokenizer.encode(line), tokenizer.eos_id] for line in text]).astype(np.uint16)
     splits = {}
     for split, records in (("train", 4), ("validation", 2)):

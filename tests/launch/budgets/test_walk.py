@@ -68,7 +68,7 @@ def test_generate_draws_what_the_context_leaves_where_nothing_else_is_said(folde
 
 
 def test_generate_shows_the_half_of_a_character_that_it_ends_with(folder, capsys, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda tokenizer, tokens: " fades\ufffd")
+    monkeypatch.setattr(Tokenizer, "continuation", lambda tokenizer, prompt, tokens: " fades\ufffd")
     shown = output_of(capsys, "generate", f"--budgets={folder}/budgets.json", "--tokens=2", "--prompt=the mask")
     assert shown == "the mask fades\ufffd\n"
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import Tokenizer
+from data import Tokenizer, load_tokenizer
 from inference_budget import POLICIES, Budgets, Scorer, eviction_times
 from launch.commands import InputError
 from launch.evaluate.__main__ import main
@@ -42,7 +42,7 @@ def scorer(request, folder) -> Scorer:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_file(folder / "data" / "tokenizer.model")
+    return load_tokenizer(folder / "data" / "tokenizer.model")
 
 
 @pytest.fixture
@@ -101,6 +101,47 @@ def test_text_is_generated_up_to_its_stop_string(harness_model, tokenizer):
     assert cut == whole[: whole.index(stop)]
     with pytest.raises(InputError, match="max_gen_toks=63 leaves no room for a prompt in a context of 64"):
         harness_model.generate_until(asked(("the", options | {"max_gen_toks": 63})), disable_tqdm=True)
+
+
+def test_texts_are_generated_together_as_one_by_one(harness_model, monkeypatch):
+    decoder, batches = harness_model.scorer.decoder, []
+    generate = decoder.generate
+
+    def counted(prompts, *arguments, **options):
+        batches.append(len(prompts))
+        return generate(prompts, *arguments, **options)
+
+    monkeypatch.setattr(decoder, "generate", counted)
+    options = {"until": ["w", "q"], "max_gen_toks": 20, "do_sample": False}
+    asked_for = [(context, options) for context, *_ in QUESTIONS]
+    asked_for.insert(1, ("old", options | {"until": "a", "max_gen_toks": 3}))
+    one_by_one = [harness_model.generate_until(asked(one), disable_tqdm=True)[0] for one in asked_for]
+    assert len(batches) == 5 and batches == [1] * 5
+    assert harness_model.generate_until(asked(*asked_for), disable_tqdm=True) == one_by_one
+    assert sorted(batches[5:]) == [1, 4]
+
+
+def test_generation_ends_where_every_text_has_its_stop_string(harness_model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(harness_model, "_tokenizer", AnyText(harness_model._tokenizer, drawn))
+    options = {"until": ["b"], "max_gen_toks": 40, "do_sample": False}
+    texts = harness_model.generate_until(asked(("the mask", options), ("old", options)), disable_tqdm=True)
+    assert texts == ["a", "a"]
+    assert max(drawn) <= 16  # what is drawn between two looks
+
+
+class AnyText:
+    """A tokenizer whose continuations are all "abc"; `lengths` are told how many tokens they had."""
+
+    def __init__(self, tokenizer: Tokenizer, lengths: list[int]) -> None:
+        self._tokenizer, self._lengths = tokenizer, lengths
+
+    def continuation(self, prompt, ids):
+        self._lengths.append(len(ids))
+        return "abc"
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
 
 
 def test_a_task_of_one_s_own_has_the_results_of_the_same_questions_as_requests(folder, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data import Tokenizer
+from data import Tokenizer, load_tokenizer
 from inference_budget import Request
 from launch.commands import InputError
 from launch.evaluate.items import encode_pair, fitted
@@ -14,7 +14,7 @@ BOS = 2
 
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_file(folder / "data" / "tokenizer.model")
+    return load_tokenizer(folder / "data" / "tokenizer.model")
 
 
 def test_spaces_at_the_end_of_a_context_go_to_the_continuation(tokenizer):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data.tokenizer import Tokenizer
+from data import load_tokenizer
+from data.tokenizer import SentencePieceTokenizer
 from tests.support.datasets import SENTENCE
 from trainer.errors import ConfigError
 from trainer.huggingface.tokenizer import tokenizer_files
@@ -25,10 +26,20 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def pair(dataset_path: Path, tmp_path_factory: pytest.TempPathFactory):
     """The tokenizer here and there."""
-    folder, ours = tmp_path_factory.mktemp("tokenizer"), Tokenizer.from_file(dataset_path / "tokenizer.model")
+    folder, ours = tmp_path_factory.mktemp("tokenizer"), load_tokenizer(dataset_path / "tokenizer.model")
     for name, content in tokenizer_files(ours).items():
         (folder / name).write_bytes(content)
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_data_reads_it_as_the_same_tokenizer(pair, tmp_path):
+    ours = pair[0]
+    for name, content in tokenizer_files(ours).items():
+        (tmp_path / name).write_bytes(content)
+    again, ids = load_tokenizer(tmp_path), range(ours.vocab_size)
+    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert [again.piece(token) for token in ids] == [ours.piece(token) for token in ids]
+    assert again.piece_bytes().tolist() == ours.piece_bytes().tolist()
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -74,4 +85,4 @@ def test_tokenizers_of_other_kinds_are_refused(options, why):
         **{**kind, **spaces, **options},
     )
     with pytest.raises(ConfigError, match=why):
-        tokenizer_files(Tokenizer(model.getvalue()))
+        tokenizer_files(SentencePieceTokenizer(model.getvalue()))
