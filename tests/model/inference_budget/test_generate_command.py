@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from data.tokenizer import Tokenizer
+from data import open_dataset
 from inference_budget import POLICIES, Budgets, Decoder, save_budgets
 from inference_budget.__main__ import main
 from inference_budget.text import TextTokenizer
@@ -101,10 +101,10 @@ def test_a_killed_command_is_completed_by_the_same_command(folder, tmp_path):
 
 
 def test_text_is_taken_and_given_with_a_tokenizer(dataset_path, tmp_path):
-    tokenizer = Tokenizer.from_file(dataset_path / "tokenizer.model")
+    tokenizer = open_dataset(dataset_path).tokenizer()
     model = make_model(vocab_size=tokenizer.vocab_size + 4, num_layers=1)
     export_safetensors(model, tmp_path / "export")
-    (tmp_path / "export" / "tokenizer.model").write_bytes(tokenizer.model)
+    (tmp_path / "export" / "tokenizer.model").write_bytes((dataset_path / "tokenizer.model").read_bytes())
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The", "num_tokens": 5, "stop_ids": []}\n')
     files = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
     main(["generate", f"--checkpoint={tmp_path / 'export'}", *files, "--temperature=0", "--rows=1"])
