@@ -42,6 +42,7 @@ class DecodePlan:
     num_kv_heads: int
     head_dim: int
     num_slots: int  # M
+    tokens: int  # rows of the batch in a window of tokens: a whole tile, or all
     rows: int  # R
     block: int  # slots that a grid step works on
     selection: Selection
@@ -69,8 +70,9 @@ def make_plan(q: Array, k: Array, num_slots: int, num_kv_heads: int, selection: 
         blocks = pl.cdiv(padded_slots * slot_bytes, BLOCK_BYTES)
         block = min(round_up(pl.cdiv(padded_slots, blocks), LANES), padded_slots)
     most = min(MOST_ROWS, batch // LEAST_STEPS, BLOCK_BYTES // (block * slot_bytes))
-    rows = max(n for n in range(1, max(most, 1) + 1) if batch % n == 0)
-    return DecodePlan(num_heads, num_kv_heads, head_dim, num_slots, rows, block, selection, adds)
+    tokens = batch if batch % TILE else TILE
+    rows = max(n for n in range(1, max(most, 1) + 1) if tokens % n == 0)
+    return DecodePlan(num_heads, num_kv_heads, head_dim, num_slots, tokens, rows, block, selection, adds)
 
 
 def decode(
@@ -103,6 +105,7 @@ def decode(
     operands = {name: pad(x.reshape(batch, -1, num_kv_heads * head_dim), LANES, 2) for name, x in tokens.items()}
     if new.q_sel is not None and new.k_sel is not None and "k_sel" in slots:
         operands |= {"q_sel": pad(new.q_sel, LANES, 2), "k_sel_new": pad(new.k_sel, LANES, 2)}
+    operands = {name: x.reshape(batch, -1) for name, x in operands.items()}
     # In float32, since a row of a register holds 32 bits a lane.
     operands = {name: x.astype(jnp.float32) for name, x in operands.items()}
     operands |= {name: x if x.ndim == 3 else x[:, None] for name, x in slots.items()}
@@ -111,7 +114,8 @@ def decode(
         last_B = jnp.minimum(now_B, num_slots - 1) // plan.block
         scalars.append(jnp.max(last_B.reshape(-1, plan.rows), axis=1))
     made = on_platform(functools.partial(_call, plan), operands, tuple(scalars))
-    out_BGKD = made["out"][..., : num_kv_heads * head_dim].reshape(q_BGKD.shape)
+    out_BGW = made["out"].reshape(batch, plan.group, -1)
+    out_BGKD = out_BGW[..., : num_kv_heads * head_dim].reshape(q_BGKD.shape)
     after = {name: made[name].reshape(x.shape) for name, x in slots.items()}
     return jnp.swapaxes(out_BGKD, 1, 2).reshape(q.shape).astype(q.dtype), after
 
@@ -123,18 +127,20 @@ def _call(
     batch, _, width = operands["k"].shape
     heads = round_up(plan.num_heads, 2 * TILE)
 
-    def block(i, j, scalars):
-        return jnp.minimum(j, scalars[2][i]) if plan.blocks > 1 else 0
+    steps = plan.tokens // plan.rows
+
+    def block(i, u, j, scalars):
+        return jnp.minimum(j, scalars[2][i * steps + u]) if plan.blocks > 1 else 0
 
     def window(name: str) -> pl.BlockSpec:
         x = operands[name]
         if name in ("k", "v", "k_sel"):
             shape = (plan.rows, plan.block, x.shape[2])
-            return pl.BlockSpec(shape, lambda i, j, *scalars: (i, block(i, j, scalars), 0))
+            return pl.BlockSpec(shape, lambda i, u, j, *scalars: (i * steps + u, block(i, u, j, scalars), 0))
         if name in ("f", "position"):
             shape = (plan.rows, 1, min(plan.block, plan.num_slots))
-            return pl.BlockSpec(shape, lambda i, j, *scalars: (i, 0, block(i, j, scalars)))
-        return pl.BlockSpec((plan.rows, *x.shape[1:]), lambda i, j, *_: (i, 0, 0))
+            return pl.BlockSpec(shape, lambda i, u, j, *scalars: (i * steps + u, 0, block(i, u, j, scalars)))
+        return pl.BlockSpec((plan.tokens, x.shape[1]), lambda i, *_: (i, 0))
 
     caches: list[str] = [name for name in ("k", "v", "k_sel") if name in operands]
     changed = [name for name in operands if name in ("k", "v", "k_sel", "f", "position")]
@@ -155,14 +161,14 @@ def _call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch // plan.rows, plan.blocks),
+            grid=(batch // plan.tokens, steps, plan.blocks),
             in_specs=[window(name) for name in operands],
             out_specs=[window("q"), *out_windows],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[jax.ShapeDtypeStruct(operands[x].shape, operands[x].dtype) for x in ("q", *changed)],
         input_output_aliases={len(scalars) + list(operands).index(name): 1 + n for n, name in enumerate(changed)},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * plan.num_slots * plan.num_heads * plan.head_dim,
             bytes_accessed=read,
@@ -175,8 +181,11 @@ def _call(
 
 
 def _kernel(plan: DecodePlan, caches: list[str], scalars: tuple[Any, ...], ref) -> None:
-    i, j = pl.program_id(0), pl.program_id(1)
+    u, j = pl.program_id(1), pl.program_id(2)
+    i = pl.program_id(0) * (plan.tokens // plan.rows) + u
     slot, now = scalars[:2]
+    # A row of the batch in a window of tokens: one, for each row of the block.
+    ref.token = [pl.ds(u * plan.rows + r, 1) for r in range(plan.rows)]
     if plan.blocks == 1:
         _attend(plan, caches, slot, now, ref, i, j, (True, True))
     else:
@@ -190,9 +199,9 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
     heads, width = round_up(plan.num_heads, 2 * TILE), ref.k.shape[2]
     slots = [slot[i * plan.rows + r] - j * plan.block for r in rows]
     nows = [now[i * plan.rows + r] for r in rows]
-    copies = [copy for r in rows for copy in _write(plan, caches, ref, i, j, r, slots[r])]
     for r in rows:
         _clear_free(plan, ref, r, jnp.minimum(nows[r] + 1, plan.num_slots) - j * plan.block, j)
+    copies = [copy for r in rows for copy in _write(plan, caches, ref, i, j, r, slots[r])]
     index = jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
     position, held = [], []
     for r in rows:
@@ -210,7 +219,7 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
     for r in rows:
         q = jnp.zeros((heads, width), jnp.float32)
         for g, lanes in enumerate(own):
-            q = jnp.where(lanes, ref.q[r, g : g + 1], q)
+            q = jnp.where(lanes, ref.q[ref.token[r], g * width : (g + 1) * width], q)
         logits.append(dot(q.astype(ref.k.dtype), ref.k[r, :block], (1, 1)) * scale)
     f = [jnp.where(index == slots[r], 0.0, ref.f[r]) for r in rows] if plan.selects else []
     masked = [jnp.where(held[r], logits[r] - f[r] if plan.selects else logits[r], -HIDDEN) for r in rows]
@@ -222,7 +231,7 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
     totals = [jnp.sum(w, axis=1, keepdims=True) for w in weights]
     for r in rows if plan.selects else ():
         if hasattr(ref, "q_sel"):
-            q_sel = jnp.broadcast_to(ref.q_sel[r], (2 * TILE, ref.q_sel.shape[2])).astype(ref.k_sel.dtype)
+            q_sel = jnp.broadcast_to(ref.q_sel[ref.token[r]], (2 * TILE, ref.q_sel.shape[1])).astype(ref.k_sel.dtype)
             selecting = dot(q_sel, ref.k_sel[r, :block], (1, 1))[:1] * scale
         else:
             selecting = logits[r][:1]
@@ -241,7 +250,8 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
     for r in rows:
         mean = values[r] * (1.0 / totals[r])
         for g, lanes in enumerate(own):
-            ref.out[r, g : g + 1] = jnp.sum(jnp.where(lanes, mean, 0.0), axis=0, keepdims=True)
+            own_sum = jnp.sum(jnp.where(lanes, mean, 0.0), axis=0, keepdims=True)
+            ref.out[ref.token[r], g * width : (g + 1) * width] = own_sum
     for condition, copy in copies:
         _when(condition, copy.wait)
 
@@ -270,7 +280,9 @@ def _write(plan: DecodePlan, caches: list[str], ref, i, j, r: int, slot) -> list
         def put(window=window, new=new, copy=copy):
             old = window[r, pl.ds(first, TILE)].astype(jnp.float32)
             sublane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
-            window[r, pl.ds(first, TILE)] = jnp.where(sublane == slot - first, new[r], old).astype(window.dtype)
+            window[r, pl.ds(first, TILE)] = jnp.where(sublane == slot - first, new[ref.token[r]], old).astype(
+                window.dtype
+            )
             copy.start()
 
         _when(here, put)
