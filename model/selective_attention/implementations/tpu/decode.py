@@ -5,11 +5,13 @@ is, and replacing a token writes one tile of eight slots. One matmul serves all 
 [H, W], each in the lanes of the key/value head that it reads, and of [H, W] sums of values each keeps those lanes. The
 MXU loads every key and value once.
 
-Grid: (blocks of rows of the batch, blocks of slots). Rows are independent, and what the two cores of a chip share out.
-Blocks of slots run in order, with a running maximum, sum and output; those without a token are not fetched.
+Grid: (windows of tokens, blocks of rows of the batch in each, blocks of slots). Rows are independent, and windows are
+what the two cores of a chip share out. Blocks of slots run in order, with a running maximum, sum and output; those
+without a token are not fetched.
 
 Shape letters: as in `columns.py`; M slots, P the same with padding to whole tiles, W = K * D, G = H / K query heads of
-a key/value head, R rows of the batch in a block, i block of rows, j block of slots, r row of a block.
+a key/value head, R rows of the batch in a block. Indices: i block of rows, u the same within its window of tokens, j
+block of slots, r row of a block.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from .columns import LANES, dot, pad, round_up
 from .plan import MIB
 from .program import on_platform
 
+CACHES, STATE = ("k", "v", "k_sel"), ("position", "f")  # of slots
 TILE = 8  # slots of a tile
 BLOCK_BYTES = 1 * MIB  # of keys that a grid step works on, at most
 MOST_ROWS = 8  # of the batch that it works on
@@ -51,6 +54,15 @@ class DecodePlan:
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def padded_heads(self) -> int:
+        return round_up(self.num_heads, 2 * TILE)
+
+    @property
+    def steps(self) -> int:
+        """Blocks of rows in a window of tokens."""
+        return self.tokens // self.rows
 
     @property
     def blocks(self) -> int:
@@ -106,8 +118,6 @@ def decode(
     if new.q_sel is not None and new.k_sel is not None and "k_sel" in slots:
         operands |= {"q_sel": pad(new.q_sel, LANES, 2), "k_sel_new": pad(new.k_sel, LANES, 2)}
     operands = {name: x.reshape(batch, -1) for name, x in operands.items()}
-    # In float32, since a row of a register holds 32 bits a lane.
-    operands = {name: x.astype(jnp.float32) for name, x in operands.items()}
     operands |= {name: x if x.ndim == 3 else x[:, None] for name, x in slots.items()}
     scalars = [slot_B, now_B]
     if plan.blocks > 1:
@@ -125,45 +135,32 @@ def _call(
 ) -> dict[str, Array]:
     """Runs the kernel, and gives `out` and what it changes of the operands under their own names."""
     batch, _, width = operands["k"].shape
-    heads = round_up(plan.num_heads, 2 * TILE)
-
-    steps = plan.tokens // plan.rows
-
-    def block(i, u, j, scalars):
-        return jnp.minimum(j, scalars[2][i * steps + u]) if plan.blocks > 1 else 0
-
-    def window(name: str) -> pl.BlockSpec:
-        x = operands[name]
-        if name in ("k", "v", "k_sel"):
-            shape = (plan.rows, plan.block, x.shape[2])
-            return pl.BlockSpec(shape, lambda i, u, j, *scalars: (i * steps + u, block(i, u, j, scalars), 0))
-        if name in ("f", "position"):
-            shape = (plan.rows, 1, min(plan.block, plan.num_slots))
-            return pl.BlockSpec(shape, lambda i, u, j, *scalars: (i * steps + u, 0, block(i, u, j, scalars)))
-        return pl.BlockSpec((plan.tokens, x.shape[1]), lambda i, *_: (i, 0))
-
-    caches: list[str] = [name for name in ("k", "v", "k_sel") if name in operands]
-    changed = [name for name in operands if name in ("k", "v", "k_sel", "f", "position")]
+    windows = {name: _window(plan, name, x) for name, x in operands.items()}
+    changed = [name for name in operands if name in (*CACHES, *STATE)]
+    tokens = [name for name in operands if name not in changed]
+    caches = [name for name in operands if name in CACHES]
     # Of keys and values the kernel itself writes the tile that has changed.
-    out_windows = [pl.BlockSpec(memory_space=pl.ANY) if name in caches else window(name) for name in changed]
+    out_windows = [pl.BlockSpec(memory_space=pl.ANY) if name in caches else windows[name] for name in changed]
     scratch = {"arrived": pltpu.SemaphoreType.DMA((len(caches), plan.rows))}
+    # Single rows are read and written in float32 alone: a row of a register holds 32 bits a lane.
+    for name, of_name in [*((name, name) for name in tokens), ("out", "q")]:
+        scratch[f"{name}_rows"] = pltpu.VMEM((plan.tokens, operands[of_name].shape[1]), jnp.float32)
     if plan.blocks > 1:
-        scratch |= {name: pltpu.VMEM((plan.rows, heads, LANES), jnp.float32) for name in ("maximum", "total")}
-        scratch["sum"] = pltpu.VMEM((plan.rows, heads, width), jnp.float32)
+        for name, lanes in (("maximum", LANES), ("total", LANES), ("sum", width)):
+            scratch[name] = pltpu.VMEM((plan.rows, plan.padded_heads, lanes), jnp.float32)
     names = (*operands, "out", *(f"{name}_after" for name in changed), *scratch)
 
     def body(*refs):
         of_scalars, others = refs[: len(scalars)], refs[len(scalars) :]
-        _kernel(plan, caches, of_scalars, types.SimpleNamespace(**dict(zip(names, others, strict=True))))
+        _kernel(plan, caches, tokens, of_scalars, types.SimpleNamespace(**dict(zip(names, others, strict=True))))
 
-    read = sum(operands[name].size * operands[name].dtype.itemsize for name in operands)
     made = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch // plan.tokens, steps, plan.blocks),
-            in_specs=[window(name) for name in operands],
-            out_specs=[window("q"), *out_windows],
+            grid=(batch // plan.tokens, plan.steps, plan.blocks),
+            in_specs=list(windows.values()),
+            out_specs=[windows["q"], *out_windows],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[jax.ShapeDtypeStruct(operands[x].shape, operands[x].dtype) for x in ("q", *changed)],
@@ -171,7 +168,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * plan.num_slots * plan.num_heads * plan.head_dim,
-            bytes_accessed=read,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands.values()),
             transcendentals=batch * plan.num_slots * plan.num_heads,
         ),
         interpret=interpret,
@@ -180,23 +177,53 @@ def _call(
     return dict(zip(("out", *changed), made, strict=True))
 
 
-def _kernel(plan: DecodePlan, caches: list[str], scalars: tuple[Any, ...], ref) -> None:
+def _window(plan: DecodePlan, name: str, x: Array) -> pl.BlockSpec:
+    """On what a grid step sees of an operand: slots, what is kept of them, or tokens."""
+
+    def block(i, u, j, scalars):
+        rows = i * plan.steps + u
+        return rows, jnp.minimum(j, scalars[2][rows]) if plan.blocks > 1 else 0
+
+    def of_slots(i, u, j, *scalars):
+        return *block(i, u, j, scalars), 0
+
+    def of_state(i, u, j, *scalars):
+        rows, slots = block(i, u, j, scalars)
+        return rows, 0, slots
+
+    if name in CACHES:
+        return pl.BlockSpec((plan.rows, plan.block, x.shape[2]), of_slots)
+    if name in STATE:
+        return pl.BlockSpec((plan.rows, 1, min(plan.block, plan.num_slots)), of_state)
+    return pl.BlockSpec((plan.tokens, x.shape[1]), lambda i, *_: (i, 0))
+
+
+def _kernel(plan: DecodePlan, caches: list[str], tokens: list[str], scalars: tuple[Any, ...], ref) -> None:
     u, j = pl.program_id(1), pl.program_id(2)
-    i = pl.program_id(0) * (plan.tokens // plan.rows) + u
+    i = pl.program_id(0) * plan.steps + u
     slot, now = scalars[:2]
     # A row of the batch in a window of tokens: one, for each row of the block.
     ref.token = [pl.ds(u * plan.rows + r, 1) for r in range(plan.rows)]
+
+    @pl.when((u == 0) & (j == 0))
+    def _read_tokens():
+        for name in tokens:
+            getattr(ref, f"{name}_rows")[...] = getattr(ref, name)[...].astype(jnp.float32)
+
     if plan.blocks == 1:
-        _attend(plan, caches, slot, now, ref, i, j, (True, True))
+        _attend(plan, caches, slot, now, ref, i, j, True)
     else:
-        last = scalars[2][i]
-        pl.when(j <= last)(lambda: _attend(plan, caches, slot, now, ref, i, j, (j == 0, j == last)))
+        pl.when(j <= scalars[2][i])(lambda: _attend(plan, caches, slot, now, ref, i, j, j == 0))
+
+    @pl.when((u == plan.steps - 1) & (j == plan.blocks - 1))
+    def _write_tokens():
+        ref.out[...] = ref.out_rows[...].astype(ref.out.dtype)
 
 
-def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> None:
-    """One block of rows and slots."""
+def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, first) -> None:
+    """One block of rows and slots, for these rows the `first` or a later one."""
     rows, block, scale = range(plan.rows), min(plan.block, plan.num_slots), plan.head_dim**-0.5
-    heads, width = round_up(plan.num_heads, 2 * TILE), ref.k.shape[2]
+    heads, width = plan.padded_heads, ref.k.shape[2]
     slots = [slot[i * plan.rows + r] - j * plan.block for r in rows]
     nows = [now[i * plan.rows + r] for r in rows]
     for r in rows:
@@ -219,19 +246,21 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
     for r in rows:
         q = jnp.zeros((heads, width), jnp.float32)
         for g, lanes in enumerate(own):
-            q = jnp.where(lanes, ref.q[ref.token[r], g * width : (g + 1) * width], q)
+            q = jnp.where(lanes, ref.q_rows[ref.token[r], g * width : (g + 1) * width], q)
         logits.append(dot(q.astype(ref.k.dtype), ref.k[r, :block], (1, 1)) * scale)
     f = [jnp.where(index == slots[r], 0.0, ref.f[r]) for r in rows] if plan.selects else []
     masked = [jnp.where(held[r], logits[r] - f[r] if plan.selects else logits[r], -HIDDEN) for r in rows]
     maxima = [jnp.max(x, axis=1, keepdims=True) for x in masked]
     if plan.blocks > 1:
-        olds = [jnp.where(ends[0], -HIDDEN, ref.maximum[r, :, :1]) for r in rows]
+        olds = [jnp.where(first, -HIDDEN, ref.maximum[r, :, :1]) for r in rows]
         maxima = [jnp.maximum(old, new) for old, new in zip(olds, maxima, strict=True)]
     weights = [jnp.exp(x - m) for x, m in zip(masked, maxima, strict=True)]
     totals = [jnp.sum(w, axis=1, keepdims=True) for w in weights]
     for r in rows if plan.selects else ():
         if hasattr(ref, "q_sel"):
-            q_sel = jnp.broadcast_to(ref.q_sel[ref.token[r]], (2 * TILE, ref.q_sel.shape[1])).astype(ref.k_sel.dtype)
+            q_sel = jnp.broadcast_to(ref.q_sel_rows[ref.token[r]], (2 * TILE, ref.q_sel.shape[1])).astype(
+                ref.k_sel.dtype
+            )
             selecting = dot(q_sel, ref.k_sel[r, :block], (1, 1))[:1] * scale
         else:
             selecting = logits[r][:1]
@@ -242,8 +271,8 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
     if plan.blocks > 1:
         for r in rows:
             decay = jnp.exp(olds[r] - maxima[r])
-            totals[r] += jnp.where(ends[0], 0.0, ref.total[r, :, :1] * decay)
-            values[r] += jnp.where(ends[0], 0.0, ref.sum[r] * decay)
+            totals[r] += jnp.where(first, 0.0, ref.total[r, :, :1] * decay)
+            values[r] += jnp.where(first, 0.0, ref.sum[r] * decay)
             ref.maximum[r] = jnp.broadcast_to(maxima[r], (heads, LANES))
             ref.total[r] = jnp.broadcast_to(totals[r], (heads, LANES))
             ref.sum[r] = values[r]
@@ -251,7 +280,7 @@ def _attend(plan: DecodePlan, caches: list[str], slot, now, ref, i, j, ends) -> 
         mean = values[r] * (1.0 / totals[r])
         for g, lanes in enumerate(own):
             own_sum = jnp.sum(jnp.where(lanes, mean, 0.0), axis=0, keepdims=True)
-            ref.out[ref.token[r], g * width : (g + 1) * width] = own_sum
+            ref.out_rows[ref.token[r], g * width : (g + 1) * width] = own_sum
     for condition, copy in copies:
         _when(condition, copy.wait)
 
@@ -272,7 +301,7 @@ def _write(plan: DecodePlan, caches: list[str], ref, i, j, r: int, slot) -> list
     first = _tile_start(jnp.clip(slot, 0, plan.block - 1))
     copies = []
     for n, name in enumerate(caches):
-        window, after, new = getattr(ref, name), getattr(ref, f"{name}_after"), getattr(ref, f"{name}_new")
+        window, after, new = getattr(ref, name), getattr(ref, f"{name}_after"), getattr(ref, f"{name}_new_rows")
         there = pl.multiple_of(first + j * plan.block, TILE)
         tile = window.at[r, pl.ds(first, TILE)]
         copy = pltpu.make_async_copy(tile, after.at[i * plan.rows + r, pl.ds(there, TILE)], ref.arrived.at[n, r])

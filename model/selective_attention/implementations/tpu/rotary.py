@@ -129,7 +129,7 @@ def norm_rotary_tokens(x_B1HD: Array, scale_D: Array, cos_B1D: Array, sin_B1D: A
     angles = [jnp.concatenate(halves, axis=1) for halves in ((cos_BD, cos_BD), (-sin_BD, sin_BD))]
     cos_BL, sin_BL = (jnp.tile(angle_BD, (1, LANES // width)) for angle_BD in angles)
     scale_1L = jnp.tile(scale_D.astype(jnp.float32), LANES // width)[None]
-    x_BR = pad(x_B1HD.reshape(batch, -1).astype(jnp.float32), LANES, 1)
+    x_BR = pad(x_B1HD.reshape(batch, -1), LANES, 1)
     rows = TOKENS if batch % TOKENS == 0 else batch
 
     def run(operands, _, interpret):
@@ -139,14 +139,14 @@ def norm_rotary_tokens(x_B1HD: Array, scale_D: Array, cos_B1D: Array, sin_B1D: A
             grid=(batch // rows,),
             in_specs=[pl.BlockSpec((1, LANES), lambda b: (0, 0)), *windows],
             out_specs=windows[-1],
-            out_shape=jax.ShapeDtypeStruct(x_BR.shape, jnp.float32),
+            out_shape=jax.ShapeDtypeStruct(x_BR.shape, x_BR.dtype),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
             interpret=interpret,
             name="norm_rotary_tokens",
         )(*operands)
 
     out_BR = on_platform(run, [scale_1L, cos_BL, sin_BL, x_BR], ())
-    return out_BR[:, : heads * width].reshape(x_B1HD.shape).astype(x_B1HD.dtype)
+    return out_BR[:, : heads * width].reshape(x_B1HD.shape)
 
 
 def _forward_tokens(width: int, scale_ref, cos_ref, sin_ref, x_ref, out_ref) -> None:
@@ -155,11 +155,12 @@ def _forward_tokens(width: int, scale_ref, cos_ref, sin_ref, x_ref, out_ref) -> 
     heads = [(lane >= start) & (lane < start + width) for start in range(0, LANES, width)]
     first_half = functools.reduce(jnp.logical_or, [own & (lane < n * width + half) for n, own in enumerate(heads)])
     for tile in range(x_ref.shape[1] // LANES):
-        x = x_ref[:, lanes(tile)]
+        x = x_ref[:, lanes(tile)].astype(jnp.float32)
         factor = jnp.zeros(shape, jnp.float32)
         for own in heads:
             mean = jnp.sum(jnp.where(own, x * x, 0.0), axis=1, keepdims=True) / width
             factor = jnp.where(own, jax.lax.rsqrt(mean + EPSILON), factor)
         x *= factor * scale_ref[...]
         other_half = jnp.where(first_half, pltpu.roll(x, LANES - half, 1), pltpu.roll(x, half, 1))
-        out_ref[:, lanes(tile)] = x * cos_ref[...] + other_half * sin_ref[...]
+        rotated = x * cos_ref[...] + other_half * sin_ref[...]
+        out_ref[:, lanes(tile)] = rotated.astype(out_ref.dtype)
