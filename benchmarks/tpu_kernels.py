@@ -16,9 +16,18 @@ the end take each kernel's best: the one of fewest milliseconds. Blocks that do 
 - ms: all tiles and steps, skipped ones too, of `--batch` sequences of `--length`, on one chip, at one cycle a bundle.
 
 The table comes out the same on every machine.
+
+    python benchmarks/tpu_kernels.py --decode [--generations v4,v5e] [--batch 32] [--heads 12] [--width 64]
+
+One token a row over a layer's cache, bfloat16: the full cache of 2,048, and budgets of 512, 128 and 43. "paged" is
+JAX's paged attention, which neither writes, evicts nor selects, over the same bytes in heads of 128 (it takes no
+others), in pages of up to 512 slots. Columns: bundles of a grid step and the steps of a call; milliseconds by this
+schedule alone and by fetching keys and values alone, at the published bandwidth; and both together over the latter,
+where fetches run beside the schedule but for the first one.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -38,6 +47,7 @@ KERNELS = {  # of a program, as the compiler names them
 }
 KERNELS["standard"] = KERNELS["selective"]
 SPLASH_BLOCK = 512
+FULL = 2048  # slots of a full cache
 ITEM_BYTES = {"f32": 4, "s32": 4, "bf16": 2, "s8": 1}
 
 
@@ -159,13 +169,95 @@ def compile_here(program: str, kernels: list[str], block: int, arguments: argpar
     return rows
 
 
+def decoding(program: str, slots: int, arguments: argparse.Namespace):
+    """One layer's attention of a token a row: (the function that is compiled, its arguments, the steps of its grid)."""
+    import jax
+    import jax.numpy as jnp
+
+    from selective_attention import Selection
+    from selective_attention.implementations.tpu.decode import decode, make_plan
+    from selective_attention.selection import Projections
+    from selective_attention.slots import slots_shape
+
+    batch, heads, width = arguments.batch, arguments.heads, arguments.width
+    integers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    if program == "paged":
+        from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+        heads, page = heads * width // 128, next(n for n in (512, 128, 48) if -(-slots // 8) * 8 % n == 0)
+        pages = -(-slots // page)
+        kv = jax.ShapeDtypeStruct((heads, batch * pages, page, 128), jnp.bfloat16)
+        q = jax.ShapeDtypeStruct((batch, heads, 128), jnp.bfloat16)
+        indices = jax.ShapeDtypeStruct((batch, pages), jnp.int32)
+        options = {"pages_per_compute_block": 1, "inline_seq_dim": False}
+        options["megacore_mode"] = "batch" if find(SLICES[arguments.generation]).chip.cores == 2 else None
+        attend = functools.partial(paged_attention, **options)
+        return attend, (q, kv, kv, integers, indices), batch * heads * pages
+    token = jax.ShapeDtypeStruct((batch, 1, heads, width), jnp.bfloat16)
+    shape = slots_shape(batch, heads, slots, width, fused=True)
+    held = {name: jax.ShapeDtypeStruct((shape[0], *shape[2:]), jnp.bfloat16) for name in ("k", "v")}
+    if slots < FULL:
+        held["position"] = jax.ShapeDtypeStruct((batch, slots), jnp.int32)
+    selection = Selection.OFF if program == "standard" else Selection.PAPER
+    if program == "selective":
+        held["f"] = jax.ShapeDtypeStruct((batch, slots), jnp.float32)
+    plan = make_plan(token, held["k"], slots, heads, selection, adds=True)
+    attend = functools.partial(decode, selection=selection, adds=True)
+    return attend, (Projections(token, token, token), held, integers, integers), batch // plan.rows * plan.blocks
+
+
+def compile_decoding(program: str, slots: int, arguments: argparse.Namespace, folder: Path) -> dict:
+    """Compiles in this process, as `compile_here`: one row."""
+    import jax
+
+    topology = find(SLICES[arguments.generation])
+    chip = topology.chip
+    mesh = jax.sharding.Mesh(topology.describe(1).devices[:1], ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        attend, shapes, steps = decoding(program, slots, arguments)
+        here = jax.NamedSharding(mesh, jax.P())
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        donated = () if program == "paged" else 1
+        compiled = jax.jit(attend, donate_argnums=donated).lower(*shapes).compile()
+    kernel = "paged_attention" if program == "paged" else "selective_attention_decode"
+    cache = 2 * 2 * arguments.batch * -(-slots // 8) * 8 * arguments.heads * arguments.width
+    bundles, memory = schedule.bundles(folder, kernel), compiled.memory_analysis()
+    return {
+        "generation": arguments.generation,
+        "program": program,
+        "slots": slots,
+        "bundles": bundles,
+        "steps": steps,
+        "temporaries": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "cache": cache,
+        "schedule": 1e3 * bundles * steps / chip.cores / chip.clock,
+        "hbm": 1e3 * cache / chip.hbm_bandwidth,
+        "cores": chip.cores,
+    }
+
+
+def show_decoding(rows: list[dict], arguments: argparse.Namespace) -> None:
+    print(f"{arguments.batch} rows, {arguments.heads} heads of {arguments.width}, bfloat16")
+    columns = "TPU, slots, program, bundles, steps, schedule ms, HBM ms, together over HBM"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|---" * len(columns.split(", ")) + "|")
+    for row in rows:
+        of_step = [row[name] / row["steps"] * row["cores"] for name in ("schedule", "hbm")]
+        together = sum(of_step) + (row["steps"] / row["cores"] - 1) * max(of_step)
+        print(
+            f"| {row['generation']} | {row['slots']:,} | {row['program']} | {row['bundles']:,} | {row['steps']} "
+            f"| {row['schedule']:.4f} | {row['hbm']:.4f} | {together / row['hbm']:.2f} |"
+        )
+
+
 def measure(program: str, generation: str, kernels: tuple[str, ...], block: int, arguments: argparse.Namespace):
     """Compiles in a process of its own: libtpu reads its options once, when JAX first loads it."""
     with tempfile.TemporaryDirectory() as folder:
         environment = schedule.environment(folder, passes=".*(final_|original).*")
         flags = [f"--{name}={getattr(arguments, name)}" for name in ("length", "heads", "width", "batch", "dtype")]
         what = f"{program}:{generation}:{','.join(kernels)}:{block}:{folder}"
-        command = [sys.executable, __file__, f"--compile={what}", *flags]
+        command = [sys.executable, __file__, f"--compile={what}", *flags, *["--decode"] * arguments.decode]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"compiling {program} for {generation} failed:\n{done.stderr[-4000:]}")
@@ -182,21 +274,34 @@ def variants(program: str, blocks: list[int]) -> list[tuple[tuple[str, ...], int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", default="v4", help=f"of {', '.join(SLICES)}; comma-separated")
-    parser.add_argument("--programs", default="selective,standard,splash", help="comma-separated")
+    parser.add_argument("--programs", help="comma-separated; by default all")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=64, help="of a head")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--blocks", default="", help="sides of tiles to try; comma-separated")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per chip")
+    parser.add_argument("--batch", type=int, help="sequences per chip; by default 16, with --decode 32")
+    parser.add_argument("--decode", action="store_true", help="the decoding kernel instead, in bfloat16")
+    parser.add_argument("--slots", default="2048,512,128,43", help="with --decode: of a layer; comma-separated")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.batch = arguments.batch or (32 if arguments.decode else 16)
     if arguments.compile:
         program, arguments.generation, kernels, block, folder = arguments.compile.split(":")
+        if arguments.decode:
+            print(json.dumps(compile_decoding(program, int(block), arguments, Path(folder))))
+            return
         print(json.dumps(compile_here(program, kernels.split(","), int(block), arguments, Path(folder))))
         return
-    generations, programs = arguments.generations.split(","), arguments.programs.split(",")
+    every = "standard,selective,paged" if arguments.decode else "selective,standard,splash"
+    generations, programs = arguments.generations.split(","), (arguments.programs or every).split(",")
+    if arguments.decode:
+        slots = [int(n) for n in arguments.slots.split(",")]
+        cases = [(p, n) for n in slots for p in programs if n == FULL or p != "standard"]
+        rows = [measure(p, generation, (), n, arguments) for generation in generations for p, n in cases]
+        print(json.dumps(rows)) if arguments.json else show_decoding(rows, arguments)
+        return
     tried = [int(block) for block in arguments.blocks.split(",") if block]
     rows = [
         row

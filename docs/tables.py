@@ -84,8 +84,14 @@ def decoding_table(plans: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def decoding_kernel(command: str) -> str:
+    """The table that the command prints under a line of its own."""
+    return _output(command).partition("\n")[2]
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     KERNELS: kernels,
+    "python benchmarks/tpu_kernels.py --decode": decoding_kernel,
     PLAN: printed,
     f"{DECODE}d12,n2048": decoding,
     f"{DECODE}d12,n2048 --batch=128": decoding,

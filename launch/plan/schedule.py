@@ -90,6 +90,15 @@ def kernel_cycles(folder: Path, calls: Sequence[str], body: str) -> float:
     return math.prod(steps) * _regions(*_files(folder, call))[0]
 
 
+def bundles(folder: Path, kernel: str) -> int:
+    """Bundles of a kernel's whole program, which is what a step of its grid takes at most.
+
+    Raises:
+      ValueError: there is no schedule of it.
+    """
+    return _regions(*_files(folder, kernel))[0]
+
+
 def grid(body: str) -> tuple[int, ...]:
     """The grid of a Pallas kernel, from the base64 of its program in the text of a compiled step.
 

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import Array, P
 
 from selective_attention import Cache, Selection, TransformerConfig, init_cache, partition_spec
-from selective_attention.parallel import from_first_shard
 from selective_attention.selection import Projections
 from selective_attention.sharding import RULES
-from selective_attention.transformer.decoding import Slots, attend_slots, write
+from selective_attention.slots import Slots, heads_as_slots, slots_as_heads, slots_shape, take_in
 
 from .budgets import Budgets, check_budgets
 from .eviction import (
@@ -38,8 +37,8 @@ from .policies import EvictionPolicy, Held, check_policy
 class PrunedLayerCache:
     """One layer's slots; a `selective_attention.LayerCache`. A free slot has position -1."""
 
-    k: Array  # [B, K, M, D]
-    v: Array  # [B, K, M, D]
+    k: Array  # [B, K, M, D], or as `slots_shape` says
+    v: Array  # the same
     k_sel: Array | None  # [B, 1, M, D], only where the selecting head has its own projections
     position: Array  # int32 [B, R, M], of each slot's token
     f: Array | None  # float32 [B, R, M], F of the next query; None in a model without selection
@@ -52,6 +51,11 @@ class PrunedLayerCache:
     def budget(self) -> int:
         """Tokens that it can hold."""
         return self.position.shape[-1]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the TPU kernel decodes, which gives no weights that a policy could judge by."""
+        return is_fused(self.config, self.policy, self.k.dtype)
 
     def attend(
         self, position_B: Array, q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None
@@ -97,16 +101,17 @@ def init_pruned_cache(
     def zeros(axes: tuple[str | None, ...], shape: tuple[int, ...], dtype: Any) -> Array:
         return jnp.zeros(shape, dtype, out_sharding=partition_spec(axes, shape))
 
-    layers = []
+    fused, layers = is_fused(c, policy, dtype), []
     for layer, budget in enumerate(budgets.tokens):
         slots = functools.partial(zeros, ("batch", "kv_heads", None, None))
         state = functools.partial(zeros, ("batch", "kv_heads", None), (batch, groups, budget))
-        kv_shape = batch, c.num_kv_heads, budget, c.head_dim
+        kv_shape = slots_shape(batch, c.num_kv_heads, budget, c.head_dim, fused=fused)
+        sel_shape = slots_shape(batch, 1, budget, c.head_dim, fused=fused)
         own_head = c.selection is Selection.OWN_HEAD
         cache = PrunedLayerCache(
             k=slots(kv_shape, dtype),
             v=slots(kv_shape, dtype),
-            k_sel=slots((batch, 1, budget, c.head_dim), dtype) if own_head else None,
+            k_sel=slots(sel_shape, dtype) if own_head else None,
             position=state(jnp.int32) - 1,
             f=None if c.selection is Selection.OFF else state(float_dtype),
             score=state(float_dtype) if policy.keeps_score else None,
@@ -116,6 +121,11 @@ def init_pruned_cache(
         )
         layers.append(cache)
     return Cache(zeros(("batch",), (batch,), jnp.int32), tuple(layers))
+
+
+def is_fused(config: TransformerConfig, policy: EvictionPolicy, dtype: Any) -> bool:
+    """Whether the TPU kernel decodes with keys and values of this dtype."""
+    return config.fuses_decoding(dtype) and not (policy.keeps_score or policy.per_head)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -143,34 +153,30 @@ def _attend_one(
     position_BM, f_BM, score_BM = _state_rows(cache.position), _state_rows(cache.f), _state_rows(cache.score)
     held = Held(position_BM, f_BM, score_BM, now_B[:, None], cache.budget, cache.layer)
     slot_B = victim(protected(cache.policy.priority(held), position_BM), position_BM)
-    here_BM = jnp.arange(cache.budget) == slot_B[:, None]
-    position_BM = jnp.where(here_BM, now_B[:, None], position_BM)
-    k_BKMD = write(_slot_rows(cache.k, groups), _slot_rows(new.k[:, 0], groups), slot_B)
-    v_BKMD = write(_slot_rows(cache.v, groups), _slot_rows(new.v[:, 0], groups), slot_B)
-    k_sel_BKMD = None if cache.k_sel is None or new.k_sel is None else write(cache.k_sel, new.k_sel, slot_B)
-    k_sel = None if k_sel_BKMD is None else k_sel_BKMD[:, 0]
-    f_BM = None if f_BM is None else jnp.where(here_BM, 0, f_BM)
-    out, f_BM, weights_BM = attend_slots(
+    rows = Projections(
         new.q.reshape(new.q.shape[0] * groups, 1, -1, c.head_dim),
+        _slot_rows(new.k[:, 0], groups)[:, None],
+        _slot_rows(new.v[:, 0], groups)[:, None],
         new.q_sel,
-        now_B,
-        Slots(k_BKMD, v_BKMD, k_sel, position_BM, f_BM),
-        c.selection,
-        functools.partial(from_first_shard, axis=heads_axis),
+        new.k_sel,
     )
-    if score_BM is not None:
+    k, v = (_slot_rows(x, groups) for x in (cache.k, cache.v))
+    slots = Slots(k, v, cache.k_sel, position_BM, f_BM)
+    out, after, weights_BM = take_in(rows, slots, slot_B, now_B, c.selection, fused=cache.fused, heads_axis=heads_axis)
+    if score_BM is not None and weights_BM is not None:
+        here_BM = jnp.arange(cache.budget) == slot_B[:, None]
         weights_BM = over_heads(weights_BM, heads_axis)
         score_BM = cache.policy.observe(jnp.where(here_BM, 0, score_BM), weights_BM)
-    after = dataclasses.replace(
+    cache = dataclasses.replace(
         cache,
-        k=k_BKMD.reshape(cache.k.shape),
-        v=v_BKMD.reshape(cache.v.shape),
-        k_sel=k_sel_BKMD,
-        position=position_BM.reshape(cache.position.shape),
-        f=None if f_BM is None or cache.f is None else f_BM.reshape(cache.f.shape),
-        score=None if score_BM is None or cache.score is None else score_BM.reshape(cache.score.shape),
+        k=after.k.reshape(cache.k.shape),
+        v=after.v.reshape(cache.v.shape),
+        k_sel=after.k_sel,
+        position=_as_state(after.position, cache.position),
+        f=_as_state(after.f, cache.f),
+        score=_as_state(score_BM, cache.score),
     )
-    return out.reshape(new.q.shape), after
+    return out.reshape(new.q.shape), cache
 
 
 def _take_in(
@@ -178,18 +184,23 @@ def _take_in(
 ) -> tuple[Array, PrunedLayerCache]:
     """Takes in T tokens a row."""
     arriving = Arriving(position_B, count_B, jnp.full_like(position_B, cache.budget), cache.layer)
-    held = None if empty else _columns(cache)
+    held = None if empty else _columns(cache, new.k.shape[2])
     out, columns, _ = attend_evicting(cache.policy, cache.config, held, new, arriving, heads_axis)
     return out, _gathered(cache, columns)
 
 
-def _columns(cache: PrunedLayerCache) -> Columns:
+def _columns(cache: PrunedLayerCache, num_kv_heads: int) -> Columns:
     """The slots as columns of a block."""
     groups = cache.position.shape[1]
+
+    def heads(x: Array, num_heads: int) -> Array:
+        x = _slot_rows(x, groups)
+        return slots_as_heads(x, cache.budget, cache.config.head_dim, num_heads, fused=cache.fused)
+
     return Columns(
-        k=jnp.swapaxes(_slot_rows(cache.k, groups), 1, 2),
-        v=jnp.swapaxes(_slot_rows(cache.v, groups), 1, 2),
-        k_sel=None if cache.k_sel is None else cache.k_sel[:, 0],
+        k=heads(cache.k, num_kv_heads),
+        v=heads(cache.v, num_kv_heads),
+        k_sel=None if cache.k_sel is None else heads(cache.k_sel, 1)[:, :, 0],
         position=_state_rows(cache.position),
         f=_state_rows(cache.f),
         score=_state_rows(cache.score),
@@ -206,8 +217,10 @@ def _gathered(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
     def gathered(x: Array, like: Array, fill: int = 0) -> Array:
         index = order_BM.reshape(*order_BM.shape, *(1,) * (x.ndim - 2))
         kept = jnp.take_along_axis(x, index, axis=1)
-        kept = jnp.pad(kept, ((0, 0), (0, free), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
-        return (jnp.swapaxes(kept, 1, 2) if x.ndim == 4 else kept).reshape(like.shape).astype(like.dtype)
+        if x.ndim == 4:
+            rows = _slot_rows(like, cache.position.shape[1])
+            return heads_as_slots(kept, rows, fused=cache.fused).reshape(like.shape)
+        return jnp.pad(kept, ((0, 0), (0, free)), constant_values=fill).reshape(like.shape).astype(like.dtype)
 
     def gathered_if(x: Array | None, like: Array | None) -> Array | None:
         return None if x is None or like is None else gathered(x, like)
@@ -226,6 +239,11 @@ def _gathered(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
 def _state_rows(x: Any) -> Any:
     """[B, R, M] -> [B * R, M]; None stays None."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _as_state(x_BM: Any, like: Any) -> Any:
+    """[B * R, M] -> [B, R, M]; None stays None."""
+    return None if x_BM is None else x_BM.reshape(like.shape)
 
 
 def _slot_rows(x: Array, groups: int) -> Array:

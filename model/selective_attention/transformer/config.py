@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from ..implementations import implementation_name
 from ..implementations.tpu.rotary import EPSILON
 from ..selection import Selection
@@ -114,6 +116,11 @@ class TransformerConfig:
         """Whether QK normalisation and rotary positions are one TPU kernel, as attention is."""
         applies = self.qk_norm and self.positions == "rotary" and self.head_dim % 32 == 0
         return applies and self.norm_epsilon == EPSILON and implementation_name(self.attention) == "pallas"
+
+    def fuses_decoding(self, dtype: Any) -> bool:
+        """Whether a TPU kernel decodes, with keys and values of this dtype in the cache."""
+        exact = self.dtype != "float64" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+        return exact and implementation_name(self.attention) == "pallas"
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: embedding, attention, mlp, norms, output (0 if tied), and their total."""

@@ -9,8 +9,8 @@ Shape letters: the package's; M slots of a cache.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from flax import nnx
 from jax import Array
 
 from ..attention import attend_whole, implementation_module
-from ..selection import HIDDEN, Projections, Rule, Seen, Selection, allowed, rectified
+from ..selection import Projections, Rule, Seen, Selection
+from ..slots import Slots, heads_as_slots, slots_shape, take_in
 from .config import TransformerConfig
 from .transformer import Attend, Block, Transformer
 
@@ -51,22 +52,21 @@ class Cache:
 class FullLayerCache:
     """Every token of the sequence, slot m holding position m."""
 
-    k: Array  # [B, K, M, D]
-    v: Array  # [B, K, M, D]
+    k: Array  # [B, K, M, D], or as `slots_shape` says
+    v: Array  # the same
     k_sel: Array | None  # [B, 1, M, D], only where the selecting head has its own projections
     f: Array | None  # float32 [B, M], F of the next query; None if nothing selects
     selection: Selection = dataclasses.field(metadata={"static": True})
+    fused: bool = dataclasses.field(default=False, metadata={"static": True})  # decodes by the TPU kernel
 
     def attend(
         self, position_B: Array, q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None
     ) -> tuple[Array, "FullLayerCache"]:
         """As `LayerCache.attend`."""
-        k, v = write(self.k, k[:, 0], position_B), write(self.v, v[:, 0], position_B)
-        k_sel = None if self.k_sel is None or k_sel is None else write(self.k_sel, k_sel, position_B)
-        position_BM = jnp.broadcast_to(jnp.arange(k.shape[2]), (k.shape[0], k.shape[2]))
-        slots = Slots(k, v, None if k_sel is None else k_sel[:, 0], position_BM, self.f)
-        out, f, _ = attend_slots(q, q_sel, position_B, slots, self.selection)
-        return out, FullLayerCache(k, v, k_sel, f, self.selection)
+        slots = Slots(self.k, self.v, self.k_sel, None, self.f)
+        new = Projections(q, k, v, q_sel, k_sel)
+        out, after, _ = take_in(new, slots, position_B, position_B, self.selection, fused=self.fused)
+        return out, dataclasses.replace(self, k=after.k, v=after.v, k_sel=after.k_sel, f=after.f)
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
@@ -74,15 +74,18 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = 
     model's.
     """
     c, dtype = config, jnp.dtype(dtype or config.dtype)
-    kv_shape, f_dtype = (batch, c.num_kv_heads, length, c.head_dim), jnp.promote_types(c.dtype, jnp.float32)
+    fused, f_dtype = c.fuses_decoding(dtype), jnp.promote_types(c.dtype, jnp.float32)
+    kv_shape = slots_shape(batch, c.num_kv_heads, length, c.head_dim, fused=fused)
+    sel_shape = slots_shape(batch, 1, length, c.head_dim, fused=fused)
 
     def layer() -> FullLayerCache:  # arrays of its own, or the cache could not be donated
         return FullLayerCache(
             k=jnp.zeros(kv_shape, dtype),
             v=jnp.zeros(kv_shape, dtype),
-            k_sel=jnp.zeros((batch, 1, length, c.head_dim), dtype) if c.selection is Selection.OWN_HEAD else None,
+            k_sel=jnp.zeros(sel_shape, dtype) if c.selection is Selection.OWN_HEAD else None,
             f=None if c.selection is Selection.OFF else jnp.zeros((batch, length), f_dtype),
             selection=c.selection,
+            fused=fused,
         )
 
     return Cache(jnp.zeros(batch, jnp.int32), tuple(layer() for _ in range(c.num_layers)))
@@ -150,12 +153,13 @@ def _attend_and_fill(
         sums_BN = implementation_module(config.attention).column_sums(*projections.selecting(), seen, rule)
         f = f.at[:, :num_tokens].set(sums_BN)
     k_sel = projections.k_sel
-    filled = FullLayerCache(
-        k=empty.k.at[:, :, :num_tokens].set(jnp.swapaxes(k, 1, 2)),
-        v=empty.v.at[:, :, :num_tokens].set(jnp.swapaxes(v, 1, 2)),
-        k_sel=None if empty.k_sel is None or k_sel is None else empty.k_sel.at[:, :, :num_tokens].set(k_sel[:, None]),
+    as_slots = functools.partial(heads_as_slots, fused=empty.fused)
+    filled = dataclasses.replace(
+        empty,
+        k=as_slots(k, empty.k),
+        v=as_slots(v, empty.v),
+        k_sel=None if empty.k_sel is None or k_sel is None else as_slots(k_sel[:, :, None], empty.k_sel),
         f=f,
-        selection=config.selection,
     )
     return out, filled
 
@@ -191,80 +195,6 @@ def _blocks(model: Transformer) -> Sequence[Block]:
     graph, parameters = nnx.split(model.blocks)
     number_of_layers = range(model.config.num_layers)
     return [nnx.merge(graph, jax.tree.map(lambda p, n=n: p[n], parameters)) for n in number_of_layers]
-
-
-class Slots(NamedTuple):
-    """What a layer holds when one query a row attends, its own token among it."""
-
-    k: Array  # [B, K, M, D]
-    v: Array  # [B, K, M, D]
-    k_sel: Array | None  # [B, M, D] of the selecting head; None where head 0 selects
-    position: Array  # int32 [B, M], of each slot's token, in any order; negative for an empty slot
-    f: Array | None  # float32 [B, M], F of this query; None if nothing selects
-
-
-def attend_slots(
-    q: Array,
-    q_sel: Array | None,
-    position_B: Array,
-    slots: Slots,
-    selection: Selection,
-    share_selection: Callable[[Array], Array] = lambda s_BM: s_BM,
-) -> tuple[Array, Array | None, Array]:
-    """One query a row over the slots of a cache.
-
-    Args:
-      q: [B, 1, H, D].
-      q_sel: [B, 1, D] of the selecting head; None where head 0 selects.
-      position_B: int32, the query's position. Slots of later positions are not seen.
-      slots: what the layer holds.
-      selection: the rule of F.
-      share_selection: under a `shard_map` over heads, gives every shard what the one with head 0 has selected.
-
-    Returns:
-      out [B, 1, H, D]; f of the next query; and the attention weights [B, M], averaged over the heads.
-    """
-    k_BKMD, v_BKMD, k_sel, slot_position_BM, f_BM = slots
-    batch, _, num_heads, head_dim = q.shape
-    num_kv_heads = k_BKMD.shape[1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    scale = head_dim**-0.5
-    held_BM = (slot_position_BM >= 0) & (slot_position_BM <= position_B[:, None])
-    q_BKGD = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    raw_BKGM = scale * jnp.einsum("bkgd,bkmd->bkgm", q_BKGD, k_BKMD, preferred_element_type=dtype)
-    logits_BKGM = raw_BKGM if f_BM is None else raw_BKGM - f_BM[:, None, None]
-    logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM, -HIDDEN)
-    weights_BKGM = jax.nn.softmax(logits_BKGM, axis=-1)
-    out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", weights_BKGM.astype(v_BKMD.dtype), v_BKMD, preferred_element_type=dtype)
-    out = out_BKGD.reshape(batch, 1, num_heads, head_dim).astype(q.dtype)
-    weights_BM = jnp.mean(weights_BKGM, axis=(1, 2))
-    if selection is Selection.OFF or f_BM is None:
-        return out, f_BM, weights_BM
-    if q_sel is None or k_sel is None:
-        selecting_BM = raw_BKGM[:, 0, 0]
-    else:
-        selecting_BM = scale * jnp.einsum("bnd,bmd->bm", q_sel, k_sel, preferred_element_type=dtype)
-    allowed_BM = held_BM & allowed(position_B[:, None], slot_position_BM, slot_position_BM == 0, selection)
-    s_BM = jnp.where(allowed_BM, rectified(selecting_BM, selection), 0)
-    return out, f_BM + share_selection(s_BM), weights_BM
-
-
-def write(slots_BKMD: Array, new_BKD: Array, slot_B: Array) -> Array:
-    """The slots with each row's `slot_B` replaced, in the way that is fast on the platform."""
-
-    def scatter(slots_BKMD, new_BKD, slot_B):
-        # Heads as rows, and without a check of bounds: in any other form XLA's CPU backend copies the cache of one row.
-        (batch, heads), slots = slots_BKMD.shape[:2], slots_BKMD.reshape(-1, *slots_BKMD.shape[2:])
-        here = slots.at[jnp.arange(batch * heads), jnp.repeat(slot_B, heads)]
-        new = new_BKD.reshape(-1, new_BKD.shape[2])
-        return here.set(new, unique_indices=True, mode="promise_in_bounds").reshape(slots_BKMD.shape)
-
-    def choose(slots_BKMD, new_BKD, slot_B):  # fuses into the attention that reads it; a scatter would copy the cache
-        here_BM = jnp.arange(slots_BKMD.shape[2]) == slot_B[:, None]
-        return jnp.where(here_BM[:, None, :, None], new_BKD[:, :, None], slots_BKMD)
-
-    new_BKD = new_BKD.astype(slots_BKMD.dtype)
-    return jax.lax.platform_dependent(slots_BKMD, new_BKD, slot_B, tpu=choose, default=scatter)
 
 
 def _logits(model: Transformer, x_BNE: Array) -> Array:

@@ -18,7 +18,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ..attention import AttentionOptions
-from ..implementations.tpu.rotary import norm_rotary
+from ..implementations.tpu.columns import LANES
+from ..implementations.tpu.rotary import norm_rotary, norm_rotary_tokens
 from ..parallel import sharded_selective_attention, zigzag_positions
 from ..remat import keep, rematerialised
 from ..selection import Selection, selection_mask
@@ -90,15 +91,20 @@ def fused_norm_rotary(
     heads: str | None,
     scaling: RotaryScaling | None = None,
 ) -> Array:
-    """`rotary(rms_norm(x, scale), position_N, base, scaling)` as a TPU kernel, every device on its own part."""
+    """`rotary(rms_norm(x, scale), position_N, base, scaling)` as a TPU kernel, every device on its own part.
+
+    Positions int32 [N], or [B, 1] of one token a row.
+    """
     angles = rotary_angles(position_N, x_BNHD.shape[-1], base, scaling)
+    kernel = norm_rotary if angles[0].ndim == 2 else norm_rotary_tokens
     spec = partition_spec(("batch", "sequence", heads, None), x_BNHD.shape)
     if spec is None:
-        return norm_rotary(x_BNHD, scale, *angles)
-    along = partition_spec(("sequence", None), angles[0].shape)
+        return kernel(x_BNHD, scale, *angles)
+    names = ("sequence", None) if angles[0].ndim == 2 else ("batch", "sequence", None)
+    along = partition_spec(names, angles[0].shape)
     specs = spec, jax.P(), along, along
     local = [jax.reshard(x, s) for x, s in zip((x_BNHD, scale, *angles), specs, strict=True)]
-    return jax.shard_map(norm_rotary, in_specs=specs, out_specs=spec, check_vma=False)(*local)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)(*local)
 
 
 class Block(nnx.Module):
@@ -181,7 +187,8 @@ class Block(nnx.Module):
         v_BNKD = keep(contract("bne,ekd->bnkd", h_BNE, self.w_value, "batch", "sequence", "kv_heads", None))
 
         def place(x_BNHD: Array, scale: str, heads: str | None) -> Array:
-            if c.fuses_norm_rotary and np.ndim(position_N) == 1:
+            one_token = x_BNHD.shape[1] == 1 and LANES % c.head_dim == 0
+            if c.fuses_norm_rotary and (np.ndim(position_N) == 1 or one_token):
                 norm = getattr(self, scale)[...]
                 return fused_norm_rotary(x_BNHD, norm, position_N, c.rotary_base, heads, c.rotary_scaling)
             if c.qk_norm:

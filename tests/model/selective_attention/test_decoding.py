@@ -69,9 +69,14 @@ VARIANTS = {
     "untied_without_qk_norm": {"tied_embeddings": False, "qk_norm": False},
     "blockwise_prefill": {"attention": "xla"},
 }
+KERNELS = {"attention": "pallas", "head_dim": 32, "num_kv_heads": 2}
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [*VARIANTS.values(), pytest.param(KERNELS, marks=pytest.mark.slow)],
+    ids=[*VARIANTS.keys(), "kernels"],
+)
 def test_decoding_equals_the_parallel_pass_from_nothing_and_from_ragged_prompts(changes):
     model, tokens_BN = make_model(**changes), make_tokens()
     expected_BNV = forward(model, tokens_BN)

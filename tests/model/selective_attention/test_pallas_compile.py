@@ -36,6 +36,14 @@ def measure(*flags):
     return {row["kernel"].removeprefix("selective_attention_"): row for row in json.loads(done.stdout)}
 
 
+@functools.cache
+def measure_decoding(slots):
+    command = [sys.executable, str(BENCHMARK), "--decode", "--json", f"--slots={slots}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {row["program"]: row for row in json.loads(done.stdout)}
+
+
 def measure_generation(generation):
     return measure(f"--generations={generation}", f"--heads={HEADS}", f"--width={WIDTH}", f"--length={LENGTH}")
 
@@ -64,3 +72,25 @@ def test_v4_takes_fewer_bundles_with_selection_than_splash_attention_without():
 def test_wide_models_fit_vmem_at_long_contexts(heads, length):
     kernels = measure(f"--heads={heads}", f"--length={length}")
     assert max(row["vmem"] for row in kernels.values()) < 16 * MIB
+
+
+# Bundles of a grid step of the decoding kernel on v4, at 32 rows; measured were 1,854, 1,493, 1,444 and 1,972.
+DECODING = [(128, 1890), pytest.param(43, 1520, marks=pytest.mark.slow)]
+DECODING += [pytest.param(n, most, marks=pytest.mark.slow) for n, most in ((512, 1475), (2048, 2010))]
+
+
+@pytest.mark.parametrize(("slots", "most"), DECODING)
+def test_decoding_is_quicker_than_paged_attention_and_than_fetching_the_cache(slots, most):
+    rows = measure_decoding(slots)
+    ours, paged = rows["selective"], rows["paged"]
+    assert ours["bundles"] < most
+    assert ours["schedule"] < paged["schedule"] / 2  # at 128 slots 0.2 times
+    if slots >= 128:
+        assert ours["schedule"] < 0.75 * ours["hbm"]
+
+
+@pytest.mark.parametrize("slots", [128, pytest.param(2048, marks=pytest.mark.slow)])
+def test_decoding_writes_in_place_and_copies_no_cache(slots):
+    row = measure_decoding(slots)["selective"]
+    assert row["aliased"] >= row["cache"]
+    assert row["temporaries"] < 0.01 * row["cache"]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from selective_attention.transformer.projection import rms_norm
 from selective_attention.transformer.transformer import fused_norm_rotary, rotary
@@ -27,3 +28,19 @@ def test_values_and_gradients_equal_those_of_the_two_steps_on_a_mesh():
         actual = gradients(lambda x, scale: fused_norm_rotary(x, scale, position, 1e4, "heads"), jnp.float32)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * np.abs(e).max())
+
+
+SHAPES = [(3, 2, 64), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 3, 32), (16, 1, 128)))]
+
+
+@pytest.mark.parametrize(("batch", "heads", "width"), SHAPES)
+def test_one_token_a_row_equals_the_two_steps_at_positions_of_its_own(batch, heads, width):
+    rng = np.random.default_rng(1)
+    x, scale = rng.normal(size=(batch, 1, heads, width)), rng.normal(size=width)
+    position_B1 = rng.integers(0, 64, (batch, 1))
+    with jax.enable_x64():
+        expected = rotary(rms_norm(jnp.asarray(x), jnp.asarray(scale)), position_B1, 1e4)
+    arguments = jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), position_B1, 1e4, "heads"
+    np.testing.assert_allclose(fused_norm_rotary(*arguments), expected, atol=5e-5)
+    with jax.set_mesh(jax.make_mesh((1, 1, 2, 2), AXES)):
+        np.testing.assert_allclose(fused_norm_rotary(*arguments), expected, atol=5e-5)

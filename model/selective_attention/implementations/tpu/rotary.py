@@ -1,7 +1,8 @@
 """QK normalisation and rotary positions of all heads, in one pass of a TPU kernel over columns [B, R, N].
 
 XLA makes half a dozen passes of it: a reduction over a head's width and a rotation of its halves do not fuse. Here both
-happen in registers: a head's width runs along sublanes, where sums are cheap and halves are whole registers.
+happen in registers: a head's width runs along sublanes, where sums are cheap and halves are whole registers. Decoding,
+with one token a row, has rows of heads instead, as its kernel reads them.
 
 Shape letters: as in `columns.py`, N positions.
 """
@@ -14,10 +15,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .columns import LANES, from_columns, head_rows, to_columns
+from .columns import LANES, from_columns, head_rows, lanes, pad, to_columns
 from .program import on_platform
 
 EPSILON = 1e-6
+TOKENS = 8  # rows of a tile: what a grid step works on
 
 
 def norm_rotary(x_BNHD: Array, scale_D: Array, cos_ND: Array, sin_ND: Array) -> Array:
@@ -110,3 +112,55 @@ def _backward(width: int, scale_ref, cos_ref, sin_ref, x_ref, d_out_ref, d_x_ref
         d_normalised = d_scaled * scale_ref[...]
         along = jnp.mean(d_normalised * normalised, axis=0, keepdims=True)
         d_x_ref[0, rows] = (factor * (d_normalised - normalised * along)).astype(d_x_ref.dtype)
+
+
+def norm_rotary_tokens(x_B1HD: Array, scale_D: Array, cos_B1D: Array, sin_B1D: Array) -> Array:
+    """`rotary(rms_norm(x, scale))` of one token a row, each at its own position, rounded once to x's dtype.
+
+    Heads lie side by side along lanes, as the projections write them and the decoding kernel reads them.
+
+    Args:
+      x_B1HD: [B, 1, H, D]; D is 32, 64 or 128.
+      scale_D: float32 [D], of the normalisation.
+      cos_B1D, sin_B1D: float32 [B, 1, D / 2], of the positions' angles.
+    """
+    (batch, _, heads, width), cos_BD, sin_BD = x_B1HD.shape, cos_B1D[:, 0], sin_B1D[:, 0]
+    # A lane holds one of two halves: the first goes on as x1 cos - x2 sin, the second as x2 cos + x1 sin.
+    angles = [jnp.concatenate(halves, axis=1) for halves in ((cos_BD, cos_BD), (-sin_BD, sin_BD))]
+    cos_BL, sin_BL = (jnp.tile(angle_BD, (1, LANES // width)) for angle_BD in angles)
+    scale_1L = jnp.tile(scale_D.astype(jnp.float32), LANES // width)[None]
+    x_BR = pad(x_B1HD.reshape(batch, -1), LANES, 1)
+    rows = TOKENS if batch % TOKENS == 0 else batch
+
+    def run(operands, _, interpret):
+        windows = [pl.BlockSpec((rows, x.shape[1]), lambda b: (b, 0)) for x in operands[1:]]
+        return pl.pallas_call(
+            functools.partial(_forward_tokens, width),
+            grid=(batch // rows,),
+            in_specs=[pl.BlockSpec((1, LANES), lambda b: (0, 0)), *windows],
+            out_specs=windows[-1],
+            out_shape=jax.ShapeDtypeStruct(x_BR.shape, x_BR.dtype),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+            interpret=interpret,
+            name="norm_rotary_tokens",
+        )(*operands)
+
+    out_BR = on_platform(run, [scale_1L, cos_BL, sin_BL, x_BR], ())
+    return out_BR[:, : heads * width].reshape(x_B1HD.shape)
+
+
+def _forward_tokens(width: int, scale_ref, cos_ref, sin_ref, x_ref, out_ref) -> None:
+    shape, half = (x_ref.shape[0], LANES), width // 2
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    heads = [(lane >= start) & (lane < start + width) for start in range(0, LANES, width)]
+    first_half = functools.reduce(jnp.logical_or, [own & (lane < n * width + half) for n, own in enumerate(heads)])
+    for tile in range(x_ref.shape[1] // LANES):
+        x = x_ref[:, lanes(tile)].astype(jnp.float32)
+        factor = jnp.zeros(shape, jnp.float32)
+        for own in heads:
+            mean = jnp.sum(jnp.where(own, x * x, 0.0), axis=1, keepdims=True) / width
+            factor = jnp.where(own, jax.lax.rsqrt(mean + EPSILON), factor)
+        x *= factor * scale_ref[...]
+        other_half = jnp.where(first_half, pltpu.roll(x, LANES - half, 1), pltpu.roll(x, half, 1))
+        rotated = x * cos_ref[...] + other_half * sin_ref[...]
+        out_ref[:, lanes(tile)] = rotated.astype(out_ref.dtype)
