@@ -28,14 +28,14 @@ from inference_budget import POLICIES, Budgets, cache_bytes, init_pruned_cache
 from inference_budget.generation import CHUNK, Sampling, decode
 from launch.slices import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache
-from selective_attention.transformer.decoding import unstacked
+from selective_attention.transformer.decoding import for_decoding
 
 LENGTH, VOCAB = 2_048, 8_192
 
 
 def step_time(model: Transformer, cache: Cache, batch: int, steps: int) -> float:
     """Seconds a step of what `Decoder` runs, a loop of `steps`: the median of three runs after the first."""
-    graph, parameters = nnx.split(unstacked(model))
+    graph, parameters = nnx.split(for_decoding(model))
     logits_BV, times = jnp.zeros((batch, VOCAB)), []
     key, greedy = jax.random.key(0), Sampling(temperature=0.0)
     for _ in range(4):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Cache, Transformer, TransformerConfig, reshard
-from selective_attention.transformer.decoding import decode_step, unstacked
+from selective_attention.transformer.decoding import decode_step, for_decoding
 from selective_attention.transformer.sampling import check_sampling, draw
 
 from .budgets import Budgets, BudgetsError, check_budgets
@@ -84,7 +84,7 @@ class Decoder:
         self.config, self.budgets, self.policy = model.config, budgets, policy
         self._block = BLOCK if block is None else check_block(block)
         self._dtype, self._bos_id = dtype, bos_id
-        self.graph, self.parameters = nnx.split(_unstacked(model))
+        self.graph, self.parameters = nnx.split(_for_decoding(model))
 
     def generate(
         self,
@@ -229,7 +229,7 @@ class _Outputs:
         return new
 
 
-_unstacked = jax.jit(unstacked)
+_for_decoding = jax.jit(for_decoding)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("budgets", "policy", "dtype", "block"))

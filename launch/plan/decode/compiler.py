@@ -33,7 +33,7 @@ from launch.plan.hlo import Program
 from launch.plan.result import Json, OversizedStep
 from launch.slices import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache, partition_spec
-from selective_attention.transformer.decoding import unstacked
+from selective_attention.transformer.decoding import for_decoding
 from trainer.mesh import make_mesh
 
 
@@ -123,7 +123,7 @@ def _program(choice: CacheChoice, batch: int, place: Slice, mesh: Mesh) -> tuple
     rows = batch if place.tensor > 1 else batch // place.data
 
     def model() -> Transformer:
-        return unstacked(Transformer(config, rngs=nnx.Rngs(params=0)))
+        return for_decoding(Transformer(config, rngs=nnx.Rngs(params=0)))
 
     def arguments() -> Arguments:
         shape = rows, config.vocab_size
@@ -187,8 +187,8 @@ def _padded(tree: Any, formats: Any) -> int:
 
 
 def weight_bytes(choice: CacheChoice) -> int:
-    """Of the whole model, in float32, as the decoder holds it; about, for a first guess."""
-    return 4 * choice.config.parameter_counts()["total"]
+    """Of the whole model in the dtype that it computes in, as the decoder holds it; about, for a first guess."""
+    return jnp.dtype(choice.config.dtype).itemsize * choice.config.parameter_counts()["total"]
 
 
 def row_bytes(choice: CacheChoice) -> int:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from .config import TransformerConfig
-from .decoding import decode_step, prefill, unstacked
+from .decoding import decode_step, for_decoding, prefill
 from .transformer import Transformer
 
 
@@ -46,7 +46,7 @@ def sample(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
 def _sample(graph, parameters, prompt_BN, lengths_B, key, temperature, *, num_tokens: int, top_k: int | None) -> Array:
-    model = unstacked(nnx.merge(graph, parameters))
+    model = for_decoding(nnx.merge(graph, parameters))
 
     def step(carry, key):
         logits_BV, cache = carry

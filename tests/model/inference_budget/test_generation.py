@@ -20,7 +20,7 @@ from inference_budget import (
 )
 from inference_budget.generation import Sampling, decode
 from selective_attention import SamplingError, Transformer
-from selective_attention.transformer.decoding import unstacked
+from selective_attention.transformer.decoding import for_decoding
 from tests.support.small_model import LENGTH, STANDARD, VOCAB, make_model, make_tokens
 
 BUDGETS = Budgets((3, 9), LENGTH)
@@ -120,7 +120,7 @@ def test_a_tiny_nucleus_or_one_candidate_is_greedy():
 def test_the_compiled_loop_updates_the_cache_in_place_and_copies_neither_it_nor_the_parameters(batch):
     model, budgets = make_model(max_length=512), Budgets((300, 400), 512)
     cache = init_pruned_cache(model.config, batch, budgets, POLICIES["selective"])
-    graph, parameters = nnx.split(unstacked(model))
+    graph, parameters = nnx.split(for_decoding(model))
     logits_BV, key = np.zeros((batch, VOCAB), np.float32), jax.random.key(0)
     program = decode.lower(graph, parameters, logits_BV, cache, key, 0, 4, Sampling(temperature=0.0))
     memory = program.compile().memory_analysis()

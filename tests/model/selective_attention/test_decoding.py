@@ -10,7 +10,14 @@ import pytest
 from flax import nnx
 
 from selective_attention import Selection, Transformer, TransformerConfig
-from selective_attention.transformer.decoding import Cache, FullLayerCache, decode_step, init_cache, prefill
+from selective_attention.transformer.decoding import (
+    Cache,
+    FullLayerCache,
+    decode_step,
+    for_decoding,
+    init_cache,
+    prefill,
+)
 from selective_attention.transformer.sampling import sample
 
 VOCAB, LENGTH, BATCH = 50, 16, 3
@@ -217,3 +224,24 @@ class TestSample:
 def test_prompts_longer_than_the_cache_are_refused():
     with pytest.raises(ValueError, match="prompts of 16 tokens do not fit into a cache of length 15"):
         prefill(make_model(), make_tokens(), length=15)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"selection": Selection.OWN_HEAD, "tied_embeddings": False}, {"positions": "learned", "qk_norm": False}],
+    ids=["own_head", "learned"],
+)
+def test_a_model_for_decoding_computes_the_same_bits_from_half_the_bytes(changes):
+    model = make_model(dtype="bfloat16", **changes)
+    random = np.random.default_rng(0)
+    model.blocks.mlp_norm[...] *= random.uniform(0.5, 2, model.blocks.mlp_norm.shape).astype(np.float32)
+    tokens_BN = make_tokens()
+    logits = []
+    for each in (model, for_decoding(model)):
+        logits_BV, cache = jitted(prefill, each, tokens_BN[:, :7], length=LENGTH)
+        logits.append([logits_BV, jitted(decode_step, each, cache, tokens_BN[:, 7])[0]])
+    np.testing.assert_array_equal(*logits)
+    prepared = for_decoding(model)
+    before, after = (sum(x.nbytes for x in jax.tree.leaves(nnx.split(each)[1])) for each in (model, prepared))
+    assert after < (0.7 if "positions" in changes else 0.52) * before  # norms, and embeddings with learned positions
+    assert model.blocks.w_gate.dtype == np.float32 and np.ptp(model.blocks.mlp_norm[...])  # as it was

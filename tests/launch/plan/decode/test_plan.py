@@ -102,11 +102,11 @@ from inference_budget.generation import Sampling, decode
 from launch.slices import find
 from selective_attention import TransformerConfig
 from selective_attention import Transformer, TransformerConfig
-from selective_attention.transformer.decoding import unstacked
+from selective_attention.transformer.decoding import for_decoding
 layers, length, rows, slots = map(int, sys.argv[1:])
 config = TransformerConfig.from_width(2, num_layers=layers, vocab_size=512, max_length=length, attention="pallas")
 chip = jax.sharding.SingleDeviceSharding(find("v4-8").describe(1).devices[0])
-graph, parameters = nnx.split(unstacked(Transformer(config, rngs=nnx.Rngs(params=0))))
+graph, parameters = nnx.split(for_decoding(Transformer(config, rngs=nnx.Rngs(params=0))))
 cache = init_pruned_cache(config, rows, Budgets((slots,) * layers, length), POLICIES["selective"])
 held = parameters, jnp.zeros((rows, 512)), cache, jax.random.key(0), jnp.float32(1)
 there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), held)
