@@ -81,6 +81,7 @@ def read(folder: Path, pattern: str) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_it_is_in_the_format_of_c4(built: Path) -> None:
     assert sorted(path.name for path in built.iterdir()) == [
         "c4-train.00000-of-00002.json.gz",
@@ -90,6 +91,7 @@ def test_it_is_in_the_format_of_c4(built: Path) -> None:
     assert all(set(document) == {"text", "timestamp", "url"} for document in read(built, "c4-*.json.gz"))
 
 
+@pytest.mark.slow
 def test_it_holds_8_megabytes_of_english_without_duplicates(built: Path) -> None:
     texts = [document["text"] for document in read(built, "c4-*.json.gz")]
     paragraphs = [paragraph for text in texts for paragraph in text.split("\n")]
@@ -98,6 +100,7 @@ def test_it_holds_8_megabytes_of_english_without_duplicates(built: Path) -> None
     assert all(map(corpus.is_prose, paragraphs))
 
 
+@pytest.mark.slow
 def test_the_split_is_by_the_hash_of_the_text(built: Path) -> None:
     for pattern, expected in (("c4-train*", False), ("c4-validation*", True)):
         for document in read(built, pattern):
@@ -105,6 +108,7 @@ def test_the_split_is_by_the_hash_of_the_text(built: Path) -> None:
             assert (int.from_bytes(digest, "big") / 2**64 < corpus.VALIDATION_FRACTION) is expected
 
 
+@pytest.mark.slow
 def test_it_comes_back_from_the_records(built: Path, tmp_path: Path, run_prepare, read_split) -> None:
     folder = run_prepare(
         tmp_path / "out", source="c4", input=built / "c4-*.json.gz", vocab_size=1000, sample_bytes=300_000, workers=2

@@ -116,6 +116,7 @@ def test_tunnel_and_image_are_passed_through_and_a_port_is_forwarded(cloud):
     assert cloud.calls("tpu-vm ssh")[-1][-3:] == ["--", "-L", "9012:localhost:9012"]
 
 
+@pytest.mark.slow
 def test_log_of_every_host_of_an_attempt_and_only_its_end(cloud):
     cloud.trainer("0")
     assert cloud.submit()[0] == 0
@@ -127,6 +128,7 @@ def test_log_of_every_host_of_an_attempt_and_only_its_end(cloud):
     assert code == 2 and "no log of host 0 in attempt 7 (absent)" in output
 
 
+@pytest.mark.slow
 def test_followed_log_of_a_run_at_its_end_ends(cloud):
     cloud.trainer("0")
     assert cloud.submit()[0] == 0
@@ -154,6 +156,7 @@ def test_run_is_watched_again_from_another_machine_with_its_recorded_code(cloud,
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+@pytest.mark.slow
 def test_list_of_a_bucket_shows_every_run_with_its_slice_owner_and_watcher(cloud):
     assert cloud.run("list", "--bucket", "gs://bucket") == (0, "no run is in gs://bucket\n")
     cloud.trainer("0")
@@ -169,6 +172,7 @@ def test_list_of_a_bucket_shows_every_run_with_its_slice_owner_and_watcher(cloud
     ]
 
 
+@pytest.mark.slow
 def test_zones_are_tried_in_turn_while_there_are_no_machines(cloud):
     stock_out = "FAILED 8 There is no more capacity in the zone"
     cloud.attempts([stock_out], ["WAITING_FOR_RESOURCES", stock_out], ["ACTIVE"])
@@ -214,6 +218,7 @@ def test_cost_is_said_before_and_limited(cloud):
     assert code == 2 and "--max-cost=9 is less than an hour of 8 chips at $1.25" in output
 
 
+@pytest.mark.slow
 def test_cost_without_a_price_is_by_the_list_and_says_of_when(cloud):
     cloud.trainer("0")
     code, output = cloud.submit("--max-hours", "10")

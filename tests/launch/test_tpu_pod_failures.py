@@ -69,6 +69,7 @@ def test_quota_that_somebody_took_after_a_preemption_is_waited_for(cloud):
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [DENIED, INVALID, "ERROR: (gcloud) NOT_FOUND: Resource 'operations/1' was not found"])
 def test_request_that_persists_although_the_operation_failed_is_used(cloud, text):
     cloud.error("queued-resources create", text, after=True)
@@ -182,7 +183,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("changed", CHANGED)
+@pytest.mark.parametrize("changed", [pytest.param("code/*.tar.gz", marks=pytest.mark.slow), "trainer.args"])
 def test_code_and_flags_that_were_changed_in_the_bucket_are_not_run(cloud, changed):
     cloud.attempts(["WAITING_FOR_RESOURCES"], ["ACTIVE"])
     cloud.trainer("0")

@@ -41,6 +41,7 @@ def test_hours_that_run_out_while_set_up_hangs_end_the_billing(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_delete_does_not_wait_for_hosts_that_hang(cloud):
     cloud.trainer("-")
     process = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)
@@ -72,6 +73,7 @@ def test_request_whose_creation_hangs_after_it_was_taken_is_found(cloud):
     assert cloud.state() == {"requests": {}, "created": 1}
 
 
+@pytest.mark.slow
 def test_first_ssh_of_a_laptop_makes_the_key_before_the_others_go(cloud):
     cloud.trainer("0")
     shutil.rmtree(cloud.folder / "home/.ssh")

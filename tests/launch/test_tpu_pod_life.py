@@ -86,6 +86,7 @@ def test_interrupted_watcher_is_continued_by_the_same_submit(cloud, number):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", [pytest.param("submitted", marks=SLOW), "attempt", pytest.param("ready", marks=SLOW)]
 )
@@ -144,6 +145,7 @@ def test_quota_error_says_what_to_do_and_submit_goes_on_later(cloud, limit, word
     assert created(cloud) == 1
 
 
+@pytest.mark.slow
 def test_failing_describe_is_not_taken_for_absent(cloud):
     cloud.error("queued-resources describe", NETWORK, times=12)
     cloud.trainer("0")

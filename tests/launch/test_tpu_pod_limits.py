@@ -16,6 +16,7 @@ from .test_tpu_pod_life import created
 RECLAIMED = ["PROVISIONING", "SUSPENDING", "FAILED 13 an internal error has occurred"]
 
 
+@pytest.mark.slow
 def test_attempts_are_made_up_to_the_maximum(cloud):
     cloud.attempts(RECLAIMED)
     code, output = cloud.submit("--max-attempts", "2")
@@ -87,6 +88,7 @@ def test_host_that_falls_silent_is_replaced(cloud):
     assert cloud.state() == {"requests": {}, "created": 2}
 
 
+@pytest.mark.slow
 def test_run_that_is_watched_elsewhere_is_left_alone_until_it_is_taken_over(cloud):
     cloud.trainer("0")
     cloud.put("watch", "watched office 4711 1700000000\n")
@@ -139,6 +141,7 @@ def test_run_that_has_a_slice_gets_no_second_one_elsewhere_until_that_is_deleted
         assert cloud.state()["requests"] == {}
 
 
+@pytest.mark.slow
 def test_two_slices_are_one_request_and_every_host_of_both_is_set_up(cloud):
     cloud.trainer("0")
     code, output = cloud.submit("--slices", "2")

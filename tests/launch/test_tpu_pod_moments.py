@@ -47,7 +47,8 @@ def test_delete_between_the_reading_and_the_taking_of_the_lock_keeps_it(cloud, m
     assert cloud.object("watch").startswith("deleted by me ")
 
 
-@pytest.mark.parametrize("command", [["delete", "--yes"], pytest.param(["stop"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["delete", "--yes"], ["stop"]])
 def test_interrupted_end_of_the_billing_does_not_go_silently(cloud, command):
     cloud.trainer("-")
     watcher = cloud.start("submit", "--watch", *SUBMIT, *TRAINER)

@@ -4,6 +4,8 @@ import re
 import subprocess
 import tomllib
 
+import pytest
+
 from tests.support import ROOT
 from tests.support.cloud import TRAINER, replaced
 
@@ -22,6 +24,7 @@ def test_slice_that_replaces_another_needs_no_package_index(cloud):
     assert "going on with gcsfuse version 2.0.0" in (cloud.folder / "local/tpu_pod/runs/run/setup-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_packages_that_somebody_else_put_into_the_bucket_are_not_installed(cloud, tmp_path):
     cloud.trainer("0")
     locked = (cloud.repository / "launch/packages.txt").read_bytes()

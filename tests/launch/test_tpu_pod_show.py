@@ -63,6 +63,7 @@ def test_status_shows_state_step_loss_goodput_cost_hosts_and_history(training):
     assert "slices were up for 1.50 h = 12.0 chip-hours = $18.00 at $1.5 per chip-hour, and none is up now" in output
 
 
+@pytest.mark.slow
 def test_logs_are_of_the_host_that_is_asked_for_without_terminal_controls(training):
     stop_writers(training)
     training.put_log(0, "of host 0\n")
@@ -92,6 +93,7 @@ def test_followed_log_prints_what_comes_once_and_goes_on_with_the_next_slice(tra
     assert output == "one\ntwo\nthree\n"
 
 
+@pytest.mark.slow
 def test_ssh_goes_to_the_slice_and_worker_of_the_host(cloud):
     cloud.trainer("-")
     options = [*SUBMIT, "--watch", "--slices", "2"]
@@ -107,6 +109,7 @@ def test_ssh_goes_to_the_slice_and_worker_of_the_host(cloud):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_a_copy_and_leaves_no_process(training):
     stop_watcher(training)
     training.put("workdir/tensorboard/events.1", "x")
@@ -146,6 +149,7 @@ def test_delete_saves_asks_first_and_says_that_nothing_bills(training):
     assert code == 0 and "slice     ABSENT" in output and "none is up now" in output
 
 
+@pytest.mark.slow
 def test_delete_that_cannot_be_made_sure_of_says_so_in_capitals(training):
     stop_watcher(training)
     training.error("queued-resources delete", "ERROR: (gcloud) code 13 an internal error has occurred", times=99)
@@ -172,6 +176,7 @@ def test_without_a_run_each_command_says_so(cloud, command):
     assert cloud.calls() == []
 
 
+@pytest.mark.slow
 def test_run_of_another_machine_is_found_by_its_bucket(training):
     stop_watcher(training)
     elsewhere = {"XDG_STATE_HOME": str(training.folder / "elsewhere")}

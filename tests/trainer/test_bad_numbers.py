@@ -76,6 +76,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_counters(tiny_conf
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_loss_is_skipped_where_the_rule_is_on(tiny_config):
     tiny_config.faults.spike_factor = 1.5
     steps = Steps(tiny_config)
@@ -209,6 +210,7 @@ runpy.run_module("trainer", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_replica_that_differs_ends_the_run_with_a_code_of_its_own_and_voids_local_copies(
     tiny_config, dataset_path, tmp_path
 ):

@@ -33,7 +33,7 @@ def with_values(config: TransformerConfig, folder) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("qk_norm", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_own_head_begins_silent_and_its_gradient_is_that_of_one_that_selects(qk_norm, tmp_path):
     before = make_model(qk_norm=qk_norm)
     export_safetensors(before, tmp_path)

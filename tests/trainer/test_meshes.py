@@ -26,7 +26,7 @@ MESHES = {
     "fsdp=2,context=2,tensor=2": (1, 2, 2, 2),
     "data=2,fsdp=2,context=2": (2, 2, 2, 1),
 }
-SLOW = ("fsdp=8", "data=2,fsdp=4", "tensor=4", "data=2,fsdp=2,context=2")  # each axis is in one of the others
+SLOW = ("data=8", "fsdp=8", "data=2,fsdp=4", "tensor=4", "data=2,fsdp=2,context=2")  # each axis is in one of the others
 STEPS = 20
 
 

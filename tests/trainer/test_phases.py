@@ -37,6 +37,7 @@ print(goodput.seconds()["saving"])
     assert 0.5 <= float(output) < 2
 
 
+@pytest.mark.slow
 def test_a_phase_that_is_renewed_may_last_longer_than_its_limit(tmp_path):
     program = """
 with phases("an evaluation batch", "evaluation") as next_batch:

@@ -118,7 +118,8 @@ def test_finished_run_says_so_and_changes_nothing(start_trainer, finish, undistu
     assert (undisturbed / "result.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("spoilt", [pytest.param("", marks=pytest.mark.slow), '{"steps": 2, '])
+@pytest.mark.slow
+@pytest.mark.parametrize("spoilt", ["", '{"steps": 2, '])
 def test_finished_run_whose_result_cannot_be_read_computes_it_again(tiny_config, tmp_path, spoilt):
     tiny_config.steps = 2
     assert train(read_settings(tiny_config), str(tmp_path)) == 0

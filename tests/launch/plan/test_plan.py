@@ -136,6 +136,7 @@ def test_only_gradients_cross_between_slices(planned):
     assert not [row for row in planned("tiny, one slice").plan["collectives"] if row["network"] == "DCN"]
 
 
+@pytest.mark.slow
 def test_matmuls_stand_between_the_start_and_the_end_of_gathering_parameters_on_v4(planned):
     program = Program(planned("tiny, one slice").hlo)
     under_way: set[str] = set()
@@ -159,6 +160,7 @@ def test_a_changed_size_changes_the_plan_by_as_much(planned):
     assert after["optimizer"] - before["optimizer"] == 2 * 512 * 128 * 4 / 2
 
 
+@pytest.mark.slow
 def test_the_program_has_the_configs_hyperparameters(planned):
     before, after = (planned(name).hlo for name in ("tiny", "tiny, changed"))
     assert before.startswith("HloModule") and after.startswith("HloModule")

@@ -8,7 +8,7 @@ import pytest
 from launch.report import __main__ as report
 from tests.support.browser import open_browser
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SIZES = [(400, 800), (1280, 900)]
 
 
@@ -25,7 +25,6 @@ def pages(runs, killed, resumed, stopped, diverged, report_dataset, tmp_path_fac
     return {count: folder / str(count) / "index.html" for count in (1, 2, 12)}
 
 
-@pytest.mark.slow
 def test_pages_open_without_a_network_or_an_error_and_fit_their_windows(pages, tmp_path):
     with open_browser() as page:
         for count, path in pages.items():

@@ -200,6 +200,7 @@ def test_the_compiled_round_updates_the_rows_in_place():
     assert cache_bytes(batch._rows.cache) > 10 * layer.position.nbytes
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_tokens_of_one_device(model, expected):
     with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"))):
         graph, parameters = nnx.split(model)

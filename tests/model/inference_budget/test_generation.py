@@ -65,6 +65,7 @@ def test_300_ragged_prompts_compile_at_most_six_programs(compiled):
     assert compiled == []
 
 
+@pytest.mark.slow
 def test_a_prompt_goes_on_alone_as_in_a_batch():
     decoder = Decoder(make_model(), BUDGETS, POLICIES["selective"], block=8)
     together = decoder.generate(PROMPTS, 9, **GREEDY)
@@ -134,7 +135,7 @@ def test_the_compiled_loop_updates_the_cache_in_place_and_copies_neither_it_nor_
     [
         ("selective", {}),
         pytest.param("tova", {}, marks=pytest.mark.slow),
-        ("h2o-per-head", {**STANDARD, "num_kv_heads": 2}),
+        pytest.param("h2o-per-head", {**STANDARD, "num_kv_heads": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gives_the_tokens_of_one_device(name, changes):

@@ -160,6 +160,7 @@ def test_without_a_running_maximum_no_sum_vanishes_while_the_first_key_stays(fir
     assert np.isfinite(falsely_bounded).all() == first_leaves
 
 
+@pytest.mark.slow
 def test_chunks_of_queries_with_their_carries_equal_the_whole():
     arrays, options = make(384, heads=2, tau=1.0)
     q, k, v, q_sel, k_sel, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
@@ -195,6 +196,7 @@ def test_chunks_of_queries_with_their_carries_equal_the_whole():
     assert_same([np.asarray(x) for x in gradients], [np.asarray(x) for x in expected_gradients], 1e-5)
 
 
+@pytest.mark.slow
 def test_backward_in_chunks_of_queries(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "most_queries", lambda *_: 1)  # one block of queries a chunk
     arrays, options = make(**CASES["one_kv_head_in_segments"])

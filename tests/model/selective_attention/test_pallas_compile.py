@@ -15,17 +15,14 @@ BATCH, LENGTH, HEADS, WIDTH = 2, 2048, 12, 64
 # The schedule is the same on every machine; measured were the bundles in the comments.
 CEILINGS = {
     "v4": (4.02, 9.32, 16 * MIB),  # 3.97, 9.22
-}
-SLOW_CEILINGS = {
     "v5e": (3.45, 7.53, 96 * MIB),  # 3.40, 7.45
     "v5p": (3.45, 7.53, 48 * MIB),  # 3.40, 7.45
     "v6e": (2.78, 6.71, 96 * MIB),  # 2.74, 6.64
 }
 ROWS = [(name, *row) for name, row in CEILINGS.items()]
-ROWS += [pytest.param(name, *row, marks=pytest.mark.slow) for name, row in SLOW_CEILINGS.items()]
 over_generations = pytest.mark.parametrize(("generation", "forward", "backward", "vmem"), ROWS)
 
-pytestmark = pytest.mark.tpu_compile
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
 
 
 @functools.cache
@@ -48,7 +45,6 @@ def measure_generation(generation):
     return measure(f"--generations={generation}", f"--heads={HEADS}", f"--width={WIDTH}", f"--length={LENGTH}")
 
 
-@pytest.mark.slow
 @over_generations
 def test_bundles_stay_under_what_was_measured(generation, forward, backward, vmem):
     kernels = measure_generation(generation)
@@ -67,7 +63,6 @@ def test_v4_takes_fewer_bundles_with_selection_than_splash_attention_without():
     assert sum(row["bundles"] for row in measure_generation("v4").values()) < 14  # splash attention: 22.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "length"), [(16, 1024), (28, 2048)])  # two passes over the heads; chunks of queries
 def test_wide_models_fit_vmem_at_long_contexts(heads, length):
     kernels = measure(f"--heads={heads}", f"--length={length}")
@@ -75,8 +70,8 @@ def test_wide_models_fit_vmem_at_long_contexts(heads, length):
 
 
 # Bundles of a grid step of the decoding kernel on v4, at 32 rows; measured were 1,854, 1,493, 1,444 and 1,972.
-DECODING = [(128, 1890), pytest.param(43, 1520, marks=pytest.mark.slow)]
-DECODING += [pytest.param(n, most, marks=pytest.mark.slow) for n, most in ((512, 1475), (2048, 2010))]
+DECODING = [(128, 1890), (43, 1520)]
+DECODING += [(n, most) for n, most in ((512, 1475), (2048, 2010))]
 
 
 @pytest.mark.parametrize(("slots", "most"), DECODING)
@@ -89,7 +84,7 @@ def test_decoding_is_quicker_than_paged_attention_and_than_fetching_the_cache(sl
         assert ours["schedule"] < 0.75 * ours["hbm"]
 
 
-@pytest.mark.parametrize("slots", [128, pytest.param(2048, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("slots", [128, 2048])
 def test_decoding_writes_in_place_and_copies_no_cache(slots):
     row = measure_decoding(slots)["selective"]
     assert row["aliased"] >= row["cache"]

@@ -218,6 +218,7 @@ def test_override_that_means_nothing_is_refused(config, tmp_path, name, message)
         Checkpoints(str(tmp_path), read_settings(config), "fingerprint", [name])
 
 
+@pytest.mark.slow
 def test_disk_that_fills_during_a_save_costs_nothing_that_was_saved(config, small_disk, monkeypatch, caplog):
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     config.update_from_flattened_dict({"model.width": 1})

@@ -26,6 +26,7 @@ def undisturbed(start_pod, finish, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_host_saves_on_all_and_the_run_ends_bit_equal(
     start_pod, run_until, finish, assert_same_run, undisturbed, tmp_path
 ):
@@ -80,6 +81,7 @@ def test_the_supervisor_restarts_after_a_crash_and_the_run_ends_bit_equal(
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_supervisor_does_not_restart_a_mistake(start_pod, finish, tmp_path):
     code, output = finish(start_pod(tmp_path, pod=("--restart",), batch_size=7))
     assert code == EXIT_MISTAKE and "restart" not in output

@@ -74,10 +74,12 @@ def test_a_run_s_folder_loads_with_its_tokenizer_and_card(workdir, monkeypatch, 
     assert "| tokens | 15,360 |" in card and "SelectiveCache" in card
 
 
-def test_an_exported_checkpoint_becomes_a_folder_when_it_is_told_its_tokenizer(
+def test_an_exported_checkpoint_becomes_a_folder_with_its_tokenizer_or_with_another(
     workdir, dataset_path, monkeypatch, tmp_path, capsys
 ):
     run(monkeypatch, f"--workdir={workdir}", f"--output={tmp_path}/checkpoint")
+    run(monkeypatch, tmp_path / "checkpoint", "--format=hf", "-o", tmp_path / "brought")
+    (tmp_path / "checkpoint" / "tokenizer.model").unlink()
     said = mistake(monkeypatch, capsys, tmp_path / "checkpoint", "--format=hf", "-o", tmp_path / "folder")
     assert said == f"error: there is no tokenizer in {tmp_path}/checkpoint; give --tokenizer, a file or a folder\n"
     assert not (tmp_path / "folder").exists()
@@ -86,6 +88,7 @@ def test_an_exported_checkpoint_becomes_a_folder_when_it_is_told_its_tokenizer(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     again = tmp_path / "folder" / "tokenizer.json"
+    assert (tmp_path / "brought" / "tokenizer.json").read_bytes() == again.read_bytes()
     run(monkeypatch, workdir, "--format=hf", "-o", tmp_path / "again", f"--tokenizer={again.parent}")
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == again.read_bytes()
 

@@ -75,7 +75,8 @@ def loss_there(folder: Path, settings: Settings) -> float:
     return float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=pad_id))
 
 
-@pytest.mark.parametrize("selection", ["own_head", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", ["own_head", "paper"])
 def test_an_imported_llama_is_trained_on_resumed_and_exported(selection, pretrained, dataset_path, tmp_path):
     settings = settings_of(pretrained / "checkpoint", dataset_path, **{"model.selection": selection})
     workdir, again = tmp_path / "run", tmp_path / "again"

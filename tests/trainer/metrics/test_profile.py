@@ -18,6 +18,7 @@ def traces(workdir):
     return {path.parent.name: path for path in workdir.glob("tensorboard/plugins/profile/*/*.xplane.pb")}
 
 
+@pytest.mark.slow
 def test_the_trace_of_named_steps_names_layers_attention_mlp_loss_and_optimizer(tiny_config, tmp_path):
     tiny_config.steps = 8
     assert train(read_settings(tiny_config), str(tmp_path), profile_steps=parse_steps("4:6")) == 0

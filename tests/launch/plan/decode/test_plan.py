@@ -21,7 +21,7 @@ from tests.launch.plan.decode.test_caches import budgets_file
 from tests.support import ROOT
 from tests.support.plans import Planned, run_plan
 
-pytestmark = pytest.mark.tpu_compile
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
 LAYERS, LENGTH, BATCH = 2, 512, 64  # a model that compiles in seconds
 SIZES = {"model.width": 2, "model.num_layers": LAYERS, "model.vocab_size": 512, "context_length": LENGTH}
 TINY = ["--decode", "--config=configs/c4.py:d8", "--topology=v4-8"]
@@ -159,7 +159,6 @@ def test_the_largest_batch_is_the_largest_by_the_compilers_own_words():
     assert "full does NOT fit" in plan_table([made, larger], place, "both", [])
 
 
-@pytest.mark.slow
 def test_tensor_parallel_chips_hold_their_heads_and_talk(tmp_path):
     flags = ["--memory-factor=4", "--mesh=tensor=2", f"--batch={BATCH}", f"--json={tmp_path}/plan.json"]
     done = run_plan(*TINY, *flags)

@@ -212,6 +212,7 @@ def test_a_client_that_goes_away_frees_its_rows(server):
     assert server.metric('requests_total{status="499"}') == before + 2
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_end_is_refused_and_its_connection_closed(server):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with server.connected() as connection:
