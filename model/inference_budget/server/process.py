@@ -80,6 +80,9 @@ class _Server(uvicorn.Server):
     wait.
     """
 
+    should_exit: bool
+    force_exit: bool
+
     def __init__(self, config: uvicorn.Config, ready: str) -> None:
         super().__init__(config)
         self._ready = ready

@@ -65,7 +65,7 @@ class Protocol(H11Protocol):
             self._begin.cancel()
         self._begin = self.loop.call_later(self.seconds, self._give_up, self.cycle)
 
-    def _give_up(self, cycle: object) -> None:
+    def _give_up(self, cycle: Any) -> None:
         if self.cycle is cycle and (self.cycle is None or self.cycle.response_complete):
             self.transport.abort()
 
