@@ -27,7 +27,7 @@ from launch.plan import times
 from launch.plan.collectives import Network
 from launch.plan.compiler import answer, ask, collective_rows, read_oversized, shortage
 from launch.plan.decode.caches import STANDARD, CacheChoice
-from launch.plan.decode.parts import part_of
+from launch.plan.decode.parts import MEMORY, part_of
 from launch.plan.decode.result import DecodeStep, Slice
 from launch.plan.hlo import Program
 from launch.plan.result import Json, OversizedStep
@@ -91,12 +91,15 @@ def _compile(request: Json) -> DecodeStep | OversizedStep:
     operations = [dataclasses.replace(o, times=o.times / CHUNK) for o in program.operations()]
     network = Network(dict(mesh.shape), mesh.devices, topology, 1)
     estimate = times.step_times(program, operations, network, Path(request["dump"]), part_of)
+    # Of arrays that the compiler copies nearer beforehand, beside other work, it gives no cycles.
+    at_least = 1e3 * (weights + cache) / topology.chip.hbm_bandwidth
+    waiting = max(0.0, at_least - sum(estimate.milliseconds.values()))
     return DecodeStep(
         hbm_bytes=hbm_bytes,
         weight_bytes=weights,
         cache_bytes=cache,
-        needed_bytes=_bytes(arguments.parameters, choice.config.dtype) + cache,
-        step_ms_by_part=estimate.milliseconds,
+        needed_bytes=weights + cache,
+        step_ms_by_part={**estimate.milliseconds, MEMORY: waiting},
         hidden_collectives_ms=estimate.hidden,
         collectives=collective_rows(estimate.collectives),
     )
@@ -153,13 +156,9 @@ def _empty(choice: CacheChoice, rows: int, place: Slice) -> Cache:
     return init_pruned_cache(choice.config, rows, choice.budgets, find_policy(choice.policy))
 
 
-def _bytes(tree: Any, dtype: str | None = None) -> int:
-    """Of all arrays on one chip, without the padding of tiles; in `dtype`, if that is the narrower one."""
-
-    def width(x: Any) -> int:
-        return min(x.dtype.itemsize, jnp.dtype(dtype or x.dtype).itemsize)
-
-    return sum(width(x) * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+def _bytes(tree: Any) -> int:
+    """Of all arrays on one chip, without the padding of tiles."""
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def _cache_bytes(choice: CacheChoice, batch: int, place: Slice, cache: Cache) -> int:

@@ -5,7 +5,8 @@ from launch.plan.times import MOVES, kernel_body
 
 CACHE = "attention over the cache"  # with evicting, writing and the policy's bookkeeping
 LOGITS = "logits and sampling"
-PARTS = (CACHE, "matmuls", "other kernels", "elementwise in layers", LOGITS, "data movement", "collectives")
+MEMORY = "waiting for memory"  # what the other parts leave of the time in which weights and cache can be read
+PARTS = (CACHE, "matmuls", "other kernels", "elementwise in layers", LOGITS, "data movement", "collectives", MEMORY)
 
 
 def part_of(operation: Operation) -> str:

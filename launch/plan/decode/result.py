@@ -26,7 +26,7 @@ class DecodeStep:
     hbm_bytes: dict[str, int]  # by what they hold, with the padding of tiles
     weight_bytes: int  # without padding
     cache_bytes: int  # without padding
-    needed_bytes: int  # what a step has to read: weights in the model's dtype and the cache, each once
+    needed_bytes: int  # what a step has to read: weights and cache, each once
     step_ms_by_part: dict[str, float]  # estimated; of collectives, what is not hidden
     hidden_collectives_ms: float
     collectives: list[CollectiveRow]

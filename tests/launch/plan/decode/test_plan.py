@@ -87,9 +87,10 @@ def test_bytes_without_padding_are_those_of_the_formula(plans):
     for name, beside in (("standard", 0), ("full", 4 + 4), ("4x", 4 + 4)):  # f and the position
         slots = sum(plans[name]["budgets"])
         assert plans[name]["cache_bytes"] == rows * slots * (key_and_value + beside)
-    values = 512 * 128 + LAYERS * (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128 + 2 * 64) + 128
-    assert all(plan["weight_bytes"] == 4 * values for plan in plans.values())
-    assert all(plan["needed_bytes"] == 2 * values + plan["cache_bytes"] for plan in plans.values())
+    matrices, scales = 512 * 128 + LAYERS * (4 * 128 * 128 + 3 * 128 * 384), LAYERS * (2 * 128 + 2 * 64) + 128
+    assert all(plan["weight_bytes"] == 2 * matrices + 4 * scales for plan in plans.values())
+    assert all(plan["needed_bytes"] == plan["weight_bytes"] + plan["cache_bytes"] for plan in plans.values())
+    assert all(plan["step_ms"] > 0.999 * plan["hbm_limit_ms"] for plan in plans.values())
     assert plans["4x"]["hbm_limit_ms"] == pytest.approx(1e3 * plans["4x"]["needed_bytes"] / 1228e9)
 
 
