@@ -95,6 +95,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     PLAN: printed,
     f"{DECODE}d12,n2048": decoding,
     f"{DECODE}d12,n2048 --batch=128": decoding,
+    f"{DECODE}d28,n2048 --batch=128": decoding,
     f"{PLAN} --topology=v4-16 --sweep": printed,
     f"{PLAN} --topology=v4-8,v4-32,v4-128,v4-512,v4-2048": printed,
 }
