@@ -26,6 +26,7 @@ from .text import TextTokenizer
 NUM_TOKENS = 100  # drawn by default, or what the model's context leaves
 _OPTIONS = {field.name for field in dataclasses.fields(GenerationRequest)} - {"prompt"}
 _FIELDS = {"id", "prompt", "tokens", *_OPTIONS}
+_START = b'{"id": '  # of a completion's line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +175,10 @@ class CompletionFile:
     def _not_yet(self, lines: Sequence[PromptLine]) -> list[PromptLine]:
         """The lines that have no completion in the file."""
         left = {line.id: line for line in lines}
-        whole = 0
+        whole, content = 0, b"\n"
         self._file.seek(0)
         for number, content in enumerate(self._file, 1):
-            if not content.endswith(b"\n"):
+            if _is_half(content):
                 break
             whole += len(content)
             try:
@@ -194,4 +195,17 @@ class CompletionFile:
                     "model; give another --output"
                 )
         self._file.truncate(whole)
+        if not (content.endswith(b"\n") or _is_half(content)):
+            self._file.write(b"\n")  # all that was missing
         return list(left.values())
+
+
+def _is_half(line: bytes) -> bool:
+    """Whether a completion's line was cut off; anything else that lacks its end is somebody's, and stays."""
+    if line.endswith(b"\n") or line[: len(_START)] != _START[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False

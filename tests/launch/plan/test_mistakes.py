@@ -24,6 +24,8 @@ MISTAKES = {
     "no such axis": ([D8, "--mesh=rows=2"], "'rows=2' is not AXIS=SIZE"),
     "misspelt group": ([D8, "--config.modl.width=3"], "--config has no key modl; did you mean model?"),
     "stray argument": ([D8, "v4-8"], "unexpected argument 'v4-8'"),
+    "a flag of training": ([D8, "--topology=v4-8", "--decode", "--sweep"], "--sweep is for training"),
+    "a flag of decoding": ([D8, "--memory-factor=4"], "--memory-factor is for decoding; give --decode too"),
     "no folder": ([D8, "--json=/no/such/folder/x"], "there is no folder /no/such/folder"),
 }
 

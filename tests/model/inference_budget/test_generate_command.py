@@ -64,10 +64,11 @@ def test_each_prompt_has_its_completion(folder, whole):
     assert {n for n in range(12) if whole[f"p{n}"]["tokens"] == expected[n]} != set(range(12))  # some were sampled
 
 
-def test_the_same_command_completes_a_file_that_ends_in_half_a_line(folder, whole, tmp_path, capsys):
+@pytest.mark.parametrize("half", [slice(40), slice(3), slice(-2)], ids=["half", "begun", "almost whole"])
+def test_the_same_command_completes_a_file_that_ends_in_half_a_line(folder, whole, tmp_path, capsys, half):
     lines = (folder / "whole.jsonl").read_bytes().splitlines(keepends=True)
     output = tmp_path / "out.jsonl"
-    output.write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    output.write_bytes(b"".join(lines[:5]) + lines[5][half])
     main(arguments(folder, output))
     assert read(output) == whole
     assert output.read_bytes().startswith(b"".join(lines[:5]))
@@ -77,6 +78,15 @@ def test_the_same_command_completes_a_file_that_ends_in_half_a_line(folder, whol
     content = output.read_bytes()
     main(arguments(folder, output))
     assert output.read_bytes() == content
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(folder, whole, tmp_path, capsys):
+    content = (folder / "whole.jsonl").read_bytes()
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(b"".join(content.splitlines(keepends=True)[:6])[:-1])
+    main(arguments(folder, output))
+    assert "6 of 12 completions are in" in capsys.readouterr().err
+    assert read(output) == whole
 
 
 @pytest.mark.slow
@@ -175,6 +185,8 @@ def test_an_option_that_cannot_be_used_is_named(folder, tmp_path, monkeypatch, c
     ("content", "more", "message"),
     [
         ("hello\n", [], "line 1 is no completion of these prompts; give another --output"),
+        ("a letter without an end of line", [], "line 1 is no completion of these prompts"),
+        ('{"id": "p1", "tokens": [2, 5]}', [], "line 1 is no completion of these prompts"),
         ('{"id": "p99", "request": "0"}\n', [], "line 1 is no completion of these prompts"),
         (None, ["--temperature=0.5", "--seed=1"], "line 2 is of another request than id 'p"),
     ],

@@ -170,17 +170,3 @@ def test_tensor_parallel_chips_hold_their_heads_and_talk(tmp_path):
     assert plan["cache_bytes"] == rows * LAYERS * 128 * (2 * 2 * heads * 64 + 4 + 4)
     assert plan["step_ms_by_part"]["collectives"] > 0
     assert {(row["axes"], row["size"]) for row in plan["collectives"]} == {("tensor", 2)}
-
-
-MISTAKES = {
-    "a flag of training": ([*TINY, "--sweep", "--memory-factor=4"], "--sweep is for training"),
-    "a flag of decoding": ([*TINY[1:], "--memory-factor=4"], "--memory-factor is for decoding; give --decode too"),
-}
-
-
-@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line(flags, message):
-    done = run_plan(*flags)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
