@@ -289,14 +289,23 @@ delete_slice() {
   timeout 600 gcloud compute tpus queued-resources delete "${request[@]}" --force --quiet --async >>"$log" 2>&1
 }
 
+# Waits so many seconds, or until it is told to stop. In short sleeps, since a signal that comes just before one is
+# answered only after it.
+pause() {
+  local end=$((SECONDS + $1))
+  while [ "$stop_why" != stop ] && [ "$SECONDS" -lt "$end" ]; do
+    sleep 1 &
+    wait $!
+  done
+}
+
 # The end of this worker. A slice on which nothing runs deletes itself after a while, should nobody be watching.
 leave() {
   say "$state${detail:+: $detail} (exit code $code)"
   report
   [ "$state" != stopped ] || exit 0
-  sleep "$idle_seconds" &
-  wait $!
-  [ -z "$stop_why" ] || exit 0
+  pause "$idle_seconds"
+  [ "$stop_why" != stop ] || exit 0
   say "nobody deleted the slice in $idle_seconds s; deleting it"
   delete_slice || say "this machine may not delete its slice: it needs the role TPU Admin"
   ship 16
@@ -363,8 +372,7 @@ while :; do
   say "$state${detail:+: $detail} (exit code $code); starting again in $delay s"
   state=restarting stop_why=''
   report
-  sleep "$delay" &
-  wait $!
+  pause "$delay"
   [ "$stop_why" != stop ] || {
     state=stopped
     leave
