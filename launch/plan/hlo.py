@@ -117,14 +117,16 @@ class Program:
                 trips = self.trip_count(instruction) if scale else 1
                 yield from self._operations(called[0], times * trips, scale)
             elif instruction.opcode == "conditional":
-                # Whichever branch is the dearer: an estimate that holds for both.
-                branches = [list(self._operations(name, times, scale)) for name in called]
-                yield from max(branches, key=lambda ops: sum(o.times * o.instruction.cycles for o in ops))
+                yield from self.taken([list(self._operations(name, times, scale)) for name in called])
             elif instruction.opcode == "call":
                 yield from self._operations(called[0], times, scale)
             else:
                 fused = tuple(itertools.chain.from_iterable(self._fused(name) for name in called))
                 yield Operation(instruction, fused, times, self._flops(instruction) + sum(map(self._flops, fused)))
+
+    def taken(self, branches: list[list[Operation]]) -> list[Operation]:
+        """Of the branches of a conditional, whichever is the dearer: an estimate that holds for all."""
+        return max(branches, key=lambda ops: sum(o.times * o.instruction.cycles for o in ops))
 
     def _fused(self, computation: str) -> Iterator[Instruction]:
         for instruction in self.computations[computation]:

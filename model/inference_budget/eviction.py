@@ -3,8 +3,8 @@
 Within a layer, hiding a token does not change what any query selects: S depends on queries and keys, which are
 functions of the layer's input. So all evictions of a layer can be found first, by a scan over its queries that touches
 one vector per row, and attention then runs once, masked by the query at which each token left. Policies that judge by
-attention weights need the held tokens' softmax at each step of that scan as well. For the others the scan is one kernel
-on TPUs, `eviction_kernel`.
+attention weights need the held tokens' softmax at each step of that scan as well. On TPUs the scan is one kernel:
+`weights_kernel` for those, `eviction_kernel` for the others.
 
 The columns of a block are the layer's slots, in any order, and then the block's own tokens; <BOS> is the first of all.
 Shape letters: README.md.
@@ -23,9 +23,9 @@ from selective_attention.implementations import implementation_name
 from selective_attention.parallel import from_first_shard
 from selective_attention.selection import HIDDEN, Keys, Projections, Queries, Rule, Seen, select
 
-from . import eviction_kernel
+from . import eviction_kernel, weights_kernel
 from .eviction_kernel import NEVER
-from .policies import FIXED, EvictionPolicy, Held, Selective
+from .policies import FIXED, H2O, TOVA, EvictionPolicy, Held, Selective
 
 QUERIES = 32  # whose logits are in memory at a time
 
@@ -159,7 +159,15 @@ def evict(
         score_BM = columns.score
     else:
         scan = _Scan(policy, config.selection, columns, k_sel, arriving, heads_axis, num_held)
-        evict_at_BM, f_BM, score_BM = scan.all(q, q_sel)
+        if heads_axis is None and has_weights_kernel(policy, config, q, columns.k):
+            rule = Rule(config.head_dim**-0.5, config.selection)
+            evict_at_BM, f_BM, score_BM = jax.lax.cond(
+                weights_kernel.bounded(q, columns.k, columns.position, rule),
+                lambda: _by_weights_kernel(policy, rule, columns, q, q_sel, k_sel, arriving),
+                lambda: scan.all(q, q_sel),
+            )
+        else:
+            evict_at_BM, f_BM, score_BM = scan.all(q, q_sel)
     column_M = jnp.arange(num_columns, dtype=jnp.int32)
     real_BM = (column_M < num_held) | (column_M - num_held < arriving.num_tokens[:, None])
     position_BM = jnp.where(real_BM & (evict_at_BM == NEVER), columns.position, -1)
@@ -194,6 +202,30 @@ def _by_kernel(
         jnp.where(real_BT[..., None], q_sel, 0), k_sel, seen, rule
     )
     return evict_at_BM, columns.f + sums_BM
+
+
+def has_weights_kernel(policy: EvictionPolicy, config: TransformerConfig, q: Array, k: Array) -> bool:
+    """Whether the TPU kernel finds the eviction times of a policy that weighs, where it runs and logits are bounded."""
+    on_tpu = implementation_name(config.attention) == "pallas"
+    known = type(policy) in (H2O, TOVA) and config.selection is not Selection.LEAKY  # whose F may be negative
+    return on_tpu and known and weights_kernel.fits(q, k)
+
+
+def _by_weights_kernel(
+    policy: EvictionPolicy,
+    rule: Rule,
+    columns: Columns,
+    q: Array,
+    q_sel: Array,
+    k_sel: Array,
+    arriving: Arriving,
+) -> tuple[Array, Array | None, Array | None]:
+    """As `_Scan.all`."""
+    assert columns.score is not None  # the policy keeps one
+    weighed = weights_kernel.Weighed(policy, rule, columns.position, columns.f, columns.score)
+    own = None if columns.k_sel is None else (q_sel, k_sel)
+    evict_at_BM, f_BM, score_BM = weights_kernel.times(weighed, q, columns.k, own, arriving[:3])
+    return evict_at_BM, None if columns.f is None else f_BM, score_BM
 
 
 # When each column left, int32 [B, M]; F of the next query; the policy's scores.

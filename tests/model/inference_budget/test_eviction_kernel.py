@@ -9,12 +9,11 @@ import pytest
 from flax import nnx
 
 from inference_budget import POLICIES, Budgets, eviction_kernel, prefill
-from inference_budget.eviction import NEVER, Arriving, Columns, attend_evicting, evict
-from selective_attention import TransformerConfig
+from inference_budget.eviction import NEVER, Arriving, attend_evicting, evict
 from selective_attention.selection import Projections
+from tests.support.evictions import UNOPTIMISED, config_of, held_and_new
 from tests.support.small_model import LENGTH, STANDARD, make_model, make_tokens, oracle_layer
 
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 CASES = {  # sequences, tokens held before, new tokens, policy, changes of the config
     "one_group_in_one_block": (2, 0, 17, "selective", {}),
     "ragged_in_two_blocks_of_queries": (9, 0, 150, "selective", {}),
@@ -37,35 +36,6 @@ def kernels_are_taken(monkeypatch):
     monkeypatch.setattr(eviction_kernel, "times", lambda *a: taken.append(a) or find(*a))
     yield
     assert taken
-
-
-def config_of(attention, width=8, heads=1, **changes):
-    sizes = {"vocab_size": 8, "num_layers": 1, "num_heads": heads, "d_model": 8, "mlp_dim": 8, "max_length": 4096}
-    return TransformerConfig(**sizes, head_dim=width, dtype="float32", attention=attention, **changes)
-
-
-def held_and_new(rng, batch, num_held, length, width=8):
-    """Columns of sequences at different points of theirs, and what arrives; the slots are in no order, some free."""
-    position = np.full((batch, num_held + length), -1, np.int32)
-    start, budget = np.zeros(batch, np.int32), rng.integers(2, num_held + length, batch).astype(np.int32)
-    f = np.zeros(position.shape, np.float32)
-    count = rng.integers(0, length + 1, batch).astype(np.int32)
-    count[0], budget[0] = length, 2
-    if num_held:
-        budget = np.minimum(budget, num_held)
-        start = rng.integers(budget, 3 * num_held).astype(np.int32)
-        for row in range(batch):
-            others = rng.permutation(np.arange(1, start[row]))[: budget[row] - 1]
-            slots = [0, *(1 + rng.permutation(num_held - 1)[: budget[row] - 1])]
-            position[row, slots] = [0, *others]
-            f[row, slots[1:]] = np.abs(rng.normal(size=budget[row] - 1)).round(1)  # with ties
-    for row in range(batch):
-        position[row, num_held : num_held + count[row]] = start[row] + np.arange(count[row])
-    q = jnp.asarray(rng.normal(size=(batch, length, 1, width)) * 2, jnp.float32)
-    k = jnp.asarray(rng.normal(size=(batch, num_held + length, 1, width)), jnp.float32)
-    k = jnp.where((position < 0)[..., None, None], jnp.nan, k)  # free slots hold anything
-    columns = Columns(k, k, None, jnp.asarray(position), jnp.asarray(f), None)
-    return columns, q, Arriving(*(jnp.asarray(x) for x in (start, count, budget)), 3)
 
 
 QUICK = "ragged_in_two_blocks_of_queries", "some_held_before_in_any_order", "sinks", "random"
