@@ -56,7 +56,8 @@ class Decoding:
 
     def draw(self, path: str) -> None:
         """Draws tokens/s against the memory factor, as PNG."""
-        chart.draw(self.plans, f"{self._title}, on {self.place.topology}", path)
+        shared = f", heads over {self.place.tensor} chips" if self.place.tensor > 1 else ""
+        chart.draw(self.plans, f"{self._title}, on {self.place.topology}{shared}", path)
 
     @property
     def _title(self) -> str:

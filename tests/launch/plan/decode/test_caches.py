@@ -8,6 +8,7 @@ import pytest
 from inference_budget import POLICIES, Budgets, save_budgets
 from launch.plan.decode import caches, command
 from launch.plan.decode.command import Asked, plan_decoding
+from launch.plan.decode.result import Slice
 from launch.slices import find
 from selective_attention import Selection, TransformerConfig, export_safetensors
 from tests.support.small_model import LENGTH, make_model
@@ -113,3 +114,11 @@ def test_a_file_that_is_called_as_a_full_cache_is_another_column(tmp_path, monke
     monkeypatch.setattr(command, "plan", lambda choice, *_: planned.append(choice.name))
     plan_decoding(CONFIG, V4, asked(budgets=[str(path)], factors=[]))
     assert sorted(planned) == ["full", "standard", "standard.json"]
+
+
+def test_the_picture_says_where_chips_share_heads(monkeypatch):
+    titles = []
+    monkeypatch.setattr(command.chart, "draw", lambda plans, title, path: titles.append(title))
+    for tensor in (1, 4):
+        command.Decoding([], Slice("v4-8", 4, tensor), CONFIG, 2048, []).draw("decoding.png")
+    assert [title.partition(", on ")[2] for title in titles] == ["v4-8", "v4-8, heads over 4 chips"]
