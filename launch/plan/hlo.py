@@ -161,6 +161,8 @@ class Program:
         return int(_group(r"^constant\((\d+)\)", value.text) or 0)
 
     def _flops(self, instruction: Instruction) -> float:
+        if instruction.opcode == "custom-call":  # a kernel with matmuls of the model says how many
+            return float(_group(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text) or 0)
         if instruction.opcode not in ("convolution", "dot"):
             return 0.0
         operands = [self.instructions[name].arrays[0].shape for name in instruction.operands()]

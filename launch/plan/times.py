@@ -84,10 +84,10 @@ def _hide(under_way: dict[str, float], milliseconds: float) -> None:
 
 def part_of_training(operation: Operation) -> str:
     """Which part of a train step an operation belongs to, by what it computes and where it was traced."""
-    if kernel_body(operation):
-        return "attention kernel" if operation.instruction.name.startswith("selective_att") else "other kernels"
     if operation.flops:
         return "matmuls"
+    if kernel_body(operation):
+        return "attention kernel" if operation.instruction.name.startswith("selective_att") else "other kernels"
     where = operation.instruction.op_name
     if "jvp(" not in where:
         return "optimizer"

@@ -117,6 +117,11 @@ class TransformerConfig:
         applies = self.qk_norm and self.positions == "rotary" and self.head_dim % 32 == 0
         return applies and self.norm_epsilon == EPSILON and implementation_name(self.attention) == "pallas"
 
+    @property
+    def fuses_swiglu(self) -> bool:
+        """Whether TPU kernels do what stands between SwiGLU's matmuls, where their shapes allow it."""
+        return self.dtype != "float64" and implementation_name(self.attention) == "pallas"
+
     def fuses_decoding(self, dtype: Any) -> bool:
         """Whether a TPU kernel decodes, with keys and values of this dtype in the cache."""
         exact = self.dtype != "float64" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)

@@ -25,7 +25,8 @@ from ..remat import keep, rematerialised
 from ..selection import Selection, selection_mask
 from ..sharding import CONTEXT, Axes, partition_spec, reshard
 from .config import RotaryScaling, TransformerConfig
-from .projection import contract, normalised_projections, rms_norm
+from .projection import contract, rms_norm
+from .swiglu import normalised_swiglu
 
 # (q [B, N, H, D], k [B, N, K, D], v [B, N, K, D], q_sel, k_sel [B, N, D] or None) -> (out [B, N, H, D], anything)
 Attend = Callable[[Array, Array, Array, Array | None, Array | None], tuple[Array, Any]]
@@ -168,16 +169,9 @@ class Block(nnx.Module):
 
     def mlp(self, x_BNE: Array) -> Array:
         """The second half: x + SwiGLU."""
-        hidden = "batch", "sequence", "mlp"
-        gate_BNU, up_BNU = normalised_projections(
-            x_BNE,
-            self.mlp_norm[...],
-            ("bne,ef->bnf", self.w_gate, hidden),
-            ("bne,ef->bnf", self.w_up, hidden),
-            epsilon=self.config.norm_epsilon,
-        )
-        h_BNU = jax.nn.silu(gate_BNU) * up_BNU
-        return x_BNE + contract("bnf,fe->bne", h_BNU, self.w_down, "batch", "sequence", None)
+        c = self.config
+        weights = self.w_gate, self.w_up, self.w_down
+        return normalised_swiglu(x_BNE, self.mlp_norm[...], *weights, epsilon=c.norm_epsilon, fused=c.fuses_swiglu)
 
     def project(self, h_BNE: Array, position_N: ArrayLike) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Queries, keys, values, and the selecting head's q and k if it has its own: normalised and rotated."""

@@ -37,6 +37,17 @@ ENTRY %main (a: bf16[16,32], b: bf16[32,64]) -> bf16[16,64] {
     assert operation.instruction.cycles == 77
 
 
+def test_a_kernel_has_the_flops_that_it_says():
+    text = """HloModule m
+
+ENTRY %main (a: bf16[16,32]) -> bf16[16,64] {
+  %a = bf16[16,32]{1,0} parameter(0)
+  %k = bf16[16,64]{1,0} custom-call(%a), backend_config={"custom_call_config":{"cost_estimate":{"flops":"65536"}}}
+}
+"""
+    assert [o.flops for o in Program(text).operations()] == [0, 65_536]
+
+
 def test_a_loop_whose_first_iteration_is_peeled_off_runs_once_less():
     text = """HloModule m
 
