@@ -25,6 +25,7 @@ from ..remat import keep, rematerialised
 from ..selection import Selection, selection_mask
 from ..sharding import CONTEXT, Axes, partition_spec, reshard
 from .config import RotaryScaling, TransformerConfig
+from .embedding import lookup
 from .projection import contract, rms_norm
 from .swiglu import normalised_swiglu
 
@@ -264,7 +265,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BN: Array, position_N: ArrayLike) -> Array:
         """[B, N, E]: embedded tokens, with learned positions added if the model has them."""
-        x_BNE = _lookup(self.embedding, tokens_BN)
+        x_BNE = lookup(self.embedding, tokens_BN, self.config.dtype)
         if self.config.positions == "learned":
             x_BNE = x_BNE + reshard(self.position_embedding[...], None, None)[jnp.asarray(position_N)]
         return x_BNE.astype(self.config.dtype)
@@ -334,10 +335,3 @@ def permute(x: Array, order_N: np.ndarray, axis: int = -1) -> Array:
     trailing = (None,) * (x.ndim - 2) if axis == 1 else ()
     whole = reshard(x, *leading, "batch", None, *trailing)
     return reshard(jnp.take(whole, order_N, axis=axis), *leading, "batch", "sequence", *trailing)
-
-
-def _lookup(table: nnx.Param, tokens_BN: Array) -> Array:
-    spec = partition_spec(("batch", "sequence", None), (*tokens_BN.shape, table.shape[1]))
-    if spec is None:
-        return table[...][tokens_BN]
-    return reshard(table[...], None, None).at[tokens_BN].get(out_sharding=spec)
