@@ -7,6 +7,7 @@ are the paper's mask and selection. The TPU kernels, which know no layers, have 
 
 from .attention import Selection, selection_mask, selective_attention
 from .parallel import sharded_selective_attention, zigzag_positions
+from .selection import forgotten_above
 from .sharding import RULES, partition_spec, reshard
 from .transformer.config import RotaryScaling, TransformerConfig
 from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, prefill
@@ -29,6 +30,7 @@ __all__ = [
     "TransformerConfig",
     "decode_step",
     "export_safetensors",
+    "forgotten_above",
     "import_safetensors",
     "init_cache",
     "lm_loss",

@@ -7,11 +7,13 @@ Shape letters: the package's.
 
 import dataclasses
 import enum
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
 # Finite stand-ins for infinity, so that a row with nothing to see stays free of NaN.
 HIDDEN = 1e30  # F of a pair that attention does not look at: exp(logit - HIDDEN - maximum) is exactly 0
@@ -59,6 +61,31 @@ def selection_mask(
     s_BNM = select(q, k, seen.queries(length), seen.keys(length), Rule(scale, selection))
     f_BNM = jnp.cumsum(s_BNM, axis=1) - s_BNM  # over queries (axis 1), exclusive: query i does not act on itself
     return jnp.where(jnp.tri(length, dtype=bool), f_BNM, 0)
+
+
+def forgotten_above(
+    logit_bound: ArrayLike, length: int, selection: Selection = Selection.PAPER, dtype: DTypeLike = jnp.float32
+) -> Array:
+    """The F above which a key is forgotten for good: dropped, it is missed by no query to come, to rounding.
+
+    No logit exceeds b in size and F never falls, while a query's own key, like <BOS>, keeps its whole logit: a key has
+    at most the weight exp(2 b - F) in every later softmax. Above `2 b + 17 + ln N` (in float32) all such keys together
+    weigh less than half a unit in the last place, e^-17 < 2^-24. Where a query may not see its own key, nothing bounds
+    this. A model's b is `Block.logit_bound`.
+
+    Args:
+      logit_bound: b, which no |scale * q . k| of any head exceeds.
+      length: N, of the context.
+      selection: the rule; under `LEAKY` F can fall, and nothing is ever forgotten: infinity.
+      dtype: of the softmax that cannot tell; bfloat16 forgets much earlier.
+
+    Returns:
+      Scalar, float32 (float64 for a float64 bound).
+    """
+    bound = jnp.asarray(logit_bound, jnp.promote_types(jnp.result_type(logit_bound), jnp.float32))
+    if selection is Selection.LEAKY:
+        return jnp.full_like(bound, jnp.inf)
+    return 2 * bound + (1 - math.log(jnp.finfo(dtype).eps)) + math.log(length)
 
 
 class Projections(NamedTuple):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from selective_attention.attention import Selection, selection_mask, selective_attention
+from selective_attention.selection import forgotten_above
 from tests.support.attention_oracle import RULES, literal, literal_mask, make_inputs, streaming
 
 SEGMENTS = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [3, 5, 5, 5, 5, 5, 5, -1, -1]], np.int32)
@@ -86,6 +87,18 @@ def test_mask_by_hand():
     expected = np.zeros((1, 5, 5))
     expected[0, 4, 1:3] = [3.0, 1.5]
     np.testing.assert_array_equal(selection_mask(q, k), expected)
+
+
+def test_keys_beyond_the_bound_are_missed_by_no_softmax():
+    """The worst case: a logit of -b with itself, b with all others, which are only just forgotten."""
+    length, bound = 4096, 9.6
+    f = np.float32(forgotten_above(bound, length))
+    np.testing.assert_allclose(f, 2 * bound + 17 + np.log(length), atol=0.1)
+    forgotten_weight = (length - 1) * np.exp(bound - np.float64(f) + bound)
+    assert 2**-27 < forgotten_weight < 2**-24
+    assert np.float32(1) + np.float32(forgotten_weight) == 1
+    assert forgotten_above(bound, length, Selection.LEAKY) == np.inf
+    assert forgotten_above(bound, length, dtype=jnp.bfloat16) < f - 10
 
 
 def test_mask_of_16_bit_inputs_is_float32():
