@@ -1,24 +1,36 @@
 """Time and memory of selective and standard attention, side by side, on this machine.
 
     python benchmarks/attention.py [--lengths 256,512,1024,2048,4096,8192] [--peer PYTHON]
+    python benchmarks/attention.py --trained RUN [--batch 4]
 
 Prints a table: milliseconds (the fastest of some rounds; all rows of one length take turns) and the temporaries that
 the compiler reports, of one forward pass and of one with gradients of q, k, v.
 Rows: "reference" is the definition, with N x N arrays; "xla" works in blocks; each with selection and without it.
 `--peer` is a Python that has torch and x-transformers (see peers/x_transformers_attention.py) and adds its rows: its
 selective attention, and torch's fused standard attention. What needs N x N arrays is not timed above N = 4,096.
+Random inputs forget nearly everything within a few hundred tokens, so here no key is dropped.
+
+`--trained` takes q, k, v of every layer of a training run's model on windows of its held-out text, and times attention
+to living keys beside attention to all of them ("xla", forward and backward, with and without selection). The difference
+of results is relative to the largest entry.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from launch.budgets.inputs import load_model, read_windows
+from launch.evaluate.caches import data_of_run
 from selective_attention import Selection, selective_attention
+from selective_attention.attention import AttentionOptions
+from selective_attention.transformer.transformer import attending
 
 PEER = Path(__file__).parent / "peers" / "x_transformers_attention.py"
 ROWS = [
@@ -34,7 +46,7 @@ def compiled_pair(implementation: str, selection: Selection, shape: tuple[int, .
     """(forward, forward + backward), compiled for q, k, v of this shape."""
 
     def forward(q, k, v):
-        return selective_attention(q, k, v, selection=selection, implementation=implementation)
+        return selective_attention(q, k, v, selection=selection, logit_bound=math.inf, implementation=implementation)
 
     def loss(q, k, v):
         return jnp.sum(forward(q, k, v) ** 2)
@@ -55,6 +67,62 @@ def fastest(programs: dict, arrays: list[jax.Array], rounds: int) -> dict:
     return best
 
 
+def of_layers(model, tokens_BN: jax.Array) -> list[tuple[list[jax.Array], float | None]]:
+    """What attention is computed from in every layer (q, k, v, and q_sel, k_sel if it has them), and `logit_bound`."""
+    graph, parameters = nnx.split(model.blocks)
+    position_N = jnp.arange(tokens_BN.shape[1], dtype=jnp.int32)
+    x_BNE, made = model.embed(tokens_BN, position_N), []
+    for layer in range(model.config.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], parameters))
+
+        def attend(*projections, block=block):
+            bound = block.logit_bound
+            made.append(([x for x in projections if x is not None], None if bound is None else float(bound)))
+            return attending(model.config, AttentionOptions(logit_bound=bound))(*projections)
+
+        x_BNE, _ = block(x_BNE, position_N, attend)
+    return made
+
+
+def living_programs(arrays: list[jax.Array], bound: float | None) -> dict:
+    """Forward and backward of attention to all keys and to living ones, compiled."""
+
+    def program(selection: Selection, logit_bound: float | None):
+        def loss(q, k, v, *selecting):
+            q_sel, k_sel = selecting or (None, None)
+            out = selective_attention(q, k, v, q_sel=q_sel, k_sel=k_sel, selection=selection, logit_bound=logit_bound)
+            assert isinstance(out, jax.Array)  # no memory statistic is asked for
+            return jnp.sum(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape) * out), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(len(arrays)), has_aux=True)).lower(*arrays).compile()
+
+    return {
+        "standard": program(Selection.OFF, math.inf),
+        "all keys": program(Selection.PAPER, math.inf),
+        "living": program(Selection.PAPER, bound),
+    }
+
+
+def trained(args: argparse.Namespace) -> None:
+    """The table of `--trained`."""
+    model = load_model(args.trained)
+    windows = read_windows(data_of_run(args.trained), "validation", model.config.max_length, args.batch)
+    layers = of_layers(model, jnp.asarray(windows.inputs))
+    shape = layers[0][0][0].shape
+    print(f"{args.trained}: {shape[0]} windows of N = {shape[1]:,}, {shape[2]} heads of width {shape[3]}, milliseconds")
+    print("  layer    standard  all keys    living   of standard   difference: out      gradients")
+    sums = dict.fromkeys(("standard", "all keys", "living"), 0.0)
+    for number, (arrays, bound) in enumerate(layers):
+        programs = living_programs(arrays, bound)
+        times = fastest(programs, arrays, args.rounds)
+        (whole, living) = (jax.tree.leaves(programs[name](*arrays))[1:] for name in ("all keys", "living"))
+        off = [float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for a, b in zip(whole, living, strict=True)]
+        sums = {name: sums[name] + times[name] for name in sums}
+        cells = "".join(f"{times[name]:10.1f}" for name in sums)
+        print(f"{number:7d}  {cells}{times['living'] / times['standard']:12.2f}x{off[0]:18.1e}{max(off[1:]):15.1e}")
+    print("    all  " + "".join(f"{x:10.1f}" for x in sums.values()) + f"{sums['living'] / sums['standard']:12.2f}x")
+
+
 def peer_times(python: str, args: argparse.Namespace, length: int) -> dict[str, list[float]]:
     options = {"length": length, "heads": args.heads, "head-dim": args.head_dim, "batch": args.batch}
     command = [python, str(PEER), "--rounds", str(args.rounds)]
@@ -70,7 +138,11 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python with torch and x-transformers")
+    parser.add_argument("--trained", metavar="RUN", help="a training run's workdir")
     args = parser.parse_args()
+    if args.trained:
+        trained(args)
+        return
 
     print(f"{jax.default_backend()}, float32, batch {args.batch}, {args.heads} heads of width {args.head_dim}")
     print("     N  attention                   forward   + backward     temporaries MiB (forward, + backward)")

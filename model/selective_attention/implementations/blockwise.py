@@ -5,6 +5,7 @@ from its carry (a vector f [M], F at the block's first query) and advances the c
 Backward, in reverse order: the tile of F is made again from the saved carry, and the transpose of `_mask_tile` takes
 the gradients of F and of the later carry to the selecting head's q and k and to the earlier carry.
 Between the two live the inputs, the outputs, their log-sum-exp, and the carries [B, N / R, M].
+On a CPU, where each sequence has its own loops, keys that are forgotten for good are dropped on the way (`living.py`).
 
 Shape letters: the package's; R rows (queries) and C columns (keys) of a tile, I query blocks of R, J key blocks of C.
 What a single sequence passes through has no B.
@@ -33,6 +34,7 @@ from ..selection import (
     select,
     visible,
 )
+from .living import NOBODY, Layout, filled, reach, shortened, unfolded
 
 BLOCK = 128  # rows and columns of a tile, at most
 GROUP = 16  # rows that are summed by one small matmul; blocks are multiples of it
@@ -51,11 +53,28 @@ class _Blocks(NamedTuple):
     kv_segment: Array | None  # [J, C]
     first: Array  # [J, C], as in Keys
     evict_at: Array | None  # [J, C]
+    reach: Array | None  # [], float32: the F above which keys are forgotten for good; None: all are kept
 
-    def keys(self, j: Array) -> Keys:
-        columns = self.first.shape[1]
-        segment, evict_at = (None if x is None else x[j] for x in (self.kv_segment, self.evict_at))
-        return Keys(j * columns + jnp.arange(columns, dtype=jnp.int32), self.first[j], segment, evict_at)
+    def keys_and_values(self) -> tuple[Array, Array, Array]:
+        return self.k, self.v, self.k_sel
+
+    def layout(self) -> Layout | None:
+        """Of the sequence, if keys are dropped from it at all."""
+        positions_JC = _positions(*self.first.shape)
+        return None if self.reach is None else Layout.of_sequence(positions_JC, like=self.f_start)
+
+    def keys(self, j: Array, layout: Layout | None) -> Keys:
+        if layout is None:
+            columns = self.first.shape[1]
+            position_C = j * columns + jnp.arange(columns, dtype=jnp.int32)
+        else:
+            position_C = layout.position[j]
+
+        def of(x_JC: Array) -> Array:
+            return x_JC[j] if layout is None else _of_keys(x_JC, position_C)
+
+        segment, evict_at = (None if x is None else of(x) for x in (self.kv_segment, self.evict_at))
+        return Keys(position_C, of(self.first), segment, evict_at)
 
 
 def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> tuple[Array, Array | None]:
@@ -77,9 +96,10 @@ def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> 
         kv_segment=kv_segment,
         first=_split(first),
         evict_at=evict_at,
+        reach=reach(projections, seen, rule) if _one_by_one() and k.shape[1] > 2 * BLOCK else None,
     )
     offset, blocks = _vary_alike((jnp.asarray(seen.offset, jnp.int32), blocks))
-    # The rule is fixed when the program is traced; a bound of the logits, which may not be, is of no use here.
+    # The rule is fixed when the program is traced; a bound of the logits, now in `reach`, may not be.
     out_BIKGRD, forgotten_BIR = _attend(dataclasses.replace(rule, logit_bound=None), offset, blocks)
     out = _join(jnp.einsum("bikgrd->birkgd", out_BIKGRD), length).reshape(batch, length, num_heads, v.shape[-1])
     return out, None if rule.tau is None else _join(forgotten_BIR, length)
@@ -127,31 +147,84 @@ def _logits(rule: Rule, q_KGRD: Array, k_KCD: Array, f_RC: Array, seen_RC: Array
     return rule.scale * logits_KGRC - jnp.where(seen_RC, f_RC, HIDDEN)
 
 
-def _blocks_until(queries: Queries, blocks: _Blocks) -> Array:
+def _blocks_until(queries: Queries, blocks: _Blocks, layout: Layout | None) -> Array:
     """How many key blocks are not wholly above the diagonal of a block of queries."""
     num_blocks, columns = blocks.first.shape
-    return jnp.minimum(num_blocks, queries.position[-1] // columns + 1)
+    until = jnp.minimum(num_blocks, queries.position[-1] // columns + 1)
+    return until if layout is None else layout.num_blocks(until)
 
 
-def _attend_sequence(rule: Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array, Array, Array]:
-    """Forward pass of one sequence: out [I, K, G, R, D], forgotten [I, R], log-sum-exp [I, K, G, R], f [I, J, C]."""
+class _Carry(NamedTuple):
+    """What a block of queries leaves to the next."""
+
+    f: Array  # [J, C], F at the next block's first query
+    held: tuple[Array, Array, Array]  # k, v and k_sel of the living keys
+    layout: Layout | None  # of both; None: as in the sequence
+
+
+def _drop_forgotten(rule: Rule, blocks: _Blocks, queries: Queries, remaining: Array, carry: _Carry) -> _Carry:
+    """The carry without keys that none of the `remaining` blocks of queries can tell from absent ones, if that pays."""
+    f_JC, held, layout = carry
+    if layout is None or blocks.reach is None:
+        return carry
+    dead_JC = f_JC > blocks.reach
+    if queries.segment is not None and blocks.kv_segment is not None:
+        dead_JC |= _of_keys(blocks.kv_segment, layout.position) != queries.segment[0]
+    if blocks.evict_at is not None:
+        dead_JC |= _of_keys(blocks.evict_at, layout.position) <= queries.position[0]
+    earlier = queries.position[0] // f_JC.shape[1]
+    layout, f_JC, first = shortened(layout, f_JC, dead_JC, earlier, remaining)
+    k, v, k_sel = filled(held, blocks.keys_and_values(), layout, first)
+    return _Carry(f_JC, (k, v, k_sel), layout)
+
+
+def _dropped(queries: Queries, blocks: _Blocks, layout: Layout) -> Array:
+    """How many keys that each query would see have been dropped because it would not feel them: int32 [R]."""
+    natural_JC = jnp.arange(layout.position.size, dtype=jnp.int32).reshape(layout.position.shape)
+    taken_JC = natural_JC < layout.taken * layout.position.shape[1]
+    listed_JC = (layout.position < NOBODY) & (jnp.arange(len(natural_JC))[:, None] < layout.listed)
+    if queries.segment is None or blocks.kv_segment is None:
+        return jnp.broadcast_to(taken_JC.sum() - listed_JC.sum(), queries.position.shape)
+    segment = queries.segment[0]  # nothing is left of earlier ones
+    taken_JC &= blocks.kv_segment == segment
+    listed_JC &= _of_keys(blocks.kv_segment, layout.position) == segment
+    here_R = (queries.segment == segment) & (segment >= 0)
+    return jnp.where(here_R, taken_JC.sum() - listed_JC.sum(), 0)
+
+
+def _of_keys(x_JC: Array, position: Array) -> Array:
+    """Of the keys at these positions; of any key for an empty slot."""
+    return x_JC.reshape(-1).at[position].get(mode="clip")
+
+
+def _attend_sequence(rule: Rule, offset: Array, blocks: _Blocks):
+    """Forward pass of one sequence: out [I, K, G, R, D], forgotten [I, R], log-sum-exp [I, K, G, R], f [I, J, C], and
+    the layout [I, ...] of f if forgotten keys are dropped.
+    """
     dtype = blocks.f_start.dtype
     num_blocks, heads, rows = blocks.q.shape[0], blocks.q.shape[1:4], blocks.q.shape[3]
+    zeros = functools.partial(_zeros, like=blocks.f_start)
 
-    def query_block(f_JC, block):
+    def query_block(carry, block):
         position_R, q_KGRD, q_sel_RD, segment_R = block
         queries = Queries(offset + position_R, segment_R)
+        carry = _drop_forgotten(rule, blocks, queries, num_blocks - position_R[0] // rows, carry)
+        (k, v, k_sel), layout = carry.held, carry.layout
+        forgotten_R = zeros((rows,))
+        if rule.tau is not None and layout is not None and rule.selection is not Selection.OFF:
+            forgotten_R += _dropped(queries, blocks, layout)
 
-        def key_block(j, carry):
-            top_KGR, total_KGR, out_KGRD, forgotten_R, f_JC = carry
-            keys = blocks.keys(j)
+        def key_block(n, made):
+            top_KGR, total_KGR, out_KGRD, forgotten_R, f_JC = made
+            j = n if layout is None else layout.block(n)
+            keys = blocks.keys(j, layout)
             seen_RC = visible(queries, keys)
-            f_RC, f_next_C = _mask_tile(q_sel_RD, blocks.k_sel[j], f_JC[j], queries, keys, rule)
-            logits_KGRC = _logits(rule, q_KGRD, blocks.k[j], f_RC, seen_RC)
+            f_RC, f_next_C = _mask_tile(q_sel_RD, k_sel[j], f_JC[j], queries, keys, rule)
+            logits_KGRC = _logits(rule, q_KGRD, k[j], f_RC, seen_RC)
             new_top_KGR = jnp.maximum(top_KGR, logits_KGRC.max(axis=-1))
             weights_KGRC = jnp.exp(logits_KGRC - new_top_KGR[..., None])
             fade_KGR = jnp.exp(top_KGR - new_top_KGR)
-            v_KCD = blocks.v[j]
+            v_KCD = v[j]
             values_KGRD = jnp.einsum(
                 "kgrc,kcd->kgrd", weights_KGRC.astype(v_KCD.dtype), v_KCD, preferred_element_type=dtype
             )
@@ -165,19 +238,19 @@ def _attend_sequence(rule: Rule, offset: Array, blocks: _Blocks) -> tuple[Array,
                 f_JC.at[j].set(f_next_C),
             )
 
-        zeros = functools.partial(_zeros, like=blocks.f_start)
         out_zeros = zeros((*heads, blocks.v.shape[-1]))
-        start = zeros(heads) + NOTHING_SEEN, zeros(heads), out_zeros, zeros((rows,)), f_JC
+        start = zeros(heads) + NOTHING_SEEN, zeros(heads), out_zeros, forgotten_R, carry.f
         top_KGR, total_KGR, out_KGRD, forgotten_R, f_next_JC = jax.lax.fori_loop(
-            0, _blocks_until(queries, blocks), key_block, start
+            0, _blocks_until(queries, blocks, layout), key_block, start
         )
         out_KGRD = (out_KGRD / jnp.where(total_KGR == 0, 1, total_KGR)[..., None]).astype(blocks.q.dtype)
         # A row that sees nothing has a log-sum-exp above everything, so that the backward pass's weights are 0.
         lse_KGR = jnp.where(total_KGR == 0, HIDDEN, top_KGR + jnp.log(total_KGR))
-        return f_next_JC, (out_KGRD, forgotten_R, lse_KGR, f_JC)
+        return carry._replace(f=f_next_JC), (out_KGRD, forgotten_R, lse_KGR, carry.f, layout)
 
     by_block = _positions(num_blocks, rows), blocks.q, blocks.q_sel, blocks.q_segment
-    return jax.lax.scan(query_block, blocks.f_start, by_block)[1]
+    start = _Carry(blocks.f_start, blocks.keys_and_values(), blocks.layout())
+    return jax.lax.scan(query_block, start, by_block)[1]
 
 
 def _transpose_sequence(
@@ -187,25 +260,30 @@ def _transpose_sequence(
     out_IKGRD: Array,
     lse_IKGR: Array,
     f_IJC: Array,
+    layouts: Layout | None,
     d_out_IKGRD: Array,
     d_forgotten_IR: Array,
 ) -> tuple[Array, ...]:
     """Backward pass of one sequence: gradients of the first six fields of `_Blocks`."""
+    whole = blocks.keys_and_values()
     dtype = f_IJC.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
     zeros = functools.partial(_zeros, like=blocks.f_start)
     delta_IKGR = jnp.sum(d_out_IKGRD.astype(dtype) * out_IKGRD.astype(dtype), axis=-1)
 
     def query_block(carry, block):
-        position_R, q_KGRD, q_sel_RD, segment_R, lse_KGR, f_JC, delta_KGR, d_out_KGRD, d_forgotten_R = block
+        position_R, q_KGRD, q_sel_RD, segment_R, lse_KGR, f_JC, delta_KGR, d_out_KGRD, d_forgotten_R, *layouts = block
         queries = Queries(offset + position_R, segment_R)
+        (k, v, k_sel), sums = carry
+        layout, earlier = layouts
 
-        def key_block(j, carry):
-            d_q_KGRD, d_q_sel_RD, d_k_JKCD, d_v_JKCD, d_k_sel_JCD, d_f_JC = carry
-            keys, k_KCD, v_KCD = blocks.keys(j), blocks.k[j], blocks.v[j]
+        def key_block(n, made):
+            d_q_KGRD, d_q_sel_RD, d_k_JKCD, d_v_JKCD, d_k_sel_JCD, d_f_JC = made
+            j = n if layout is None else layout.block(n)
+            keys, k_KCD, v_KCD = blocks.keys(j, layout), k[j], v[j]
             seen_RC = visible(queries, keys)
             mask_tile = functools.partial(_mask_tile, queries=queries, keys=keys, rule=rule)
-            (f_RC, _), transpose = jax.vjp(mask_tile, q_sel_RD, blocks.k_sel[j], f_JC[j])
+            (f_RC, _), transpose = jax.vjp(mask_tile, q_sel_RD, k_sel[j], f_JC[j])
             weights_KGRC = jnp.exp(_logits(rule, q_KGRD, k_KCD, f_RC, seen_RC) - lse_KGR[..., None])
             d_weights_KGRC = dot("kgrd,kcd->kgrc", d_out_KGRD, v_KCD)
             d_logits_KGRC = weights_KGRC * (d_weights_KGRC - delta_KGR[..., None])
@@ -223,17 +301,28 @@ def _transpose_sequence(
                 d_f_JC.at[j].set(d_f_C),
             )
 
-        start = zeros(q_KGRD.shape), zeros(q_sel_RD.shape), *carry
-        d_q_KGRD, d_q_sel_RD, *carry = jax.lax.fori_loop(0, _blocks_until(queries, blocks), key_block, start)
-        return tuple(carry), ((rule.scale * d_q_KGRD).astype(q_KGRD.dtype), d_q_sel_RD)
+        start = zeros(q_KGRD.shape), zeros(q_sel_RD.shape), *sums
+        count = _blocks_until(queries, blocks, layout)
+        d_q_KGRD, d_q_sel_RD, *sums = jax.lax.fori_loop(0, count, key_block, start)
+        carry = carry[0], tuple(sums)
+        if layout is not None:
+            carry = unfolded(carry[0], carry[1], whole, layout, earlier)
+        return carry, ((rule.scale * d_q_KGRD).astype(q_KGRD.dtype), d_q_sel_RD)
 
-    nothing = tuple(zeros(x.shape) for x in (blocks.k, blocks.v, blocks.k_sel, blocks.f_start))
+    held: tuple[Array, ...] = whole
+    earlier = None
+    if layouts is not None:
+        held = filled(whole, whole, jax.tree.map(lambda x: x[-1], layouts), jnp.int32(0))
+        earlier = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more[:-1]]), blocks.layout(), layouts)
+    nothing = tuple(zeros(x.shape) for x in (*whole, blocks.f_start))
     by_block = (
         _positions(blocks.q.shape[0], blocks.q.shape[3]),
         *(blocks.q, blocks.q_sel, blocks.q_segment),
         *(lse_IKGR, f_IJC, delta_IKGR, d_out_IKGRD, d_forgotten_IR),
+        *(layouts, earlier),
     )
-    (d_k, d_v, d_k_sel, d_f_start), (d_q, d_q_sel) = jax.lax.scan(query_block, nothing, by_block, reverse=True)
+    (_, sums), (d_q, d_q_sel) = jax.lax.scan(query_block, (held, nothing), by_block, reverse=True)
+    d_k, d_v, d_k_sel, d_f_start = sums
     return d_q, (rule.scale * d_k).astype(blocks.k.dtype), d_v.astype(blocks.v.dtype), d_q_sel, d_k_sel, d_f_start
 
 
@@ -245,14 +334,14 @@ def _attend(rule: Rule, offset: Array, blocks: _Blocks) -> tuple[Array, Array]:
 
 def _attend_forward(rule: Rule, offset: Array, blocks: _Blocks):
     made = _each_sequence(functools.partial(_attend_sequence, rule, offset), blocks)
-    out, forgotten, lse, carries = map(keep, made)
-    return (out, forgotten), (offset, blocks, out, lse, carries)
+    out, forgotten, lse, carries, layouts = jax.tree.map(keep, made)
+    return (out, forgotten), (offset, blocks, out, lse, carries, layouts)
 
 
 def _attend_backward(rule: Rule, residuals, cotangents):
     offset, *residuals = residuals
     gradients = _each_sequence(functools.partial(_transpose_sequence, rule, offset), *residuals, *cotangents)
-    return None, _Blocks._make((*gradients, None, None, None, None))  # integers have no gradient
+    return None, _Blocks._make((*gradients, None, None, None, None, None))  # integers and bounds have no gradient
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -260,9 +349,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _each_sequence(function: Callable, *arrays):
     """`function` of every sequence of the batch: one after another on a CPU, so that tiles stay in its cache."""
-    if jax.default_backend() == "cpu":
+    if _one_by_one():
         return jax.lax.map(lambda one: function(*one), arrays)
     return jax.vmap(function)(*arrays)
+
+
+def _one_by_one() -> bool:
+    """Whether every sequence has loops of its own, whose length may depend on it."""
+    return jax.default_backend() == "cpu"
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:

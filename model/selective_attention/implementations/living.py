@@ -1,0 +1,162 @@
+"""The keys of one sequence that are not yet forgotten, in a list that gets shorter as F grows.
+
+Keys lie in blocks of C slots, at first where they are in the sequence. At the start of a block of queries, the living
+among the earlier keys are moved together into the first blocks, in their order, if that saves whole blocks. So a key
+moves only while others before it die, and nothing moves where nothing is forgotten. What dies stays dead.
+
+Shape letters: those of `blockwise.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..selection import Projections, Rule, Seen, Selection, forgotten_above
+
+NOBODY = 2**30  # position of an empty slot: later than every query, so that none sees or selects it
+MOVES_PER_TILE = 4  # blocks of keys that can be moved, there and back, in the time of attending to one
+
+
+class Layout(NamedTuple):
+    """Which key is in which slot.
+
+    The first `listed` blocks hold what is left of the first `taken` blocks of the sequence; nothing is in the blocks
+    between `listed` and `taken`, and later keys are where they were.
+    """
+
+    position: Array  # int32 [J, C]
+    listed: Array  # int32
+    taken: Array  # int32
+
+    @classmethod
+    def of_sequence(cls, position_JC: Array, like: Array) -> "Layout":
+        """All keys where they are in the sequence; varying over the mesh axes of `like`."""
+        zero = 0 * like.reshape(-1)[0].astype(jnp.int32)
+        return cls(position_JC + zero, zero, zero)
+
+    def block(self, n: Array) -> Array:
+        """Where the n-th block is that holds any keys."""
+        return jnp.where(n < self.listed, n, n - self.listed + self.taken)
+
+    def num_blocks(self, until: Array) -> Array:
+        """How many blocks hold keys of the sequence's first `until` blocks."""
+        return self.listed + jnp.maximum(until - self.taken, 0)
+
+    def holds(self) -> Array:
+        """Bool [J, 1]: the blocks that hold any keys."""
+        block_J = jnp.arange(self.position.shape[0])[:, None]
+        return (block_J < self.listed) | (block_J >= self.taken)
+
+
+def reach(projections: Projections, seen: Seen, rule: Rule) -> Array | None:
+    """float32 [B], the F above which keys are forgotten for good; None where there can be none."""
+    q, k, _ = projections[:3]
+    batch, num_keys = k.shape[:2]
+    if rule.selection in (Selection.OFF, Selection.LEAKY):  # F does not grow
+        nothing_ends = seen.kv_segment_ids is None and seen.evict_at is None
+        return None if nothing_ends else jnp.full(batch, jnp.inf)
+    if seen.evict_at is not None and rule.tau is not None:
+        return None  # what is forgotten counts until it is evicted
+    bound = rule.logit_bound
+    if isinstance(bound, float) and math.isinf(bound):
+        return None
+    if bound is None:
+        bound = abs(rule.scale) * _largest_norm(q) * _largest_norm(k)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    reach_B = jnp.broadcast_to(forgotten_above(jax.lax.stop_gradient(bound), num_keys, dtype=dtype), batch)
+    if rule.tau is not None:
+        reach_B = jnp.maximum(reach_B, rule.tau)
+    if seen.evict_at is not None:  # a query that does not see its own key may see only what is all but forgotten
+        reach_B = jnp.where(jnp.all(seen.evict_at > jnp.arange(num_keys), axis=1), reach_B, jnp.inf)
+    return reach_B
+
+
+def _largest_norm(x_BNHD: Array) -> Array:
+    """[B]: of any head of any token."""
+    squares_BNH = jnp.sum(jnp.square(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32))), axis=-1)
+    return jnp.sqrt(squares_BNH.max(axis=(1, 2)))
+
+
+def shortened(
+    layout: Layout, f_JC: Array, dead_JC: Array, until: Array, remaining: Array
+) -> tuple[Layout, Array, Array]:
+    """The layout without the dead among the sequence's first `until` blocks, if that pays.
+
+    `remaining` blocks of queries are to come. Returns the new layout, F in it, and the first block that changed.
+    """
+    num_blocks, columns = f_JC.shape
+    block_J = jnp.arange(num_blocks)[:, None]
+    alive_JC = ~dead_JC & (layout.position < NOBODY) & layout.holds() & (block_J < until)
+    listed = (jnp.sum(alive_JC, dtype=jnp.int32) + columns - 1) // columns
+    first = jnp.argmin(jnp.append(alive_JC.all(axis=1), False)).astype(jnp.int32)
+    saved = layout.num_blocks(until) - listed
+    pays = (saved > 0) & (MOVES_PER_TILE * saved * remaining >= listed - first)
+
+    def move():
+        slot_JC = jnp.nonzero(alive_JC.reshape(-1), size=f_JC.size, fill_value=NOBODY)[0].reshape(f_JC.shape)
+        position_JC = layout.position.reshape(-1).at[slot_JC].get(mode="fill", fill_value=NOBODY)
+        moved_f_JC = f_JC.reshape(-1).at[slot_JC].get(mode="fill", fill_value=0)
+        later_J = block_J >= until
+        return (
+            Layout(jnp.where(later_J, layout.position, position_JC.astype(jnp.int32)), listed, until),
+            jnp.where(later_J, f_JC, moved_f_JC),
+            first,
+        )
+
+    return jax.lax.cond(pays, move, lambda: (layout, f_JC, layout.listed))
+
+
+def filled(held: Sequence[Array], whole: Sequence[Array], layout: Layout, first: Array) -> tuple[Array, ...]:
+    """`held` with the listed blocks from `first` on taken from `whole`, which has all keys where they were."""
+
+    def fill(j, held):
+        return tuple(x.at[j].set(_rows(w, layout.position[j])) for x, w in zip(held, whole, strict=True))
+
+    return jax.lax.fori_loop(first, layout.listed, fill, tuple(held))
+
+
+def unfolded(
+    held: Sequence[Array], sums: Sequence[Array], whole: Sequence[Array], layout: Layout, earlier: Layout
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The transpose of a change from the layout `earlier`: what is `held` of `whole`, and sums over queries for each
+    key, zero for those that had been dropped.
+    """
+    changed = (layout.listed != earlier.listed) | (layout.taken != earlier.taken)
+    same_J = (layout.position == earlier.position).all(axis=1) & earlier.holds()[:, 0]
+    first = jnp.argmin(jnp.append(same_J, False)).astype(jnp.int32)
+    num_slots = layout.position.size
+
+    def find():
+        listed_JC = jnp.where(layout.holds(), layout.position, NOBODY)
+        slot_of_key = jnp.full(num_slots, NOBODY, jnp.int32)
+        return slot_of_key.at[listed_JC.reshape(-1)].set(jnp.arange(num_slots, dtype=jnp.int32), mode="drop")
+
+    slot_of_key = jax.lax.cond(changed, find, lambda: layout.position.reshape(-1))
+    count = jnp.where(changed, earlier.num_blocks(layout.taken), first)
+
+    def unfold(n, carry):
+        held, sums = carry
+        j = earlier.block(count - 1 - (n - first))  # the last first: keys come from earlier blocks
+        position_C = earlier.position[j]
+        slot_C = slot_of_key.at[position_C].get(mode="fill", fill_value=NOBODY)
+        moved = jax.lax.optimization_barrier(tuple(_rows(x, slot_C, fill=True) for x in sums))
+        return (
+            tuple(x.at[j].set(_rows(w, position_C)) for x, w in zip(held, whole, strict=True)),
+            tuple(x.at[j].set(y) for x, y in zip(sums, moved, strict=True)),
+        )
+
+    return jax.lax.fori_loop(first, count, unfold, (tuple(held), tuple(sums)))
+
+
+def _rows(x: Array, slot_C: Array, *, fill: bool = False) -> Array:
+    """What x [J, C], [J, C, D] or [J, K, C, D] has in these slots, a block; with `fill`, zeros for no slot."""
+    columns = slot_C.shape[0]
+    block_C, column_C = slot_C // columns, slot_C % columns
+    mode = {"mode": "fill", "fill_value": 0} if fill else {"mode": "clip"}
+    if x.ndim < 4:
+        return x.at[block_C, column_C].get(**mode)
+    return jnp.swapaxes(x.at[block_C, :, column_C].get(**mode), 0, 1)
