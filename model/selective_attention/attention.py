@@ -62,8 +62,8 @@ def selective_attention(
         selecting nothing, their outputs zero.
       selection: the paper's rule, an ablation, or `Selection.OFF` for standard attention.
       memory_tau: if given, also return the memory statistic of section 3's auxiliary loss.
-      logit_bound: float32 scalar that no |scale * q . k| exceeds, if one is known: it saves "pallas" from looking, and
-        "xla", which drops keys that are forgotten for good (`forgotten_above`); `math.inf` keeps all.
+      logit_bound: float32 scalar that no |scale * q . k| exceeds, if one is known: it saves "pallas" from looking.
+        `math.inf` keeps "xla" from dropping keys that are forgotten for good (`forgotten_above`).
       implementation: "pallas" (fused TPU kernels; head widths up to 128), "xla" (in blocks, memory linear in N),
         "reference" (the definition, arrays of N x N), or None for "pallas" on TPU and "xla" elsewhere.
 

@@ -61,13 +61,11 @@ def reach(projections: Projections, seen: Seen, rule: Rule) -> Array | None:
         return None if nothing_ends else jnp.full(batch, jnp.inf)
     if seen.evict_at is not None and rule.tau is not None:
         return None  # what is forgotten counts until it is evicted
-    bound = rule.logit_bound
-    if isinstance(bound, float) and math.isinf(bound):
+    if isinstance(rule.logit_bound, float) and math.isinf(rule.logit_bound):
         return None
-    if bound is None:
-        bound = abs(rule.scale) * _largest_norm(q) * _largest_norm(k)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    reach_B = jnp.broadcast_to(forgotten_above(jax.lax.stop_gradient(bound), num_keys, dtype=dtype), batch)
+    most_B = jax.lax.stop_gradient(_most_above_own_key(q.astype(dtype), k.astype(dtype), seen.offset, rule.scale))
+    reach_B = forgotten_above(most_B / 2, num_keys, dtype=dtype)
     if rule.tau is not None:
         reach_B = jnp.maximum(reach_B, rule.tau)
     if seen.evict_at is not None:  # a query that does not see its own key may see only what is all but forgotten
@@ -75,10 +73,15 @@ def reach(projections: Projections, seen: Seen, rule: Rule) -> Array | None:
     return reach_B
 
 
-def _largest_norm(x_BNHD: Array) -> Array:
-    """[B]: of any head of any token."""
-    squares_BNH = jnp.sum(jnp.square(x_BNHD.astype(jnp.promote_types(x_BNHD.dtype, jnp.float32))), axis=-1)
-    return jnp.sqrt(squares_BNH.max(axis=(1, 2)))
+def _most_above_own_key(q_BNHD: Array, k_BMKD: Array, offset: Array | int, scale: float) -> Array:
+    """[B]: what no logit exceeds that of its query with its own key by. It is at most 2 b, and mostly far less."""
+    batch, length, num_heads, _ = q_BNHD.shape
+    q_BNKGD = q_BNHD.reshape(batch, length, k_BMKD.shape[2], num_heads // k_BMKD.shape[2], -1)
+    own_BNKD = jax.lax.dynamic_slice_in_dim(k_BMKD, offset, length, axis=1)
+    own_BNKG = scale * jnp.sum(q_BNKGD * own_BNKD[:, :, :, None], axis=-1)
+    largest_B1K1 = jnp.linalg.norm(k_BMKD, axis=-1).max(axis=1)[:, None, :, None]
+    most_BNKG = abs(scale) * jnp.linalg.norm(q_BNKGD, axis=-1) * largest_B1K1 - own_BNKG
+    return most_BNKG.max(axis=(1, 2, 3))
 
 
 def shortened(
