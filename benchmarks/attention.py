@@ -1,7 +1,7 @@
 """Time and memory of selective and standard attention, side by side, on this machine.
 
     python benchmarks/attention.py [--lengths 256,512,1024,2048,4096,8192] [--peer PYTHON]
-    python benchmarks/attention.py --trained RUN [--batch 4]
+    python benchmarks/attention.py --trained RUN [--data DATASET] [--batch 4]
 
 Prints a table: milliseconds (the fastest of some rounds; all rows of one length take turns) and the temporaries that
 the compiler reports, of one forward pass and of one with gradients of q, k, v.
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from data import open_dataset
 from launch.budgets.inputs import load_model, read_windows
 from launch.evaluate.caches import data_of_run
 from selective_attention import Selection, selective_attention
@@ -106,7 +107,8 @@ def living_programs(arrays: list[jax.Array], bound: float | None) -> dict:
 def trained(args: argparse.Namespace) -> None:
     """The table of `--trained`."""
     model = load_model(args.trained)
-    windows = read_windows(data_of_run(args.trained), "validation", model.config.max_length, args.batch)
+    dataset = open_dataset(args.data) if args.data else data_of_run(args.trained)
+    windows = read_windows(dataset, "validation", model.config.max_length, args.batch)
     layers = of_layers(model, jnp.asarray(windows.inputs))
     shape = layers[0][0][0].shape
     print(f"{args.trained}: {shape[0]} windows of N = {shape[1]:,}, {shape[2]} heads of width {shape[3]}, milliseconds")
@@ -138,7 +140,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python with torch and x-transformers")
-    parser.add_argument("--trained", metavar="RUN", help="a training run's workdir")
+    parser.add_argument("--trained", metavar="RUN", help="a training run's workdir, or an exported folder with --data")
+    parser.add_argument("--data", metavar="DATASET", help="with --trained; by default what the run read")
     args = parser.parse_args()
     if args.trained:
         trained(args)

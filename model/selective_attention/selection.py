@@ -161,6 +161,11 @@ def select(q_BND: Array, k_BMD: Array, queries: Queries, keys: Keys, rule: Rule)
     """S of section 3, [B, N, M] float32: how much each query masks each key for later queries. B may be absent."""
     dtype = jnp.promote_types(q_BND.dtype, jnp.float32)
     logits_BNM = rule.scale * jnp.einsum("...nd,...md->...nm", q_BND, k_BMD, preferred_element_type=dtype)
+    return selected(logits_BNM, queries, keys, rule)
+
+
+def selected(logits_BNM: Array, queries: Queries, keys: Keys, rule: Rule) -> Array:
+    """S from the selecting head's logits."""
     allowed_BNM = allowed(queries.position[:, None], keys.position, keys.first[..., None, :], rule.selection)
     return jnp.where(allowed_BNM & _same_segment(queries, keys), rectified(logits_BNM, rule.selection), 0)
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,10 @@ from ..selection import (
     Seen,
     Selection,
     select,
+    selected,
     visible,
 )
-from .living import NOBODY, Layout, filled, reach, shortened, unfolded
+from .living import Layout, dropped, filled, of_keys, reach, shortened, unfolded
 
 BLOCK = 128  # rows and columns of a tile, at most
 GROUP = 16  # rows that are summed by one small matmul; blocks are multiples of it
@@ -46,8 +47,8 @@ class _Blocks(NamedTuple):
     q: Array  # [I, K, G, R, D]
     k: Array  # [J, K, C, D]
     v: Array  # [J, K, C, D]
-    q_sel: Array  # [I, R, D], float32
-    k_sel: Array  # [J, C, D], float32
+    q_sel: Array | None  # [I, R, D], float32; None, as k_sel, where head 0's logits select, or nothing does
+    k_sel: Array | None  # [J, C, D], float32
     f_start: Array  # [J, C], float32
     q_segment: Array | None  # [I, R]
     kv_segment: Array | None  # [J, C]
@@ -55,7 +56,7 @@ class _Blocks(NamedTuple):
     evict_at: Array | None  # [J, C]
     reach: Array | None  # [], float32: the F above which keys are forgotten for good; None: all are kept
 
-    def keys_and_values(self) -> tuple[Array, Array, Array]:
+    def keys_and_values(self) -> tuple[Array, Array, Array | None]:
         return self.k, self.v, self.k_sel
 
     def layout(self) -> Layout | None:
@@ -71,7 +72,7 @@ class _Blocks(NamedTuple):
             position_C = layout.position[j]
 
         def of(x_JC: Array) -> Array:
-            return x_JC[j] if layout is None else _of_keys(x_JC, position_C)
+            return x_JC[j] if layout is None else of_keys(x_JC, position_C)
 
         segment, evict_at = (None if x is None else of(x) for x in (self.kv_segment, self.evict_at))
         return Keys(position_C, of(self.first), segment, evict_at)
@@ -80,17 +81,20 @@ class _Blocks(NamedTuple):
 def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> tuple[Array, Array | None]:
     """Selective attention of a block of queries; arguments and results as `reference.attend`."""
     q, k, v = projections[:3]
-    q_sel, k_sel = projections.selecting()
     batch, length, num_heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    selecting: tuple[Array | None, Array | None] = None, None
+    if rule.selection is not Selection.OFF and (projections.q_sel is not None or q.dtype != dtype):
+        q_sel, k_sel = projections.selecting()
+        selecting = _split(q_sel.astype(dtype)), _split(k_sel.astype(dtype))
     first = jnp.broadcast_to(seen.keys(k.shape[1]).first, k.shape[:2])
     q_segment, kv_segment, evict_at = jax.tree.map(_split, (seen.q_segment_ids, seen.kv_segment_ids, seen.evict_at))
     blocks = _Blocks(
         q=jnp.einsum("birkgd->bikgrd", _split(q.reshape(batch, length, k.shape[2], -1, head_dim))),
         k=jnp.einsum("bjckd->bjkcd", _split(k)),
         v=jnp.einsum("bjckd->bjkcd", _split(v)),
-        q_sel=_split(q_sel.astype(dtype)),
-        k_sel=_split(k_sel.astype(dtype)),
+        q_sel=selecting[0],
+        k_sel=selecting[1],
         f_start=_split(f_start.astype(dtype)),
         q_segment=q_segment,
         kv_segment=kv_segment,
@@ -122,14 +126,14 @@ def column_sums(q_sel: Array, k_sel: Array, seen: Seen, rule: Rule) -> Array:
     return jax.lax.scan(add_block, _zeros(k_sel.shape[:2], like=k_sel), (positions_IR, *by_block))[0]
 
 
-def _mask_tile(
-    q_sel_RD: Array, k_sel_CD: Array, f_C: Array, queries: Queries, keys: Keys, rule: Rule
-) -> tuple[Array, Array]:
-    """A tile of F [R, C] from the carry f, F at its first row; and the carry for the row after its last."""
-    rows, columns = q_sel_RD.shape[0], k_sel_CD.shape[0]
+def _mask_tile(logits_RC: Array, f_C: Array, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
+    """A tile of F [R, C] from the selecting logits and the carry f, F at its first row; and the carry for the row after
+    its last.
+    """
+    rows, columns = logits_RC.shape
     if rule.selection is Selection.OFF:
         return jnp.zeros((rows, columns), f_C.dtype), f_C
-    s_RC = select(q_sel_RD, k_sel_CD, queries, keys, rule)
+    s_RC = selected(logits_RC, queries, keys, rule)
     # The exclusive sum over rows: within groups of rows, and over the groups before. Small triangular matmuls, in full
     # precision, are the fastest form of it.
     s_grouped = s_RC.reshape(-1, GROUP, columns)
@@ -141,10 +145,15 @@ def _mask_tile(
     return f_RC, f_C + total.sum(axis=0)
 
 
-def _logits(rule: Rule, q_KGRD: Array, k_KCD: Array, f_RC: Array, seen_RC: Array) -> Array:
-    """Logits minus F [K, G, R, C]: one subtrahend for all heads holds F and everything that hides keys."""
-    logits_KGRC = jnp.einsum("kgrd,kcd->kgrc", q_KGRD, k_KCD, preferred_element_type=f_RC.dtype)
-    return rule.scale * logits_KGRC - jnp.where(seen_RC, f_RC, HIDDEN)
+def _logits(
+    rule: Rule, q_KGRD: Array, k_KCD: Array, q_sel_RD: Array | None, k_sel_CD: Array | None, dtype: jnp.dtype
+) -> tuple[Array, Array]:
+    """Logits [K, G, R, C], and the selecting ones [R, C]."""
+    dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    logits_KGRC = rule.scale * dot("kgrd,kcd->kgrc", q_KGRD, k_KCD)
+    if q_sel_RD is None or k_sel_CD is None:
+        return logits_KGRC, logits_KGRC[0, 0]
+    return logits_KGRC, rule.scale * dot("rd,cd->rc", q_sel_RD, k_sel_CD)
 
 
 def _blocks_until(queries: Queries, blocks: _Blocks, layout: Layout | None) -> Array:
@@ -158,7 +167,7 @@ class _Carry(NamedTuple):
     """What a block of queries leaves to the next."""
 
     f: Array  # [J, C], F at the next block's first query
-    held: tuple[Array, Array, Array]  # k, v and k_sel of the living keys
+    held: tuple[Array, Array, Array | None]  # k, v and k_sel of the living keys
     layout: Layout | None  # of both; None: as in the sequence
 
 
@@ -169,32 +178,12 @@ def _drop_forgotten(rule: Rule, blocks: _Blocks, queries: Queries, remaining: Ar
         return carry
     dead_JC = f_JC > blocks.reach
     if queries.segment is not None and blocks.kv_segment is not None:
-        dead_JC |= _of_keys(blocks.kv_segment, layout.position) != queries.segment[0]
+        dead_JC |= of_keys(blocks.kv_segment, layout.position) != queries.segment[0]
     if blocks.evict_at is not None:
-        dead_JC |= _of_keys(blocks.evict_at, layout.position) <= queries.position[0]
+        dead_JC |= of_keys(blocks.evict_at, layout.position) <= queries.position[0]
     earlier = queries.position[0] // f_JC.shape[1]
     layout, f_JC, first = shortened(layout, f_JC, dead_JC, earlier, remaining)
-    k, v, k_sel = filled(held, blocks.keys_and_values(), layout, first)
-    return _Carry(f_JC, (k, v, k_sel), layout)
-
-
-def _dropped(queries: Queries, blocks: _Blocks, layout: Layout) -> Array:
-    """How many keys that each query would see have been dropped because it would not feel them: int32 [R]."""
-    natural_JC = jnp.arange(layout.position.size, dtype=jnp.int32).reshape(layout.position.shape)
-    taken_JC = natural_JC < layout.taken * layout.position.shape[1]
-    listed_JC = (layout.position < NOBODY) & (jnp.arange(len(natural_JC))[:, None] < layout.listed)
-    if queries.segment is None or blocks.kv_segment is None:
-        return jnp.broadcast_to(taken_JC.sum() - listed_JC.sum(), queries.position.shape)
-    segment = queries.segment[0]  # nothing is left of earlier ones
-    taken_JC &= blocks.kv_segment == segment
-    listed_JC &= _of_keys(blocks.kv_segment, layout.position) == segment
-    here_R = (queries.segment == segment) & (segment >= 0)
-    return jnp.where(here_R, taken_JC.sum() - listed_JC.sum(), 0)
-
-
-def _of_keys(x_JC: Array, position: Array) -> Array:
-    """Of the keys at these positions; of any key for an empty slot."""
-    return x_JC.reshape(-1).at[position].get(mode="clip")
+    return _Carry(f_JC, filled(held, blocks.keys_and_values(), layout, first), layout)
 
 
 def _attend_sequence(rule: Rule, offset: Array, blocks: _Blocks):
@@ -212,15 +201,17 @@ def _attend_sequence(rule: Rule, offset: Array, blocks: _Blocks):
         (k, v, k_sel), layout = carry.held, carry.layout
         forgotten_R = zeros((rows,))
         if rule.tau is not None and layout is not None and rule.selection is not Selection.OFF:
-            forgotten_R += _dropped(queries, blocks, layout)
+            forgotten_R += dropped(layout, queries, blocks.kv_segment)
 
         def key_block(n, made):
             top_KGR, total_KGR, out_KGRD, forgotten_R, f_JC = made
             j = n if layout is None else layout.block(n)
             keys = blocks.keys(j, layout)
             seen_RC = visible(queries, keys)
-            f_RC, f_next_C = _mask_tile(q_sel_RD, k_sel[j], f_JC[j], queries, keys, rule)
-            logits_KGRC = _logits(rule, q_KGRD, k[j], f_RC, seen_RC)
+            k_sel_CD = None if k_sel is None else k_sel[j]
+            logits_KGRC, selecting_RC = _logits(rule, q_KGRD, k[j], q_sel_RD, k_sel_CD, dtype)
+            f_RC, f_next_C = _mask_tile(selecting_RC, f_JC[j], queries, keys, rule)
+            logits_KGRC -= jnp.where(seen_RC, f_RC, HIDDEN)  # one subtrahend for all heads
             new_top_KGR = jnp.maximum(top_KGR, logits_KGRC.max(axis=-1))
             weights_KGRC = jnp.exp(logits_KGRC - new_top_KGR[..., None])
             fade_KGR = jnp.exp(top_KGR - new_top_KGR)
@@ -263,12 +254,13 @@ def _transpose_sequence(
     layouts: Layout | None,
     d_out_IKGRD: Array,
     d_forgotten_IR: Array,
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     """Backward pass of one sequence: gradients of the first six fields of `_Blocks`."""
     whole = blocks.keys_and_values()
     dtype = f_IJC.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
     zeros = functools.partial(_zeros, like=blocks.f_start)
+    is_first_KG11 = jnp.arange(math.prod(blocks.q.shape[1:3])).reshape(*blocks.q.shape[1:3], 1, 1) == 0
     delta_IKGR = jnp.sum(d_out_IKGRD.astype(dtype) * out_IKGRD.astype(dtype), axis=-1)
 
     def query_block(carry, block):
@@ -282,26 +274,33 @@ def _transpose_sequence(
             j = n if layout is None else layout.block(n)
             keys, k_KCD, v_KCD = blocks.keys(j, layout), k[j], v[j]
             seen_RC = visible(queries, keys)
+            k_sel_CD = None if k_sel is None else k_sel[j]
+            logits_KGRC, selecting_RC = _logits(rule, q_KGRD, k_KCD, q_sel_RD, k_sel_CD, dtype)
             mask_tile = functools.partial(_mask_tile, queries=queries, keys=keys, rule=rule)
-            (f_RC, _), transpose = jax.vjp(mask_tile, q_sel_RD, k_sel[j], f_JC[j])
-            weights_KGRC = jnp.exp(_logits(rule, q_KGRD, k_KCD, f_RC, seen_RC) - lse_KGR[..., None])
+            (f_RC, _), transpose = jax.vjp(mask_tile, selecting_RC, f_JC[j])
+            weights_KGRC = jnp.exp(logits_KGRC - jnp.where(seen_RC, f_RC, HIDDEN) - lse_KGR[..., None])
             d_weights_KGRC = dot("kgrd,kcd->kgrc", d_out_KGRD, v_KCD)
             d_logits_KGRC = weights_KGRC * (d_weights_KGRC - delta_KGR[..., None])
             d_f_RC = -d_logits_KGRC.sum(axis=(0, 1))
             if rule.tau is not None:
                 d_f_RC += jnp.where(seen_RC & (f_RC < rule.tau), d_forgotten_R[:, None] / rule.tau, 0)
-            d_q_sel_tile, d_k_sel_tile, d_f_C = transpose((d_f_RC, d_f_JC[j]))
+            d_selecting_RC, d_f_C = transpose((d_f_RC, d_f_JC[j]))
+            if k_sel_CD is not None:
+                d_q_sel_RD += dot("rc,cd->rd", d_selecting_RC, k_sel_CD)
+                d_k_sel_JCD = d_k_sel_JCD.at[j].add(dot("rc,rd->cd", d_selecting_RC, q_sel_RD))
+            elif rule.selection is not Selection.OFF:
+                d_logits_KGRC += jnp.where(is_first_KG11, d_selecting_RC, 0)
             d_logits_KGRC = d_logits_KGRC.astype(k_KCD.dtype)
             return (
                 d_q_KGRD + dot("kgrc,kcd->kgrd", d_logits_KGRC, k_KCD),
-                d_q_sel_RD + d_q_sel_tile,
+                d_q_sel_RD,
                 d_k_JKCD.at[j].add(dot("kgrc,kgrd->kcd", d_logits_KGRC, q_KGRD)),
                 d_v_JKCD.at[j].add(dot("kgrc,kgrd->kcd", weights_KGRC.astype(v_KCD.dtype), d_out_KGRD)),
-                d_k_sel_JCD.at[j].add(d_k_sel_tile),
+                d_k_sel_JCD,
                 d_f_JC.at[j].set(d_f_C),
             )
 
-        start = zeros(q_KGRD.shape), zeros(q_sel_RD.shape), *sums
+        start = zeros(q_KGRD.shape), None if q_sel_RD is None else zeros(q_sel_RD.shape), *sums
         count = _blocks_until(queries, blocks, layout)
         d_q_KGRD, d_q_sel_RD, *sums = jax.lax.fori_loop(0, count, key_block, start)
         carry = carry[0], tuple(sums)
@@ -309,21 +308,21 @@ def _transpose_sequence(
             carry = unfolded(carry[0], carry[1], whole, layout, earlier)
         return carry, ((rule.scale * d_q_KGRD).astype(q_KGRD.dtype), d_q_sel_RD)
 
-    held: tuple[Array, ...] = whole
-    earlier = None
+    held, earlier = whole, None
     if layouts is not None:
         held = filled(whole, whole, jax.tree.map(lambda x: x[-1], layouts), jnp.int32(0))
         earlier = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more[:-1]]), blocks.layout(), layouts)
-    nothing = tuple(zeros(x.shape) for x in (*whole, blocks.f_start))
+    nothing = tuple(None if x is None else zeros(x.shape) for x in (*whole, blocks.f_start))
     by_block = (
         _positions(blocks.q.shape[0], blocks.q.shape[3]),
         *(blocks.q, blocks.q_sel, blocks.q_segment),
         *(lse_IKGR, f_IJC, delta_IKGR, d_out_IKGRD, d_forgotten_IR),
         *(layouts, earlier),
     )
-    (_, sums), (d_q, d_q_sel) = jax.lax.scan(query_block, (held, nothing), by_block, reverse=True)
-    d_k, d_v, d_k_sel, d_f_start = sums
-    return d_q, (rule.scale * d_k).astype(blocks.k.dtype), d_v.astype(blocks.v.dtype), d_q_sel, d_k_sel, d_f_start
+    made: Any = jax.lax.scan(query_block, (held, nothing), by_block, reverse=True)
+    (_, (d_k, d_v, d_k_sel, d_f_start)), (d_q, d_q_sel) = made
+    d_k, d_q_sel, d_k_sel = jax.tree.map(lambda x: rule.scale * x, (d_k, d_q_sel, d_k_sel))
+    return d_q, d_k.astype(blocks.k.dtype), d_v.astype(blocks.v.dtype), d_q_sel, d_k_sel, d_f_start
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

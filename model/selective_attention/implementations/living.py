@@ -8,16 +8,17 @@ Shape letters: those of `blockwise.py`.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..selection import Projections, Rule, Seen, Selection, forgotten_above
+from ..selection import Projections, Queries, Rule, Seen, Selection, forgotten_above
 
 NOBODY = 2**30  # position of an empty slot: later than every query, so that none sees or selects it
+Arrays = TypeVar("Arrays", bound=tuple[Array | None, ...])  # of keys, in blocks
+Sums = TypeVar("Sums", bound=tuple[Array | None, ...])
 MOVES_PER_TILE = 4  # blocks of keys that can be moved, there and back, in the time of attending to one
 
 
@@ -113,18 +114,35 @@ def shortened(
     return jax.lax.cond(pays, move, lambda: (layout, f_JC, layout.listed))
 
 
-def filled(held: Sequence[Array], whole: Sequence[Array], layout: Layout, first: Array) -> tuple[Array, ...]:
+def dropped(layout: Layout, queries: Queries, kv_segment_JC: Array | None) -> Array:
+    """How many keys that each query would see have been dropped because it would not feel them: int32 [R]."""
+    natural_JC = jnp.arange(layout.position.size, dtype=jnp.int32).reshape(layout.position.shape)
+    taken_JC = natural_JC < layout.taken * layout.position.shape[1]
+    listed_JC = (layout.position < NOBODY) & (jnp.arange(len(natural_JC))[:, None] < layout.listed)
+    if queries.segment is None or kv_segment_JC is None:
+        return jnp.broadcast_to(taken_JC.sum() - listed_JC.sum(), queries.position.shape)
+    segment = queries.segment[0]  # nothing is left of earlier ones
+    taken_JC &= kv_segment_JC == segment
+    listed_JC &= of_keys(kv_segment_JC, layout.position) == segment
+    here_R = (queries.segment == segment) & (segment >= 0)
+    return jnp.where(here_R, taken_JC.sum() - listed_JC.sum(), 0)
+
+
+def of_keys(x_JC: Array, position: Array) -> Array:
+    """Of the keys at these positions; of any key for an empty slot."""
+    return x_JC.reshape(-1).at[position].get(mode="clip")
+
+
+def filled(held: Arrays, whole: Arrays, layout: Layout, first: Array) -> Arrays:
     """`held` with the listed blocks from `first` on taken from `whole`, which has all keys where they were."""
 
     def fill(j, held):
-        return tuple(x.at[j].set(_rows(w, layout.position[j])) for x, w in zip(held, whole, strict=True))
+        return jax.tree.map(lambda x, w: x.at[j].set(_rows(w, layout.position[j])), held, whole)
 
-    return jax.lax.fori_loop(first, layout.listed, fill, tuple(held))
+    return jax.lax.fori_loop(first, layout.listed, fill, held)
 
 
-def unfolded(
-    held: Sequence[Array], sums: Sequence[Array], whole: Sequence[Array], layout: Layout, earlier: Layout
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def unfolded(held: Arrays, sums: Sums, whole: Arrays, layout: Layout, earlier: Layout) -> tuple[Arrays, Sums]:
     """The transpose of a change from the layout `earlier`: what is `held` of `whole`, and sums over queries for each
     key, zero for those that had been dropped.
     """
@@ -146,13 +164,13 @@ def unfolded(
         j = earlier.block(count - 1 - (n - first))  # the last first: keys come from earlier blocks
         position_C = earlier.position[j]
         slot_C = slot_of_key.at[position_C].get(mode="fill", fill_value=NOBODY)
-        moved = jax.lax.optimization_barrier(tuple(_rows(x, slot_C, fill=True) for x in sums))
+        moved = jax.lax.optimization_barrier(jax.tree.map(lambda x: _rows(x, slot_C, fill=True), sums))
         return (
-            tuple(x.at[j].set(_rows(w, position_C)) for x, w in zip(held, whole, strict=True)),
-            tuple(x.at[j].set(y) for x, y in zip(sums, moved, strict=True)),
+            jax.tree.map(lambda x, w: x.at[j].set(_rows(w, position_C)), held, whole),
+            jax.tree.map(lambda x, y: x.at[j].set(y), sums, moved),
         )
 
-    return jax.lax.fori_loop(first, count, unfold, (tuple(held), tuple(sums)))
+    return jax.lax.fori_loop(first, count, unfold, (held, sums))
 
 
 def _rows(x: Array, slot_C: Array, *, fill: bool = False) -> Array:
