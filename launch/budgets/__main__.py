@@ -15,7 +15,7 @@ import sys
 import jax
 
 from data import Dataset, open_dataset
-from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, model_fingerprint
+from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, Forgotten, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from selective_attention import Transformer
@@ -54,10 +54,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
     count = options.windows or content.get("windows", {}).get(options.split, 64)
     windows = read_windows(dataset, options.split, budgets.context_length, count)
     full = Budgets.full(model.config.num_layers, windows.length)
-    unpruned, pruned = Evaluator(model, windows, policy).losses([full, budgets])
+    evaluator = Evaluator(model, windows, policy)
+    pruned, unpruned = evaluator.losses([budgets])[0], Evaluator(model, windows, None).losses([full])[0]
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
     print(f"{content['policy']}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
     print(cache_size(model, budgets, policy))
+    if isinstance(policy, Forgotten):
+        held_LWN = evaluator.tokens_held(budgets)
+        mean, most = held_LWN.mean(axis=(1, 2)), held_LWN.max(axis=(1, 2))
+        for layer, budget in enumerate(budgets.tokens):
+            print(f"layer {layer} holds {mean[layer]:.1f} tokens on average, at most {most[layer]} of {budget}")
     print(f"full budgets: perplexity {unpruned.perplexity:.6f}")
     difference, error = pruned.minus(unpruned)
     print(f"difference {difference:+.4f} nats, paired standard error {error:.4f}")
@@ -117,7 +123,7 @@ def run_report(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m launch.budgets", description=(__doc__ or "").splitlines()[0])
-    policies = f"{', '.join(POLICIES)}, or a class of your own as module:Class"
+    policies = f"{', '.join(POLICIES)}, forgotten-NATS, or a class of your own as module:Class"
     commands = parser.add_subparsers(required=True, metavar="command")
     add = commands.add_parser("search", help="find budgets that meet a target")
     add.add_argument("--checkpoint", required=True, help="the model")

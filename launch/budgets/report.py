@@ -91,8 +91,8 @@ def _name(search: SearchFile) -> str:
 
 
 def _colour(search: SearchFile) -> str:
-    """Of its policy; those of your own share the last one's."""
-    names = list(POLICIES)
+    """Of its policy; what has none of its own shares the last one's."""
+    names = list(POLICIES)[: len(charts.SERIES)]
     return charts.SERIES[names.index(search["policy"]) if search["policy"] in names else -1]
 
 

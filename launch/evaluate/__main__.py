@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import EvalBatches
-from inference_budget import Evaluator, Scorer
+from inference_budget import Evaluator, Forgotten, Scorer
 from launch.budgets.inputs import check_output, read_windows
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from trainer.hosts.compilation_cache import open_shared_cache
@@ -121,12 +121,19 @@ def _measured(items: dict[str, list[Item]], cache: CacheSize, scorer: Scorer) ->
 def _perplexity(
     options: argparse.Namespace, subject: Subject, cache: CacheSize, scorer: Scorer
 ) -> dict[str, Measurement]:
-    """Nats per token of the dataset's windows, over all positions and over the last quarter of them."""
+    """Nats per token of the dataset's windows, over all positions and over the last quarter of them; and where tokens
+    leave a layer that is not full, how many it holds.
+    """
     windows = read_windows(subject.dataset, options.split, subject.length, options.windows)
-    (losses,) = Evaluator(subject.model, windows, cache.policy).losses([cache.budgets])
-    nats = {"nats": losses.windows, "nats_last_quarter": losses.last_quarter}
-    values = {name: {str(n): float(x) for n, x in enumerate(by_window)} for name, by_window in nats.items()}
+    evaluator = Evaluator(subject.model, windows, cache.policy)
+    (losses,) = evaluator.losses([cache.budgets])
+    of_windows = {"nats": losses.windows, "nats_last_quarter": losses.last_quarter}
     totals: dict[str, tuple[float, float | None]] = {"perplexity": (losses.perplexity, None)}
+    if isinstance(cache.policy, Forgotten):
+        held_LWN = evaluator.tokens_held(cache.budgets)
+        of_windows["tokens_held"] = held_LWN.mean(axis=(0, 2))
+        totals["most_tokens_held"] = held_LWN.max(axis=(1, 2)).mean(), None
+    values = {name: {str(n): float(x) for n, x in enumerate(by_window)} for name, by_window in of_windows.items()}
     return {PERPLEXITY: Measurement(values, None, totals)}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import Dataset, Tokenizer, load_tokenizer, open_dataset
 from data.manifest import TOKENIZER_JSON
-from inference_budget import Budgets, EvictionPolicy, Scorer, find_policy, model_fingerprint, policy_name
+from inference_budget import Budgets, EvictionPolicy, Forgotten, Scorer, find_policy, model_fingerprint, policy_name
 from inference_budget.budgets import check_budgets
 from inference_budget.interchange import budgets_of, read_budgets_file
 from inference_budget.policies import check_policy
@@ -80,14 +80,15 @@ def load_subject(
       data: a dataset, of which tokenizer and text are taken; by default the one that the file or the run names, or for
         an imported model its own tokenizer, without a text.
       files: of `python -m launch.budgets search`.
-      factors: memory factors of uniform budgets, with each of `policies`.
+      factors: memory factors of uniform budgets, with each of `policies`; of those that forget, 1 as well.
       policies: by default each file's own, and for `factors` "selective".
       context: tokens; by default the model's, or that of the files.
 
     Raises:
       InputError, DataError, BudgetsError: what cannot be used.
     """
-    if policies and not (files or factors):
+    given = [find_policy(name) for name in policies]
+    if not (files or factors or all(isinstance(policy, Forgotten) for policy in given)):
         raise InputError("--policy is of a cache that is not full; give --memory-factor or --budgets")
     contents = [read_budgets_file(path, UsableFile) for path in files]
     if not (checkpoint or contents):
@@ -95,7 +96,7 @@ def load_subject(
     checkpoint = checkpoint or contents[0]["checkpoint"]["path"]
     model = load_model(checkpoint)
     fingerprint, config = model_fingerprint(model), model.config
-    given, caches = [find_policy(name) for name in policies], list[CacheSize]()
+    caches = list[CacheSize]()
     for content in contents:
         budgets, own = budgets_of(content, fingerprint)
         caches += [CacheSize(budgets, policy) for policy in given or [own]]
@@ -105,7 +106,7 @@ def load_subject(
             f"--context={context}: the model has been made for {config.max_length} tokens; give at most that"
         )
     for policy in given or [find_policy("selective")]:
-        for factor in factors:
+        for factor in [1.0, *factors] if isinstance(policy, Forgotten) else factors:
             total = round(config.num_layers * length / factor)
             caches.append(CacheSize(Budgets.uniform(config.num_layers, length, total), policy))
     for cache in caches:

@@ -182,6 +182,7 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
         if number == 0 or metric == "bits_per_byte"
     ]
     names = list(dict.fromkeys(result["policy"] for result in results[1:] if result["policy"])) or [""]
+    named = list(POLICIES)[: len(charts.SERIES)]
     columns = min(len(panels), 2)
     width, height = 440, 300
     figure = charts.new_figure(columns * width, 40 + -(-len(panels) // columns) * height, "white")
@@ -203,7 +204,7 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
             line.sort(key=lambda result: result["memory_factor"])
             values = [result["tasks"][task]["metrics"][metric] for result in line]
             errors = [1.96 * (value["standard_error"] or 0.0) for value in values]
-            colour = charts.SERIES[list(POLICIES).index(name) if name in POLICIES else -1]
+            colour = charts.SERIES[named.index(name) if name in named else -1]
             beside = 1.04 ** (place - (len(names) - 1) / 2)  # of the others, which would hide its bars
             factors = [result["memory_factor"] * beside for result in line]
             axes.errorbar(factors, [value["value"] for value in values], errors, color=colour, linewidth=2, label=name)

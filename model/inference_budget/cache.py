@@ -29,7 +29,9 @@ from .eviction import (
     protected,
     victim,
 )
-from .policies import EvictionPolicy, Held, check_policy
+from .policies import EvictionPolicy, Forgotten, Held, check_policy
+
+LEAST_SLOTS = 128  # that a block of tokens attends to, where fewer are used; below, nothing is saved
 
 
 @jax.tree_util.register_dataclass
@@ -152,6 +154,8 @@ def _attend_one(
     now_B = jnp.repeat(position_B, groups)
     position_BM, f_BM, score_BM = _state_rows(cache.position), _state_rows(cache.f), _state_rows(cache.score)
     held = Held(position_BM, f_BM, score_BM, now_B[:, None], cache.budget, cache.layer)
+    if isinstance(cache.policy, Forgotten):
+        position_BM = jnp.where(cache.policy.forgets(held), -1, position_BM)
     slot_B = victim(protected(cache.policy.priority(held), position_BM), position_BM)
     rows = Projections(
         new.q.reshape(new.q.shape[0] * groups, 1, -1, c.head_dim),
@@ -184,9 +188,20 @@ def _take_in(
 ) -> tuple[Array, PrunedLayerCache]:
     """Takes in T tokens a row."""
     arriving = Arriving(position_B, count_B, jnp.full_like(position_B, cache.budget), cache.layer)
-    held = None if empty else _columns(cache, new.k.shape[2])
-    out, columns, _ = attend_evicting(cache.policy, cache.config, held, new, arriving, heads_axis)
-    return out, _gathered(cache, columns)
+
+    def after_first(slots: int) -> tuple[Array, PrunedLayerCache]:
+        """Where all that is held is in so many first slots."""
+        held = jax.tree.map(lambda x: x[:, :slots], _columns(cache, new.k.shape[2])) if slots else None
+        out, columns, _ = attend_evicting(cache.policy, cache.config, held, new, arriving, heads_axis)
+        return out, _gathered(cache, columns)
+
+    if empty or not isinstance(cache.policy, Forgotten):
+        return after_first(0 if empty else cache.budget)
+    # Free slots cost as much as others: of a few sizes the smallest that has all which are not.
+    sizes = sorted({max(cache.budget // part, min(LEAST_SLOTS, cache.budget)) for part in (1, 2, 4, 8)})
+    used = jnp.max(jnp.where(cache.position >= 0, jnp.arange(1, cache.budget + 1), 0))
+    size = jnp.sum(used > jnp.array(sizes[:-1], jnp.int32))
+    return jax.lax.switch(size, [functools.partial(after_first, slots) for slots in sizes])
 
 
 def _columns(cache: PrunedLayerCache, num_kv_heads: int) -> Columns:

@@ -17,7 +17,7 @@ from selective_attention import Cache, Transformer
 
 from .budgets import Budgets, BudgetsError
 from .generation import Decoder
-from .policies import EvictionPolicy
+from .policies import EvictionPolicy, policy_for
 from .requests import (
     DEFAULT_CLASS,
     Completion,
@@ -117,8 +117,8 @@ class Engine:
         self.config, self._bos_id = model.config, bos_id
         self.classes = {DEFAULT_CLASS: (budgets, policy), **(more_classes or {})}
         self._batches = {
-            name: _Batch(decoder, *of_class, rows=rows, steps=steps, block=block, dtype=dtype)
-            for name, of_class in self.classes.items()
+            name: _Batch(decoder, limits, policy_for(who, model), rows=rows, steps=steps, block=block, dtype=dtype)
+            for name, (limits, who) in self.classes.items()
         }
         self._lock = threading.Lock()
         self._live: dict[int, _Live] = {}

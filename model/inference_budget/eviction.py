@@ -25,7 +25,7 @@ from selective_attention.selection import HIDDEN, Keys, Projections, Queries, Ru
 
 from . import eviction_kernel, weights_kernel
 from .eviction_kernel import NEVER
-from .policies import FIXED, H2O, TOVA, EvictionPolicy, Held, Selective
+from .policies import FIXED, H2O, TOVA, EvictionPolicy, Forgotten, Held, Selective
 
 QUERIES = 32  # whose logits are in memory at a time
 
@@ -286,9 +286,14 @@ class _Scan:
         real_B1 = t < arriving.num_tokens[:, None]
         here_BM = (evict_at_BM == NEVER) & (columns.position >= 0) & (column_M < column)
         held = Held(columns.position, f_BM, score_BM, now_B1, budget_B1, arriving.layer)
+        full_B1 = now_B1 >= budget_B1  # before position i, i tokens have come
+        if isinstance(self.policy, Forgotten):
+            forgotten_BM = here_BM & real_B1 & self.policy.forgets(held)
+            evict_at_BM, here_BM = jnp.where(forgotten_BM, column, evict_at_BM), here_BM & ~forgotten_BM
+            full_B1 = jnp.sum(here_BM, axis=1, keepdims=True) >= budget_B1
         priority_BM = jnp.where(here_BM & (columns.position > 0), self.policy.priority(held), -jnp.inf)
         leaves_BM = column_M == victim(priority_BM, columns.position)[:, None]
-        leaves_BM &= real_B1 & (now_B1 >= budget_B1)  # before position i, i tokens have come
+        leaves_BM &= real_B1 & full_B1
         evict_at_BM = jnp.where(leaves_BM, column, evict_at_BM)
         if score_BM is not None:
             seen_BM = (here_BM & ~leaves_BM) | (column_M == column)

@@ -19,7 +19,7 @@ from selective_attention.transformer.decoding import decode_step, for_decoding
 from selective_attention.transformer.sampling import check_sampling, draw
 
 from .budgets import Budgets, BudgetsError, check_budgets
-from .policies import EvictionPolicy, check_policy
+from .policies import EvictionPolicy, policy_for
 from .prefill import check_block, prefill
 
 CHUNK = 16  # tokens drawn between two looks at what has come out
@@ -80,8 +80,7 @@ class Decoder:
         bos_id: int | None = None,
     ) -> None:
         check_budgets(budgets, model.config)
-        check_policy(policy, model.config)
-        self.config, self.budgets, self.policy = model.config, budgets, policy
+        self.config, self.budgets, self.policy = model.config, budgets, policy_for(policy, model)
         self._block = BLOCK if block is None else check_block(block)
         self._dtype, self._bos_id = dtype, bos_id
         self.graph, self.parameters = nnx.split(_for_decoding(model))

@@ -22,7 +22,7 @@ from selective_attention import Transformer, selective_attention
 
 from .budgets import Budgets, BudgetsError, check_budgets
 from .eviction import Arriving, Projections, attend_evicting
-from .policies import EvictionPolicy, check_policy
+from .policies import EvictionPolicy, Forgotten, policy_for
 
 TOKENS_PER_PASS = 8_192  # rows times positions that a layer takes at once
 CANDIDATES_PER_PASS = 8
@@ -109,9 +109,8 @@ class Evaluator:
                     f"windows with tokens from {tokens_WN.min()} to {tokens_WN.max()}; the model's are from 0 to "
                     f"{model.config.vocab_size - 1}"
                 )
-        if policy is not None:
-            check_policy(policy, model.config)
-        self.config, self.policy, self.windows = model.config, policy, windows
+        self.policy = None if policy is None else policy_for(policy, model)
+        self.config, self.windows = model.config, windows
         self._graph, self._parameters = nnx.split(model)
         self._progress = progress
         rows = max(1, min(len(windows), TOKENS_PER_PASS // windows.length))
@@ -147,6 +146,23 @@ class Evaluator:
             self._through_layers(part, rows, [base.tokens], kept)
             self._kept[part] = kept
 
+    def tokens_held(self, budgets: Budgets) -> np.ndarray:
+        """How many tokens each query sees in each layer, itself included, int64 [L, W * R, N]: what the policy keeps.
+
+        R is as in `eviction_times`. Without a policy nothing leaves.
+        """
+        self._check(budgets)
+        shape = self.config.num_layers, *self.windows.inputs.shape
+        if self.policy is None:
+            return np.broadcast_to(np.arange(1, self.windows.length + 1), shape)
+        held = []
+        for start in range(0, len(self.windows), self._rows):
+            tokens_BN = self._padded(self.windows.inputs[start : start + self._rows])
+            _, hidden_at = _evicting(self._graph, self._parameters, tokens_BN, budgets, self.policy)
+            held.append(tokens_held(np.asarray(hidden_at)))
+        rows = held[0].shape[1] // self._rows * len(self.windows)
+        return np.concatenate(held, axis=1)[:, :rows]
+
     def _check(self, budgets: Budgets) -> None:
         check_budgets(budgets, self.config)
         if budgets.context_length != self.windows.length:
@@ -177,7 +193,7 @@ class Evaluator:
                 x_BNE = jnp.concatenate([inputs[prefix[:-1]] for prefix in group])
                 budget_B = np.repeat(np.array([prefix[-1] for prefix in group], np.int32), self._rows)
                 binding = any(prefix[-1] < self.windows.length for prefix in group)
-                policy = self.policy if binding else None
+                policy = self.policy if binding or isinstance(self.policy, Forgotten) else None
                 after, _ = layer_pass(self._graph, self._parameters, x_BNE, layer - 1, budget_B, policy=policy)
                 outputs |= dict(zip(group, jnp.split(after, len(group)), strict=True))
                 self._progress()
@@ -203,14 +219,27 @@ def eviction_times(
       BudgetsError: as `Evaluator`.
     """
     check_budgets(budgets, model.config)
-    check_policy(policy, model.config)
     graph, parameters = nnx.split(model)
+    x_BNE, hidden_at = _evicting(graph, parameters, tokens_BN, budgets, policy_for(policy, model))
+    return hidden_at, _logits(graph, parameters, x_BNE)
+
+
+def _evicting(graph, parameters, tokens_BN, budgets: Budgets, policy: EvictionPolicy) -> tuple[Array, Array]:
+    """The last layer's output, and as `eviction_times`."""
     x_BNE, hidden_at = _embed(graph, parameters, tokens_BN), []
     for layer, budget in enumerate(budgets.tokens):
         budget_B = np.full(x_BNE.shape[0], budget, np.int32)
         x_BNE, layer_hidden_at = layer_pass(graph, parameters, x_BNE, layer, budget_B, policy=policy)
         hidden_at.append(layer_hidden_at)
-    return jnp.stack(hidden_at), _logits(graph, parameters, x_BNE)
+    return x_BNE, jnp.stack(hidden_at)
+
+
+def tokens_held(hidden_at: Array | np.ndarray) -> np.ndarray:
+    """How many tokens each query sees, itself included, int64 [..., N], from `eviction_times`."""
+    length = hidden_at.shape[-1]
+    rows = np.minimum(hidden_at, length).reshape(-1, length)
+    left = np.stack([np.bincount(row, minlength=length + 1)[:length] for row in rows]).cumsum(axis=1)
+    return (np.arange(1, length + 1) - left).reshape(hidden_at.shape)
 
 
 def _groups(prefixes: Sequence, most: int) -> Iterator[list]:

@@ -4,7 +4,7 @@ One convention for all: a token arrives, a full layer evicts one of those it hol
 them, and only then does the token's query attend. So a query sees at most as many tokens as the budget says, itself
 included. <BOS> and the current token never leave, ties go to the oldest. The published H2O, TOVA and StreamingLLM
 attend before they evict (their queries see one more), and protect <BOS> only by chance or as a sink; here they all get
-the same cache.
+the same cache. `Forgotten` alone lets tokens leave a layer that is not full.
 
 Shape letters: README.md. A policy that evicts per head has a row for each key/value head of a sequence.
 """
@@ -13,13 +13,17 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import math
 import sys
 from typing import ClassVar, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from selective_attention import Selection, TransformerConfig
+from selective_attention import Selection, Transformer, TransformerConfig, forgotten_above
+from selective_attention.transformer.decoding import layers_of
 
 from .budgets import BudgetsError
 
@@ -79,6 +83,42 @@ class Selective(_Unscored):
     def priority(self, held: Held) -> Array:
         assert held.f is not None  # check_policy has refused such a model
         return held.f
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten(Selective):
+    """A cache of what is remembered: a token leaves as soon as its F exceeds a threshold, and F only grows.
+
+    In a layer that is full nevertheless the largest F leaves, as by the paper's rule: the budget is a hard limit.
+
+    Attributes:
+      above: the threshold, in nats, of all layers or of each; None is the model's own, from its QK norm, beyond which
+        float32 cannot see a token: `policy_for` puts it in its place.
+
+    Raises:
+      BudgetsError: a threshold that is negative or no number.
+    """
+
+    above: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for nats in self.above or ():
+            if not 0 <= nats < math.inf:
+                raise BudgetsError(f"a threshold of {nats}; F is forgotten above a number of nats, 0 or more")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        numbers = (np.format_float_positional(nats, trim="-") for nats in self.above or ())
+        return "-".join([_FORGOTTEN, *numbers])
+
+    def forgets(self, held: Held) -> Array:
+        """Bool [B, M]: who leaves, whether the layer is full or not."""
+        if self.above is None:
+            raise BudgetsError("policy 'forgotten' has no threshold yet; take policy_for(policy, model)")
+        assert held.f is not None
+        above_L = jnp.asarray(self.above, held.f.dtype)
+        above = above_L[0] if len(self.above) == 1 else above_L[held.layer]
+        return (held.f > above) & (held.position > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +201,7 @@ class Random(_Unscored):
         return (x >> 8).astype(jnp.float32)  # 24 bits, which float32 holds exactly
 
 
+_FORGOTTEN = "forgotten"
 FIXED = (SinksAndWindow, OldestFirst, Random)  # what neither queries nor time change the order of
 
 
@@ -180,13 +221,15 @@ _ALL: tuple[EvictionPolicy, ...] = (
     SinksAndWindow(),
     OldestFirst(),
     Random(),
+    Forgotten(),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
 _MEMBERS = ("name", "keeps_score", "per_head", "priority", "observe")  # of an EvictionPolicy
 
 
 def find_policy(name: str) -> EvictionPolicy:
-    """One of POLICIES, or `module:Class`, a class of your own that is called without arguments.
+    """One of POLICIES, `forgotten-NATS` with a threshold (or one for each layer, with a - between them), or
+    `module:Class`, a class of your own that is called without arguments.
 
     The module is imported, which runs its code.
 
@@ -195,6 +238,8 @@ def find_policy(name: str) -> EvictionPolicy:
     """
     module, colon, attribute = name.partition(":")
     if not colon:
+        if name.startswith(f"{_FORGOTTEN}-"):
+            return Forgotten(_thresholds(name))
         if name not in POLICIES:
             raise BudgetsError(
                 f"there is no policy {name!r}; take {', '.join(POLICIES)}, or a class of your own as module:Class"
@@ -221,13 +266,20 @@ def find_policy(name: str) -> EvictionPolicy:
     return policy
 
 
+def _thresholds(name: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, name.split("-")[1:]))
+    except ValueError:
+        raise BudgetsError(f"policy {name!r}: a threshold is a number of nats, such as in {_FORGOTTEN}-16") from None
+
+
 def policy_name(policy: EvictionPolicy) -> str:
     """The name that `find_policy` finds this very policy by.
 
     Raises:
       BudgetsError: there is none, since the policy has other fields than its class gives it by default.
     """
-    if POLICIES.get(policy.name) == policy:
+    if _has_name(policy):
         return policy.name
     name = f"{type(policy).__module__}:{type(policy).__name__}"
     if name.startswith("__main__:") or find_policy(name) != policy:  # __main__ is another module the next time
@@ -241,7 +293,7 @@ def policy_source(policy: EvictionPolicy) -> str | None:
     """The SHA-256 of the source of the module that a policy of one's own is in; None for one of POLICIES, or where
     there is no source.
     """
-    if POLICIES.get(policy.name) == policy:
+    if _has_name(policy):
         return None
     try:
         source = inspect.getsource(sys.modules[type(policy).__module__])
@@ -250,16 +302,52 @@ def policy_source(policy: EvictionPolicy) -> str | None:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
+def _has_name(policy: EvictionPolicy) -> bool:
+    """Whether it is not of one's own."""
+    return type(policy) is Forgotten or POLICIES.get(policy.name) == policy
+
+
+def policy_for(policy: EvictionPolicy, model: Transformer) -> EvictionPolicy:
+    """The policy with all that it takes from the model, whose parameters are at hand (and not traced).
+
+    Raises:
+      BudgetsError: as `check_policy`.
+    """
+    check_policy(policy, model.config)
+    if not isinstance(policy, Forgotten) or policy.above is not None:
+        return policy
+    return dataclasses.replace(policy, above=tuple(map(float, _exact_thresholds(model))))
+
+
+@jax.jit
+def _exact_thresholds(model: Transformer) -> list[Array]:
+    bounds = (block.logit_bound for block in layers_of(model))
+    return [forgotten_above(bound, model.config.max_length) for bound in bounds if bound is not None]
+
+
 def check_policy(policy: EvictionPolicy, config: TransformerConfig) -> None:
     """Raises BudgetsError where the policy is not defined on the model, or is none."""
     if not hasattr(policy, "priority"):
         raise BudgetsError(f"{policy!r} is no eviction policy; take POLICIES[name], with one of {', '.join(POLICIES)}")
     if isinstance(policy, Selective) and config.selection is Selection.OFF:
         raise BudgetsError(
-            "policy 'selective' needs a selective model; this one has no F, and all its tokens would tie"
+            f"policy {policy.name!r} needs a selective model; this one has no F, and all its tokens would tie"
         )
+    if isinstance(policy, Forgotten):
+        _check_thresholds(policy, config)
     if policy.per_head and config.selection is not Selection.OFF:
         raise BudgetsError(
             f"policy {policy.name!r} is not defined on a selective model: all heads need head 0's keys, which head 0 "
             "may have evicted while others hold the token; take 'h2o'"
+        )
+
+
+def _check_thresholds(policy: Forgotten, config: TransformerConfig) -> None:
+    if policy.above is None and (not config.qk_norm or config.selection is Selection.LEAKY):
+        why = "no QK norm bounds this model's logits" if not config.qk_norm else "F may fall again in this model"
+        raise BudgetsError(f"policy {policy.name!r}: {why}; give a threshold in nats, such as {_FORGOTTEN}-16")
+    if policy.above is not None and len(policy.above) not in (1, config.num_layers):
+        raise BudgetsError(
+            f"policy {policy.name!r} has {len(policy.above)} thresholds; give one, or one for each of the model's "
+            f"{config.num_layers} layers"
         )

@@ -5,6 +5,7 @@ import math
 import numpy as np
 from flax import nnx
 
+from inference_budget import Forgotten, Selective
 from selective_attention import Selection, Transformer, TransformerConfig
 
 VOCAB, LENGTH = 40, 24
@@ -38,8 +39,12 @@ def oracle_layer(policy, budget, q, k, v, *, selective, layer=0):
     held, gone, outputs = [], {}, []
     forgotten, summed, last = [0.0] * length, [0.0] * length, [0.0] * length
     for i in range(length):
+        if isinstance(policy, Forgotten):
+            for j in [j for j in held if j and forgotten[j] > policy.above[layer]]:
+                held.remove(j)
+                gone[j] = i
         if len(held) == budget:
-            if policy.name == "selective":
+            if isinstance(policy, Selective):
                 leaving = {j: forgotten[j] for j in held}
             elif policy.name == "h2o":
                 leaving = {j: -summed[j] for j in held if j <= i - max(1, budget // 2)}

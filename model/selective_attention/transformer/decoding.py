@@ -173,7 +173,7 @@ def run_layers(
     `position` is int32 [N] or [B, N].
     """
     extras = []
-    for block, attend in zip(_blocks(model), attends, strict=True):
+    for block, attend in zip(layers_of(model), attends, strict=True):
         x_BNE, extra = block(x_BNE, position, attend)
         extras.append(extra)
     return x_BNE, tuple(extras)
@@ -188,7 +188,7 @@ def for_decoding(model: Transformer) -> Transformer:
     """
     dtype = model.config.dtype
     alone = nnx.merge(*nnx.split(model))
-    layers = _blocks(alone)
+    layers = layers_of(alone)
     for block in layers:
         scale_E1 = block.mlp_norm[...][:, None]
         block.w_gate[...] *= scale_E1
@@ -205,7 +205,7 @@ def _in_dtype(module: Any, dtype: Any) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, parameters))
 
 
-def _blocks(model: Transformer) -> Sequence[Block]:
+def layers_of(model: Transformer) -> Sequence[Block]:
     if isinstance(model.blocks, nnx.List):
         return model.blocks
     graph, parameters = nnx.split(model.blocks)

@@ -72,6 +72,19 @@ def test_retrieval_against_the_memory_factor_is_one_file_and_one_plot(folder, tm
     assert "full cache: 2 contexts taken in for 20 answers" in capsys.readouterr().out
 
 
+def test_a_cache_that_forgets_needs_no_limit_and_says_how_much_it_holds(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    options = ["--checkpoint=model", "--data=data", "--windows=3", f"--output={tmp_path}/x.json"]
+    main([*options, "--policy=forgotten-2", "--memory-factor=16"])
+    full, unlimited, limited = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert [unlimited["cache"], limited["cache"]] == ["forgotten-2 1.00x", "forgotten-2 16.00x"]
+    assert "tokens_held" not in full["tasks"]["perplexity"]["metrics"]
+    held, fewer = (of["tasks"]["perplexity"]["metrics"] for of in (unlimited, limited))
+    assert fewer["most_tokens_held"]["value"] <= 4 < held["most_tokens_held"]["value"] < 64
+    assert 2 < fewer["tokens_held"]["value"] < held["tokens_held"]["value"] < held["most_tokens_held"]["value"]
+    assert capsys.readouterr().out.count("tokens_held") == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

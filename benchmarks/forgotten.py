@@ -1,0 +1,193 @@
+"""How much of its context a trained model has forgotten for good, by layer and position, and what dropping that saves.
+
+    python benchmarks/forgotten.py [--workdir RUN] [--thresholds 16,8,4] [--windows 32] [--plot forgotten.png]
+
+F only grows, so a key beyond a threshold may be dropped for all later queries. Thresholds: what float32 cannot see
+(dropping it is exact to rounding), what bfloat16 cannot see, and looser ones in nats. For each, on windows of held-out
+text that are computed with the keys dropped in every layer:
+
+- the loss, minus that with everything kept, with its paired standard error;
+- living: the share of earlier keys that a query still sees;
+- FLOPs left: the share of causal attention's pairs of queries and keys, if the dead are dropped where each block of so
+  many queries begins and the block attends to what is left, and to itself causally;
+- dead tiles: the share of tiles of 64 x 64 below the diagonal that are dead as they lie, without moving any key.
+
+Everything is a mean over windows; the last three are of each layer.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data import open_dataset
+from inference_budget import Budgets, Evaluator, Forgotten, Losses, Windows, eviction_times, policy_for
+from inference_budget.perplexity import TOKENS_PER_PASS, tokens_held
+from launch import charts
+from launch.budgets.inputs import check_output, check_vocabulary, load_model, read_windows
+from launch.commands import Parser, positive, run_to_the_end
+from launch.evaluate.caches import data_of_run
+from selective_attention import Transformer
+
+DEMO = Path("runs/demo/selective")
+BLOCKS, TILE = (128, 256, 512), 64
+BFLOAT16 = 16 * math.log(2)  # nats by which its bound is below float32's: its significand has 16 bits less
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """What a threshold does to a model on some windows.
+
+    Attributes:
+      name: of the threshold.
+      policy: with the threshold of each layer.
+      losses: with the keys beyond it dropped.
+      hidden_at: int32 [L, W, N], the first query that does not see each key; above N, if all do.
+    """
+
+    name: str
+    policy: Forgotten
+    losses: Losses
+    hidden_at: np.ndarray
+
+    @property
+    def living(self) -> np.ndarray:
+        """The share of its earlier keys that each query but the first sees, [L, N - 1]."""
+        earlier = np.arange(1, self.hidden_at.shape[-1])
+        return (tokens_held(self.hidden_at)[..., 1:] - 1).mean(axis=1) / earlier
+
+    def flops_left(self, block: int) -> np.ndarray:
+        """The share of causal attention's pairs that is left in each layer, [L]."""
+        length = self.hidden_at.shape[-1]
+        starts = np.arange(0, length, block)
+        sizes = np.minimum(block, length - starts)
+        living = (tokens_held(self.hidden_at)[..., starts] - 1).mean(axis=1)
+        return (living * sizes + sizes * (sizes + 1) / 2).sum(axis=-1) / (length * (length + 1) / 2)
+
+    def dead_tiles(self) -> np.ndarray:
+        """The share of whole tiles below the diagonal that no query of theirs sees any key of, [L]."""
+        layers, windows, length = self.hidden_at.shape
+        tiles = length // TILE
+        last = self.hidden_at[..., : tiles * TILE].reshape(layers, windows, tiles, TILE).max(axis=-1)
+        dead = last[..., None, :] <= np.arange(tiles)[:, None] * TILE  # [L, W, tiles of queries, tiles of keys]
+        below = np.tri(tiles, k=-1, dtype=bool)
+        return (dead & below).mean(axis=1).sum(axis=(1, 2)) / max(below.sum(), 1)
+
+
+def policies(model: Transformer, looser: Sequence[float]) -> Iterator[tuple[str, Forgotten]]:
+    """Each threshold's name and values, the strictest first."""
+    layers = model.config.num_layers
+    if model.config.qk_norm:
+        exact = policy_for(Forgotten(), model)
+        assert isinstance(exact, Forgotten) and exact.above is not None
+        yield "float32", exact
+        yield "bfloat16", Forgotten(tuple(nats - BFLOAT16 for nats in exact.above))
+    for nats in looser:
+        yield f"F > {nats:g}", Forgotten((nats,) * layers)
+
+
+def drop(model: Transformer, windows: Windows, name: str, policy: Forgotten) -> Dropped:
+    """Computes the windows with the keys that the policy forgets dropped in every layer."""
+    full = Budgets.full(model.config.num_layers, windows.length)
+    rows = max(1, TOKENS_PER_PASS // windows.length)
+    hidden_at, nll = [], []
+    for start in range(0, len(windows), rows):
+        part = slice(start, start + rows)
+        hidden_at_LBN, logits_BNV = eviction_times(model, windows.inputs[part], full, policy)
+        hidden_at.append(np.asarray(hidden_at_LBN))
+        nll.append(np.asarray(_nll(logits_BNV, windows.targets[part])))
+    return Dropped(name, policy, Losses.of(np.concatenate(nll)), np.concatenate(hidden_at, axis=1))
+
+
+@jax.jit
+def _nll(logits_BNV: jax.Array, targets_BN: jax.Array) -> jax.Array:
+    picked_BN1 = jax.numpy.take_along_axis(logits_BNV, targets_BN[..., None], axis=-1)
+    return jax.nn.logsumexp(logits_BNV, axis=-1) - picked_BN1[..., 0]
+
+
+def table(all_dropped: Sequence[Dropped], full: Losses) -> Iterator[str]:
+    """The lines of what is printed."""
+    length = all_dropped[0].hidden_at.shape[-1]
+    queries = [*(2**n for n in range(7, length.bit_length()) if 2**n < length - 1), length - 1]
+    blocks = [block for block in BLOCKS if block < length]
+    groups = (29, ""), (18, ""), (7 * len(queries), "living, % of the keys before query")
+    over = "".join(f"{text:<{width}}" for width, text in groups)
+    yield f"{over}  FLOPs left, % by blocks of   dead tiles"
+    head = f"{'dropped':<10}{'loss':>10}{'± s.e.':>9}  {'layer':>5}{'F above':>9}  "
+    head += "".join(f"{query:>7,}" for query in queries) + "  " + "".join(f"{block:>8}" for block in blocks)
+    yield f"{head}{'%':>12}"
+    for dropped in all_dropped:
+        change, error = dropped.losses.minus(full)
+        living, dead = 100 * dropped.living, 100 * dropped.dead_tiles()
+        left = [100 * dropped.flops_left(block) for block in blocks]
+        assert dropped.policy.above is not None
+        for layer, above in enumerate(dropped.policy.above):
+            begin = f"{dropped.name:<10}{change:>+10.5f}{error:>9.5f}" if layer == 0 else " " * 29
+            cells = "".join(f"{living[layer, query - 1]:>7.1f}" for query in queries)
+            cells += "  " + "".join(f"{share[layer]:>8.1f}" for share in left)
+            yield f"{begin}  {layer:>5}{above:>9.1f}  {cells}{dead[layer]:>12.1f}"
+
+
+def plot(path: str, all_dropped: Sequence[Dropped]) -> None:
+    """A PNG: the share of living keys against the position, a panel for each layer, a line for each threshold."""
+    layers = all_dropped[0].living.shape[0]
+    columns, width, height = min(layers, 3), 400, 280
+    figure = charts.new_figure(columns * width, 40 + -(-layers // columns) * height, "white")
+    for layer in range(layers):
+        left, top = layer % columns * width, 40 + layer // columns * height
+        box = left + 64, top + 24, left + width - 16, top + height - 48
+        axes = charts.add_axes(figure, box, "position of the query", "living, % of the keys before it")
+        axes.yaxis.set_label_coords((left + 14 - box[0]) / (box[2] - box[0]), 0.5)
+        axes.set_title(f"layer {layer}", size=13, color=charts.INK, loc="left")
+        axes.set_ylim(0, 100)
+        for number, dropped in enumerate(all_dropped):
+            shares = 100 * dropped.living[layer]
+            axes.plot(1 + np.arange(len(shares)), shares, color=charts.SERIES[number % 8], label=dropped.name)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper left", ncols=len(labels), frameon=False)
+    charts.png(figure, path)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.workdir is None and not DEMO.exists():
+        print(f"nothing is measured: there is no {DEMO}, which `make train` makes; give --workdir")
+        return
+    if options.plot:
+        check_output(options.plot)
+    workdir = options.workdir or str(DEMO)
+    model = load_model(workdir)
+    dataset = open_dataset(options.data) if options.data else data_of_run(workdir)
+    check_vocabulary(model, dataset.manifest.vocab_size, dataset.path)
+    windows = read_windows(dataset, "validation", model.config.max_length, options.windows)
+    full = Evaluator(model, windows, None).losses([Budgets.full(model.config.num_layers, windows.length)])[0]
+    print(f"{workdir}: {len(windows)} windows of {windows.length:,} tokens, loss {full.mean:.4f} nats with all keys")
+    all_dropped = [drop(model, windows, *named) for named in policies(model, options.thresholds)]
+    for line in table(all_dropped, full):
+        print(line)
+    if options.plot:
+        plot(options.plot, all_dropped)
+        print(options.plot)
+
+
+def _thresholds(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = Parser(prog="python benchmarks/forgotten.py", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--workdir", help=f"a training run, or an exported folder with --data; by default {DEMO}")
+    add("--data", help="dataset folder; by default the run's")
+    add("--thresholds", type=_thresholds, default=[16.0, 8.0, 4.0], metavar="F,...", help="looser ones, in nats")
+    add("--windows", type=positive, default=32, help="of held-out text (default: %(default)s)")
+    add("--plot", help="PNG to write")
+    options = parser.parse_args()
+    run_to_the_end(lambda: run(options), "the same command begins anew")
+
+
+if __name__ == "__main__":
+    main()
