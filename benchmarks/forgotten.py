@@ -1,6 +1,6 @@
 """How much of its context a trained model has forgotten for good, by layer and position, and what dropping that saves.
 
-    python benchmarks/forgotten.py [--workdir RUN] [--thresholds 16,8,4] [--windows 32] [--plot forgotten.png]
+    python benchmarks/forgotten.py [--workdir RUN] [--thresholds 16,8,4] [--windows 32] [--rounds 3] [--plot x.png]
 
 F only grows, so a key beyond a threshold may be dropped for all later queries. Thresholds: what float32 cannot see
 (dropping it is exact to rounding), what bfloat16 cannot see, and looser ones in nats. For each, on windows of held-out
@@ -12,12 +12,13 @@ text that are computed with the keys dropped in every layer:
   many queries begins and the block attends to what is left, and to itself causally;
 - dead tiles: the share of tiles of 64 x 64 below the diagonal that are dead as they lie, without moving any key.
 
-Everything is a mean over windows; the last three are of each layer.
+Everything is a mean over windows; the last three are of each layer. `--rounds` times taking in a prompt, too.
 """
 
 import argparse
 import dataclasses
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +26,18 @@ import jax
 import numpy as np
 
 from data import open_dataset
-from inference_budget import Budgets, Evaluator, Forgotten, Losses, Windows, eviction_times, policy_for
+from inference_budget import (
+    Budgets,
+    Decoder,
+    Evaluator,
+    Forgotten,
+    Losses,
+    OldestFirst,
+    Windows,
+    eviction_times,
+    policy_for,
+)
+from inference_budget.generation import BLOCK
 from inference_budget.perplexity import TOKENS_PER_PASS, tokens_held
 from launch import charts
 from launch.budgets.inputs import check_output, check_vocabulary, load_model, read_windows
@@ -132,6 +144,18 @@ def table(all_dropped: Sequence[Dropped], full: Losses) -> Iterator[str]:
             yield f"{begin}  {layer:>5}{above:>9.1f}  {cells}{dead[layer]:>12.1f}"
 
 
+def prefill_times(model: Transformer, prompt: Sequence[int], exact: Forgotten, rounds: int) -> tuple[float, float]:
+    """Milliseconds, the fastest of some rounds, of taking in a prompt: into a full cache, and into one that forgets."""
+    full, best = Budgets.full(model.config.num_layers, model.config.max_length), [math.inf, math.inf]
+    decoders = [Decoder(model, full, policy) for policy in (OldestFirst(), exact)]
+    for n in range(rounds + 1):  # the first compiles
+        for number, decoder in enumerate(decoders):
+            start = time.perf_counter()
+            jax.block_until_ready(decoder.prefill([prompt]))
+            best[number] = min(best[number], 1e3 * (time.perf_counter() - start)) if n else math.inf
+    return best[0], best[1]
+
+
 def plot(path: str, all_dropped: Sequence[Dropped]) -> None:
     """A PNG: the share of living keys against the position, a panel for each layer, a line for each threshold."""
     layers = all_dropped[0].living.shape[0]
@@ -168,6 +192,12 @@ def run(options: argparse.Namespace) -> None:
     all_dropped = [drop(model, windows, *named) for named in policies(model, options.thresholds)]
     for line in table(all_dropped, full):
         print(line)
+    if options.rounds:
+        times = prefill_times(model, windows.inputs[0].tolist(), all_dropped[0].policy, options.rounds)
+        print(
+            f"a prompt of {windows.length:,} tokens, {BLOCK} at a time: {times[0]:,.0f} ms into a full cache, "
+            f"{times[1]:,.0f} ms into one of as many slots without what {all_dropped[0].name} forgets"
+        )
     if options.plot:
         plot(options.plot, all_dropped)
         print(options.plot)
@@ -184,6 +214,7 @@ def main() -> None:
     add("--data", help="dataset folder; by default the run's")
     add("--thresholds", type=_thresholds, default=[16.0, 8.0, 4.0], metavar="F,...", help="looser ones, in nats")
     add("--windows", type=positive, default=32, help="of held-out text (default: %(default)s)")
+    add("--rounds", type=int, default=0, help="time taking in a prompt, the fastest of so many (default: %(default)s)")
     add("--plot", help="PNG to write")
     options = parser.parse_args()
     run_to_the_end(lambda: run(options), "the same command begins anew")

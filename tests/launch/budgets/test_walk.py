@@ -99,6 +99,16 @@ def test_a_policy_of_one_s_own_is_searched_with_and_found_again_by_its_file(fold
     assert "model, mine:Newest" in output_of(capsys, "report", str(budgets), f"--output={tmp_path}/page.html")
 
 
+@pytest.mark.slow
+def test_limits_of_a_cache_that_forgets_are_searched_for_and_their_use_is_shown(folder, capsys, tmp_path):
+    budgets = tmp_path / "budgets.json"
+    output_of(capsys, *search(folder, "--policy=forgotten-1", "--target-perplexity=1e9", f"--output={budgets}"))
+    shown = output_of(capsys, "evaluate", f"--budgets={budgets}")
+    held = re.findall(r"layer (\d) holds ([0-9.]+) tokens on average, at most (\d+) of (\d+)", shown)
+    assert [layer for layer, *_ in held] == ["0", "1"]
+    assert all(1 <= float(mean) <= int(most) <= int(limit) for _, mean, most, limit in held)
+
+
 def test_a_search_does_not_go_on_with_the_losses_of_a_policy_s_code_that_was_changed(
     folder, capsys, tmp_path, monkeypatch
 ):
