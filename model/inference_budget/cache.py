@@ -198,7 +198,7 @@ def _take_in(
     if empty or not isinstance(cache.policy, Forgotten):
         return after_first(0 if empty else cache.budget)
     # Free slots cost as much as others: of a few sizes the smallest that has all which are not.
-    sizes = sorted({max(cache.budget // part, min(LEAST_SLOTS, cache.budget)) for part in (1, 2, 4, 8)})
+    sizes = sorted({max(cache.budget // part, min(LEAST_SLOTS, cache.budget)) for part in (1, 2, 8)})
     used = jnp.max(jnp.where(cache.position >= 0, jnp.arange(1, cache.budget + 1), 0))
     size = jnp.sum(used > jnp.array(sizes[:-1], jnp.int32))
     return jax.lax.switch(size, [functools.partial(after_first, slots) for slots in sizes])

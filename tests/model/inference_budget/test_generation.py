@@ -134,6 +134,7 @@ def test_the_compiled_loop_updates_the_cache_in_place_and_copies_neither_it_nor_
     ("name", "changes"),
     [
         ("selective", {}),
+        pytest.param("forgotten", {}, marks=pytest.mark.slow),
         pytest.param("tova", {}, marks=pytest.mark.slow),
         pytest.param("h2o-per-head", {**STANDARD, "num_kv_heads": 2}, marks=pytest.mark.slow),
     ],
