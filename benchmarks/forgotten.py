@@ -1,6 +1,6 @@
 """How much of its context a trained model has forgotten for good, by layer and position, and what dropping that saves.
 
-    python benchmarks/forgotten.py [--workdir RUN] [--thresholds 16,8,4] [--windows 32] [--rounds 3] [--plot x.png]
+    python benchmarks/forgotten.py [--workdir RUN] [--context N] [--thresholds 16,8,4] [--windows 32] [--plot x.png]
 
 F only grows, so a key beyond a threshold may be dropped for all later queries. Thresholds: what float32 cannot see
 (dropping it is exact to rounding), what bfloat16 cannot see, and looser ones in nats. For each, on windows of held-out
@@ -8,11 +8,13 @@ text that are computed with the keys dropped in every layer:
 
 - the loss, minus that with everything kept, with its paired standard error;
 - living: the share of earlier keys that a query still sees;
+- keys held by a query, itself included: the mean over positions, and the most in any window;
 - FLOPs left: the share of causal attention's pairs of queries and keys, if the dead are dropped where each block of so
   many queries begins and the block attends to what is left, and to itself causally;
 - dead tiles: the share of tiles of 64 x 64 below the diagonal that are dead as they lie, without moving any key.
 
-Everything is a mean over windows; the last three are of each layer. `--rounds` times taking in a prompt, too.
+Shares are means over windows, of each layer. `--context` is for models with rotary positions. `--rounds` times how a
+prompt is taken in, too.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from inference_budget.generation import BLOCK
 from inference_budget.perplexity import TOKENS_PER_PASS, tokens_held
 from launch import charts
 from launch.budgets.inputs import check_output, check_vocabulary, load_model, read_windows
-from launch.commands import Parser, positive, run_to_the_end
+from launch.commands import InputError, Parser, positive, run_to_the_end
 from launch.evaluate.caches import data_of_run
 from selective_attention import Transformer
 
@@ -126,22 +128,22 @@ def table(all_dropped: Sequence[Dropped], full: Losses) -> Iterator[str]:
     length = all_dropped[0].hidden_at.shape[-1]
     queries = [*(2**n for n in range(7, length.bit_length()) if 2**n < length - 1), length - 1]
     blocks = [block for block in BLOCKS if block < length]
-    groups = (29, ""), (18, ""), (7 * len(queries), "living, % of the keys before query")
-    over = "".join(f"{text:<{width}}" for width, text in groups)
-    yield f"{over}  FLOPs left, % by blocks of   dead tiles"
+    living = f"{'living, % of the keys before query':<{7 * len(queries)}}"
+    yield " " * 47 + f"{living}   keys held        FLOPs left, % by blocks; dead tiles"
     head = f"{'dropped':<10}{'loss':>10}{'± s.e.':>9}  {'layer':>5}{'F above':>9}  "
-    head += "".join(f"{query:>7,}" for query in queries) + "  " + "".join(f"{block:>8}" for block in blocks)
-    yield f"{head}{'%':>12}"
+    head += "".join(f"{query:>7,}" for query in queries) + f"{'mean':>10}{'most':>7}  "
+    yield head + "".join(f"{block:>8}" for block in blocks) + f"{'tiles':>8}"
     for dropped in all_dropped:
         change, error = dropped.losses.minus(full)
         living, dead = 100 * dropped.living, 100 * dropped.dead_tiles()
-        left = [100 * dropped.flops_left(block) for block in blocks]
+        left, held = [100 * dropped.flops_left(block) for block in blocks], tokens_held(dropped.hidden_at)
         assert dropped.policy.above is not None
         for layer, above in enumerate(dropped.policy.above):
             begin = f"{dropped.name:<10}{change:>+10.5f}{error:>9.5f}" if layer == 0 else " " * 29
             cells = "".join(f"{living[layer, query - 1]:>7.1f}" for query in queries)
-            cells += "  " + "".join(f"{share[layer]:>8.1f}" for share in left)
-            yield f"{begin}  {layer:>5}{above:>9.1f}  {cells}{dead[layer]:>12.1f}"
+            cells += f"{held[layer].mean():>10.1f}{held[layer].max():>7,}  "
+            cells += "".join(f"{share[layer]:>8.1f}" for share in left)
+            yield f"{begin}  {layer:>5}{above:>9.1f}  {cells}{dead[layer]:>8.1f}"
 
 
 def prefill_times(model: Transformer, prompt: Sequence[int], exact: Forgotten, rounds: int) -> tuple[float, float]:
@@ -157,20 +159,27 @@ def prefill_times(model: Transformer, prompt: Sequence[int], exact: Forgotten, r
 
 
 def plot(path: str, all_dropped: Sequence[Dropped]) -> None:
-    """A PNG: the share of living keys against the position, a panel for each layer, a line for each threshold."""
+    """A PNG: how many earlier keys live against the position, a panel for each layer, a line for each threshold."""
     layers = all_dropped[0].living.shape[0]
     columns, width, height = min(layers, 3), 400, 280
     figure = charts.new_figure(columns * width, 40 + -(-layers // columns) * height, "white")
     for layer in range(layers):
         left, top = layer % columns * width, 40 + layer // columns * height
         box = left + 64, top + 24, left + width - 16, top + height - 48
-        axes = charts.add_axes(figure, box, "position of the query", "living, % of the keys before it")
+        axes = charts.add_axes(figure, box, "position of the query", "living keys before it")
         axes.yaxis.set_label_coords((left + 14 - box[0]) / (box[2] - box[0]), 0.5)
         axes.set_title(f"layer {layer}", size=13, color=charts.INK, loc="left")
-        axes.set_ylim(0, 100)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        position = 1 + np.arange(all_dropped[0].living.shape[1])
+        axes.plot(position, position, color=charts.SOFT, linewidth=1, linestyle="dashed", label="all")
         for number, dropped in enumerate(all_dropped):
-            shares = 100 * dropped.living[layer]
-            axes.plot(1 + np.arange(len(shares)), shares, color=charts.SERIES[number % 8], label=dropped.name)
+            colour = charts.SERIES[number % len(charts.SERIES)]
+            axes.plot(position, position * dropped.living[layer], color=colour, label=dropped.name)
+        ticks = [2**n for n in range(0, len(position).bit_length() + 1, 2)]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", ncols=len(labels), frameon=False)
     charts.png(figure, path)
@@ -184,6 +193,10 @@ def run(options: argparse.Namespace) -> None:
         check_output(options.plot)
     workdir = options.workdir or str(DEMO)
     model = load_model(workdir)
+    if options.context:
+        if model.config.positions != "rotary":
+            raise InputError("--context: only with rotary positions may contexts be other than the model's")
+        model.config = dataclasses.replace(model.config, max_length=options.context)
     dataset = open_dataset(options.data) if options.data else data_of_run(workdir)
     check_vocabulary(model, dataset.manifest.vocab_size, dataset.path)
     windows = read_windows(dataset, "validation", model.config.max_length, options.windows)
@@ -212,6 +225,7 @@ def main() -> None:
     add = parser.add_argument
     add("--workdir", help=f"a training run, or an exported folder with --data; by default {DEMO}")
     add("--data", help="dataset folder; by default the run's")
+    add("--context", type=positive, help="tokens of a window; by default the model's context")
     add("--thresholds", type=_thresholds, default=[16.0, 8.0, 4.0], metavar="F,...", help="looser ones, in nats")
     add("--windows", type=positive, default=32, help="of held-out text (default: %(default)s)")
     add("--rounds", type=int, default=0, help="time taking in a prompt, the fastest of so many (default: %(default)s)")
