@@ -19,11 +19,12 @@ The table comes out the same on every machine.
 
     python benchmarks/tpu_kernels.py --decode [--generations v4,v5e] [--batch 32] [--heads 12] [--width 64]
 
-One token a row over a layer's cache, bfloat16: the full cache of 2,048, and budgets of 512, 128 and 43. "paged" is
-JAX's paged attention, which neither writes, evicts nor selects, over the same bytes in heads of 128 (it takes no
-others), in pages of up to 512 slots. Columns: bundles of a grid step and the steps of a call; milliseconds by this
-schedule alone and by fetching keys and values alone, at the published bandwidth; and both together over the latter,
-where fetches run beside the schedule but for the first one.
+One token a row over a layer's cache, bfloat16: the full cache of 2,048, and budgets of 512, 128 and 43. "int8" is
+"selective" with keys and values in int8, with their scales. "paged" is JAX's paged attention, which neither writes,
+evicts nor selects, over the same bytes in heads of 128 (it takes no others), in pages of up to 512 slots. Columns:
+bundles of a grid step and the steps of a call; milliseconds by this schedule alone and by fetching keys and values (and
+scales) alone, at the published bandwidth; both together, where fetches run beside the schedule but for the first one;
+and that over the fetches.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def decoding(program: str, slots: int, arguments: argparse.Namespace):
     from selective_attention import Selection
     from selective_attention.implementations.tpu.decode import decode, make_plan
     from selective_attention.selection import Projections
-    from selective_attention.slots import slots_shape
+    from selective_attention.slots import scale_shape, slots_shape
 
     batch, heads, width = arguments.batch, arguments.heads, arguments.width
     integers = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -194,12 +195,16 @@ def decoding(program: str, slots: int, arguments: argparse.Namespace):
         attend = functools.partial(paged_attention, **options)
         return attend, (q, kv, kv, integers, indices), batch * heads * pages
     token = jax.ShapeDtypeStruct((batch, 1, heads, width), jnp.bfloat16)
-    shape = slots_shape(batch, heads, slots, width, fused=True)
-    held = {name: jax.ShapeDtypeStruct((shape[0], *shape[2:]), jnp.bfloat16) for name in ("k", "v")}
+    dtype = jnp.int8 if program == "int8" else jnp.bfloat16
+    shape = slots_shape(batch, heads, slots, width, fused=True, dtype=dtype)
+    held = {name: jax.ShapeDtypeStruct((shape[0], *shape[2:]), dtype) for name in ("k", "v")}
+    if program == "int8":
+        _, _, *scales = scale_shape(batch, heads, slots, fused=True)
+        held["scale"] = jax.ShapeDtypeStruct((batch, *scales), jnp.bfloat16)
     if slots < FULL:
         held["position"] = jax.ShapeDtypeStruct((batch, slots), jnp.int32)
     selection = Selection.OFF if program == "standard" else Selection.PAPER
-    if program == "selective":
+    if program != "standard":
         held["f"] = jax.ShapeDtypeStruct((batch, slots), jnp.float32)
     plan = make_plan(token, held["k"], slots, heads, selection, adds=True)
     attend = functools.partial(decode, selection=selection, adds=True)
@@ -220,8 +225,10 @@ def compile_decoding(program: str, slots: int, arguments: argparse.Namespace, fo
         donated = () if program == "paged" else 1
         compiled = jax.jit(attend, donate_argnums=donated).lower(*shapes).compile()
     kernel = "paged_attention" if program == "paged" else "selective_attention_decode"
-    cache = 2 * 2 * arguments.batch * -(-slots // 8) * 8 * arguments.heads * arguments.width
+    of_head = arguments.width + 2 if program == "int8" else 2 * arguments.width  # bytes of a key, with its scale
+    cache = 2 * arguments.batch * -(-slots // 8) * 8 * arguments.heads * of_head
     bundles, memory = schedule.bundles(folder, kernel), compiled.memory_analysis()
+    of_step = 1e3 * bundles / chip.clock, 1e3 * cache / chip.hbm_bandwidth / steps * chip.cores
     return {
         "generation": arguments.generation,
         "program": program,
@@ -233,21 +240,19 @@ def compile_decoding(program: str, slots: int, arguments: argparse.Namespace, fo
         "cache": cache,
         "schedule": 1e3 * bundles * steps / chip.cores / chip.clock,
         "hbm": 1e3 * cache / chip.hbm_bandwidth,
-        "cores": chip.cores,
+        "together": sum(of_step) + (steps / chip.cores - 1) * max(of_step),
     }
 
 
 def show_decoding(rows: list[dict], arguments: argparse.Namespace) -> None:
     print(f"{arguments.batch} rows, {arguments.heads} heads of {arguments.width}, bfloat16")
-    columns = "TPU, slots, program, bundles, steps, schedule ms, HBM ms, together over HBM"
+    columns = "TPU, slots, program, bundles, steps, schedule ms, HBM ms, together ms, over HBM"
     print(f"| {columns.replace(', ', ' | ')} |")
     print("|---" * len(columns.split(", ")) + "|")
     for row in rows:
-        of_step = [row[name] / row["steps"] * row["cores"] for name in ("schedule", "hbm")]
-        together = sum(of_step) + (row["steps"] / row["cores"] - 1) * max(of_step)
         print(
             f"| {row['generation']} | {row['slots']:,} | {row['program']} | {row['bundles']:,} | {row['steps']} "
-            f"| {row['schedule']:.4f} | {row['hbm']:.4f} | {together / row['hbm']:.2f} |"
+            f"| {row['schedule']:.4f} | {row['hbm']:.4f} | {row['together']:.4f} | {row['together'] / row['hbm']:.2f} |"
         )
 
 
@@ -294,7 +299,7 @@ def main() -> None:
             return
         print(json.dumps(compile_here(program, kernels.split(","), int(block), arguments, Path(folder))))
         return
-    every = "standard,selective,paged" if arguments.decode else "selective,standard,splash"
+    every = "standard,selective,int8,paged" if arguments.decode else "selective,standard,splash"
     generations, programs = arguments.generations.split(","), (arguments.programs or every).split(",")
     if arguments.decode:
         slots = [int(n) for n in arguments.slots.split(",")]

@@ -19,6 +19,7 @@ from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPoli
 from inference_budget.interchange import budgets_of, read_budgets_file
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from selective_attention import Transformer
+from selective_attention.quantised import CACHE_DTYPES
 from trainer.hosts.compilation_cache import open_shared_cache
 
 from .inputs import check_output, check_vocabulary, load_model, read_windows
@@ -54,11 +55,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
     count = options.windows or content.get("windows", {}).get(options.split, 64)
     windows = read_windows(dataset, options.split, budgets.context_length, count)
     full = Budgets.full(model.config.num_layers, windows.length)
-    evaluator = Evaluator(model, windows, policy)
+    evaluator = Evaluator(model, windows, policy, cache_dtype=options.cache_dtype)
     pruned, unpruned = evaluator.losses([budgets])[0], Evaluator(model, windows, None).losses([full])[0]
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
     print(f"{content['policy']}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
-    print(cache_size(model, budgets, policy))
+    print(cache_size(model, budgets, policy, options.cache_dtype))
     if isinstance(policy, Forgotten):
         held_LWN = evaluator.tokens_held(budgets)
         mean, most = held_LWN.mean(axis=(1, 2)), held_LWN.max(axis=(1, 2))
@@ -81,7 +82,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if not text:
         raise InputError("the prompt is empty; give --prompt, or text on standard input")
     tokenizer = dataset.tokenizer()
-    decoder = Decoder(model, budgets, policy, dtype=options.cache_dtype, bos_id=tokenizer.bos_id)
+    decoder = Decoder(model, budgets, policy, cache_dtype=options.cache_dtype, bos_id=tokenizer.bos_id)
     prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     drawn: list[int] = []
     shown: str | None = None  # of what was drawn; nothing at all before the prompt is taken in, which may be refused
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         add.add_argument("--budgets", required=True, help="file of `search`")
         add.add_argument("--checkpoint", help="the model; by default where the search found it")
         add.add_argument("--data", help="dataset folder; by default where the search found it")
+        add.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; by default the model's")
         add.set_defaults(run=run, interrupted="the same command begins anew")
         if name == "evaluate":
             add.add_argument("--split", default="validation", help="train or validation")
@@ -162,7 +164,6 @@ def _parser() -> argparse.ArgumentParser:
             add.add_argument("--top-k", type=positive)
             add.add_argument("--top-p", type=float)
             add.add_argument("--seed", type=int, default=0)
-            add.add_argument("--cache-dtype", choices=("float32", "bfloat16"), help="by default the model's")
     add = commands.add_parser("report", help="one HTML page about several searches")
     add.add_argument("files", nargs="+", help="files of `search`")
     add.add_argument("--output", required=True, help="HTML file to write")

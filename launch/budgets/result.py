@@ -113,11 +113,12 @@ def points_json(points: Iterable[Point]) -> list[PointJson]:
     return [point_json(point) for point in points]
 
 
-def cache_size(model: Transformer, budgets: Budgets, policy: EvictionPolicy) -> str:
-    """A line about the cache of one sequence: the bytes of its arrays, beside a full one's."""
-    cache = init_pruned_cache(model.config, 1, budgets, policy)
+def cache_size(model: Transformer, budgets: Budgets, policy: EvictionPolicy, dtype: str | None = None) -> str:
+    """A line about the cache of one sequence: the bytes of its arrays, beside a full one's of the same dtype."""
+    cache = init_pruned_cache(model.config, 1, budgets, policy, dtype)
     factor = memory_factor(cache, budgets.context_length)
-    return f"cache of one sequence: {cache_bytes(cache):,} bytes, {factor:.2f}x less than a full cache"
+    of_dtype = f" in {dtype}" if dtype else ""
+    return f"cache of one sequence: {cache_bytes(cache):,} bytes, {factor:.2f}x less than a full cache{of_dtype}"
 
 
 class Journal(MutableMapping[tuple[int, ...], tuple[float, float]]):

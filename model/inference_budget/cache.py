@@ -7,7 +7,7 @@ a prefill, is what is left gathered into the slots anew. Shape letters: README.m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -15,9 +15,19 @@ import jax.numpy as jnp
 from jax import Array, P
 
 from selective_attention import Cache, Selection, TransformerConfig, init_cache, partition_spec
+from selective_attention.quantised import Quantised, check_cache_dtype, is_int8, quantise, selecting_dtype
 from selective_attention.selection import Projections
 from selective_attention.sharding import RULES
-from selective_attention.slots import Slots, heads_as_slots, slots_as_heads, slots_shape, take_in
+from selective_attention.slots import (
+    Slots,
+    heads_as_slots,
+    scale_shape,
+    scales_as_slots,
+    slots_as_heads,
+    slots_as_scales,
+    slots_shape,
+    take_in,
+)
 
 from .budgets import Budgets, check_budgets
 from .eviction import (
@@ -25,6 +35,7 @@ from .eviction import (
     Arriving,
     Columns,
     attend_evicting,
+    heads_as_rows,
     over_heads,
     protected,
     victim,
@@ -45,6 +56,7 @@ class PrunedLayerCache:
     position: Array  # int32 [B, R, M], of each slot's token
     f: Array | None  # float32 [B, R, M], F of the next query; None in a model without selection
     score: Array | None  # float32 [B, R, M], the policy's, if it keeps one
+    scale: Array | None  # of int8 keys and values, as in `Slots`
     policy: EvictionPolicy = dataclasses.field(metadata={"static": True})
     config: TransformerConfig = dataclasses.field(metadata={"static": True})
     layer: int = dataclasses.field(metadata={"static": True})
@@ -89,12 +101,13 @@ class PrunedLayerCache:
 def init_pruned_cache(
     config: TransformerConfig, batch: int, budgets: Budgets, policy: EvictionPolicy, dtype: Any = None
 ) -> Cache:
-    """An empty cache for `batch` rows; keys and values in `dtype`, by default the model's.
+    """An empty cache for `batch` rows; keys and values in `dtype`, by default the model's, or "int8" with scales.
 
     Raises:
       BudgetsError: budgets that are not this model's, or a policy that is not defined on it.
+      ValueError: another dtype.
     """
-    c, dtype = config, jnp.dtype(dtype or config.dtype)
+    c, dtype = config, check_cache_dtype(dtype, config.dtype)
     check_budgets(budgets, c)
     check_policy(policy, c)
     groups = c.num_kv_heads if policy.per_head else 1
@@ -107,16 +120,18 @@ def init_pruned_cache(
     for layer, budget in enumerate(budgets.tokens):
         slots = functools.partial(zeros, ("batch", "kv_heads", None, None))
         state = functools.partial(zeros, ("batch", "kv_heads", None), (batch, groups, budget))
-        kv_shape = slots_shape(batch, c.num_kv_heads, budget, c.head_dim, fused=fused)
-        sel_shape = slots_shape(batch, 1, budget, c.head_dim, fused=fused)
+        kv_shape = slots_shape(batch, c.num_kv_heads, budget, c.head_dim, fused=fused, dtype=dtype)
+        sel_shape = slots_shape(batch, 1, budget, c.head_dim, fused=fused, dtype=dtype)
+        scales = scale_shape(batch, c.num_kv_heads, budget, fused=fused)
         own_head = c.selection is Selection.OWN_HEAD
         cache = PrunedLayerCache(
             k=slots(kv_shape, dtype),
             v=slots(kv_shape, dtype),
-            k_sel=slots(sel_shape, dtype) if own_head else None,
+            k_sel=slots(sel_shape, selecting_dtype(dtype, c.dtype)) if own_head else None,
             position=state(jnp.int32) - 1,
             f=None if c.selection is Selection.OFF else state(float_dtype),
             score=state(float_dtype) if policy.keeps_score else None,
+            scale=slots(scales, jnp.bfloat16) if is_int8(dtype) else None,
             policy=policy,
             config=c,
             layer=layer,
@@ -164,8 +179,8 @@ def _attend_one(
         new.q_sel,
         new.k_sel,
     )
-    k, v = (_slot_rows(x, groups) for x in (cache.k, cache.v))
-    slots = Slots(k, v, cache.k_sel, position_BM, f_BM)
+    k, v, scale = (_slot_rows(x, groups) for x in (cache.k, cache.v, cache.scale))
+    slots = Slots(k, v, cache.k_sel, position_BM, f_BM, scale)
     out, after, weights_BM = take_in(rows, slots, slot_B, now_B, c.selection, fused=cache.fused, heads_axis=heads_axis)
     if score_BM is not None and weights_BM is not None:
         here_BM = jnp.arange(cache.budget) == slot_B[:, None]
@@ -179,6 +194,7 @@ def _attend_one(
         position=_as_state(after.position, cache.position),
         f=_as_state(after.f, cache.f),
         score=_as_state(score_BM, cache.score),
+        scale=_as_state(after.scale, cache.scale),
     )
     return out.reshape(new.q.shape), cache
 
@@ -188,12 +204,19 @@ def _take_in(
 ) -> tuple[Array, PrunedLayerCache]:
     """Takes in T tokens a row."""
     arriving = Arriving(position_B, count_B, jnp.full_like(position_B, cache.budget), cache.layer)
+    quantised = None
+    if cache.scale is not None:
+        # Queries see what the cache gives back, and what it holds is moved as it is: nothing is rounded twice.
+        quantised = quantise(new.k), quantise(new.v)
+        k, v = (x.floats(new.q.dtype) for x in quantised)
+        new = new._replace(k=k, v=v)
 
     def after_first(slots: int) -> tuple[Array, PrunedLayerCache]:
         """Where all that is held is in so many first slots."""
         held = jax.tree.map(lambda x: x[:, :slots], _columns(cache, new.k.shape[2])) if slots else None
+        kept = None if quantised is None else _quantised_columns(cache, quantised, slots)
         out, columns, _ = attend_evicting(cache.policy, cache.config, held, new, arriving, heads_axis)
-        return out, _gathered(cache, columns)
+        return out, _gathered(cache, columns, kept)
 
     if empty or not isinstance(cache.policy, Forgotten):
         return after_first(0 if empty else cache.budget)
@@ -205,33 +228,57 @@ def _take_in(
 
 
 def _columns(cache: PrunedLayerCache, num_kv_heads: int) -> Columns:
-    """The slots as columns of a block."""
-    groups = cache.position.shape[1]
-
-    def heads(x: Array, num_heads: int) -> Array:
-        x = _slot_rows(x, groups)
-        return slots_as_heads(x, cache.budget, cache.config.head_dim, num_heads, fused=cache.fused)
-
+    """The slots as columns of a block, int8 ones as the numbers that they stand for."""
+    if cache.scale is None:
+        k, v = (_heads(cache, x, num_kv_heads) for x in (cache.k, cache.v))
+    else:
+        k, v = (x.floats(cache.config.dtype) for x in _quantised(cache, num_kv_heads))
     return Columns(
-        k=heads(cache.k, num_kv_heads),
-        v=heads(cache.v, num_kv_heads),
-        k_sel=None if cache.k_sel is None else heads(cache.k_sel, 1)[:, :, 0],
+        k=k,
+        v=v,
+        k_sel=None if cache.k_sel is None else _heads(cache, cache.k_sel, 1)[:, :, 0],
         position=_state_rows(cache.position),
         f=_state_rows(cache.f),
         score=_state_rows(cache.score),
     )
 
 
-def _gathered(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
-    """The cache with what is left of the columns after a block in its slots, oldest first."""
+def _heads(cache: PrunedLayerCache, x: Array, num_heads: int) -> Array:
+    """Keys or values [B * R, M, K / R, D] of the slots."""
+    x = _slot_rows(x, cache.position.shape[1])
+    return slots_as_heads(x, cache.budget, cache.config.head_dim, num_heads, fused=cache.fused)
+
+
+def _quantised(cache: PrunedLayerCache, num_kv_heads: int) -> list[Quantised]:
+    """The keys and the values of int8 slots."""
+    scales = slots_as_scales(_slot_rows(cache.scale, cache.position.shape[1]), num_kv_heads, fused=cache.fused)
+    return [Quantised(_heads(cache, x, num_kv_heads), s) for x, s in zip((cache.k, cache.v), scales, strict=True)]
+
+
+def _quantised_columns(cache: PrunedLayerCache, new: Sequence[Quantised], slots: int) -> list[Quantised]:
+    """The keys and the values of the first int8 slots and of a block's tokens [B, T, K, D], as columns."""
+    groups, num_kv_heads = cache.position.shape[1], new[0].values.shape[2]
+    rows = [Quantised(heads_as_rows(x.values, groups), heads_as_rows(x.scale[..., None], groups)[..., 0]) for x in new]
+    if not slots:
+        return rows
+    return jax.tree.map(lambda old, x: jnp.concatenate([old[:, :slots], x], axis=1), _quantised(cache, num_kv_heads), rows)
+
+
+def _gathered(cache: PrunedLayerCache, columns: Columns, quantised: Sequence[Quantised] | None) -> PrunedLayerCache:
+    """The cache with what is left of the columns after a block in its slots, oldest first.
+
+    Of an int8 cache `quantised` has the columns' keys and values.
+    """
     num_columns = columns.position.shape[1]
     age_BM = jnp.where(columns.position >= 0, columns.position, NEVER)
     order_BM = jnp.argsort(age_BM, axis=1)[:, : cache.budget]
     free = max(cache.budget - num_columns, 0)
 
+    def left(x: Array) -> Array:
+        return jnp.take_along_axis(x, order_BM.reshape(*order_BM.shape, *(1,) * (x.ndim - 2)), axis=1)
+
     def gathered(x: Array, like: Array, fill: int = 0) -> Array:
-        index = order_BM.reshape(*order_BM.shape, *(1,) * (x.ndim - 2))
-        kept = jnp.take_along_axis(x, index, axis=1)
+        kept = left(x)
         if x.ndim == 4:
             rows = _slot_rows(like, cache.position.shape[1])
             return heads_as_slots(kept, rows, fused=cache.fused).reshape(like.shape)
@@ -240,6 +287,12 @@ def _gathered(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
     def gathered_if(x: Array | None, like: Array | None) -> Array | None:
         return None if x is None or like is None else gathered(x, like)
 
+    scale = cache.scale
+    if scale is not None and quantised is not None:
+        k, v = quantised
+        columns = columns._replace(k=k.values, v=v.values)
+        rows = _slot_rows(scale, cache.position.shape[1])
+        scale = scales_as_slots(left(k.scale), left(v.scale), rows, fused=cache.fused).reshape(scale.shape)
     return dataclasses.replace(
         cache,
         k=gathered(columns.k, cache.k),
@@ -248,6 +301,7 @@ def _gathered(cache: PrunedLayerCache, columns: Columns) -> PrunedLayerCache:
         position=gathered(columns.position, cache.position, fill=-1),
         f=gathered_if(columns.f, cache.f),
         score=gathered_if(columns.score, cache.score),
+        scale=scale,
     )
 
 
@@ -261,9 +315,9 @@ def _as_state(x_BM: Any, like: Any) -> Any:
     return None if x_BM is None else x_BM.reshape(like.shape)
 
 
-def _slot_rows(x: Array, groups: int) -> Array:
-    """[B, K, ...] -> [B * R, K / R, ...]."""
-    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
+def _slot_rows(x: Any, groups: int) -> Any:
+    """[B, K, ...] -> [B * R, K / R, ...]; None stays None."""
+    return None if x is None else x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def on_shards(
@@ -299,6 +353,7 @@ def on_shards(
         position=state,
         f=spec(cache.f, state),
         score=spec(cache.score, state),
+        scale=spec(cache.scale, slots),
     )
     new_specs = Projections(projection, projection, projection, spec(new.q_sel, P(batch)), spec(new.k_sel, P(batch)))
     specs = [cache_specs, P(batch), new_specs, *[P(batch)] * len(more_B)]

@@ -86,7 +86,7 @@ class Engine:
       rows: requests of a class that decode together.
       steps: tokens that each of them draws between two looks of the host, at most.
       block: tokens of a prompt that are taken in at a time.
-      dtype: of keys and values in the cache, such as "bfloat16"; by default the model's.
+      cache_dtype: as in `Decoder`.
       bos_id: the id of <BOS>, which prompts are then checked to start with.
       more_classes: further names of budgets that a request may ask for. Each has rows of its own.
 
@@ -103,7 +103,7 @@ class Engine:
         rows: int = 8,
         steps: int = 16,
         block: int | None = None,
-        dtype: Any = None,
+        cache_dtype: Any = None,
         bos_id: int | None = None,
         more_classes: Mapping[str, tuple[Budgets, EvictionPolicy]] | None = None,
     ) -> None:
@@ -113,11 +113,13 @@ class Engine:
         if DEFAULT_CLASS in (more_classes or {}):
             raise BudgetsError(f"{DEFAULT_CLASS!r} is the class of the budgets themselves; give another name")
         block = min(BLOCK if block is None else block, model.config.max_length)
-        decoder = Decoder(model, budgets, policy, dtype=dtype, block=block, bos_id=bos_id)
+        decoder = Decoder(model, budgets, policy, cache_dtype=cache_dtype, block=block, bos_id=bos_id)
         self.config, self._bos_id = model.config, bos_id
         self.classes = {DEFAULT_CLASS: (budgets, policy), **(more_classes or {})}
         self._batches = {
-            name: _Batch(decoder, limits, policy_for(who, model), rows=rows, steps=steps, block=block, dtype=dtype)
+            name: _Batch(
+                decoder, limits, policy_for(who, model), rows=rows, steps=steps, block=block, dtype=decoder.cache_dtype
+            )
             for name, (limits, who) in self.classes.items()
         }
         self._lock = threading.Lock()

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Cache, Transformer, TransformerConfig, reshard
+from selective_attention.quantised import check_cache_dtype
 from selective_attention.transformer.decoding import decode_step, for_decoding
 from selective_attention.transformer.sampling import check_sampling, draw
 
@@ -58,7 +59,8 @@ class Decoder:
     Args:
       model: the transformer; under a mesh, with its parameters on it.
       budgets, policy: how many tokens each layer may hold, and who leaves a full one.
-      dtype: of keys and values in the cache, such as "bfloat16"; by default the model's.
+      cache_dtype: of keys and values in the cache: "float32", "bfloat16", or "int8" with a scale for each token and
+        head; by default the model's.
       block: as in `prefill`; longer prompts are taken in so many tokens at a time.
       bos_id: the id of <BOS>, which prompts are then checked to start with.
 
@@ -67,6 +69,7 @@ class Decoder:
 
     Raises:
       BudgetsError: budgets or a policy that do not fit the model, or a block below 1.
+      ValueError: a dtype that a cache cannot have.
     """
 
     def __init__(
@@ -75,14 +78,14 @@ class Decoder:
         budgets: Budgets,
         policy: EvictionPolicy,
         *,
-        dtype: Any = None,
+        cache_dtype: Any = None,
         block: int | None = None,
         bos_id: int | None = None,
     ) -> None:
         check_budgets(budgets, model.config)
         self.config, self.budgets, self.policy = model.config, budgets, policy_for(policy, model)
         self._block = BLOCK if block is None else check_block(block)
-        self._dtype, self._bos_id = dtype, bos_id
+        self.cache_dtype, self._bos_id = check_cache_dtype(cache_dtype, model.config.dtype), bos_id
         self.graph, self.parameters = nnx.split(_for_decoding(model))
 
     def generate(
@@ -128,7 +131,7 @@ class Decoder:
         The first rows are the prompts, in their order; the others hold one token each, to no end.
         """
         tokens_BN, lengths_B = self._padded(prompts)
-        options = {"budgets": self.budgets, "policy": self.policy, "dtype": self._dtype, "block": self._block}
+        options = {"budgets": self.budgets, "policy": self.policy, "dtype": self.cache_dtype, "block": self._block}
         return _prefill(self.graph, self.parameters, tokens_BN, lengths_B, **options)
 
     def _chunks(
@@ -163,7 +166,7 @@ def generate(
     policy: EvictionPolicy,
     num_tokens: int,
     *,
-    dtype: Any = None,
+    cache_dtype: Any = None,
     block: int | None = None,
     bos_id: int | None = None,
     **options: Unpack[Drawing],
@@ -172,13 +175,13 @@ def generate(
     weights only once.
 
     Args:
-      model, budgets, policy, dtype, block, bos_id: as in `Decoder`.
+      model, budgets, policy, cache_dtype, block, bos_id: as in `Decoder`.
       prompts, num_tokens, options: as in `Decoder.generate`.
 
     Raises:
       BudgetsError, SamplingError: as both.
     """
-    decoder = Decoder(model, budgets, policy, dtype=dtype, block=block, bos_id=bos_id)
+    decoder = Decoder(model, budgets, policy, cache_dtype=cache_dtype, block=block, bos_id=bos_id)
     return decoder.generate(prompts, num_tokens, **options)
 
 

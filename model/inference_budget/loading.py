@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selective_attention import Transformer, import_safetensors
+from selective_attention.quantised import CACHE_DTYPES
 
 from .budgets import Budgets, BudgetsError
 from .engine import BLOCK, Engine
@@ -41,9 +42,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=positive, default=8, help="requests of a class that decode together (default: %(default)s)")
     add("--steps", type=positive, default=16, help="tokens a row draws between two looks (default: %(default)s)")
     add("--block", type=positive, default=BLOCK, help="prompt tokens taken in at a time (default: %(default)s)")
-    add(
-        "--cache-dtype", choices=("float32", "bfloat16"), help="of keys and values in the cache; by default the model's"
-    )
+    add("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values in the cache; by default the model's")
 
 
 def load_engine(options: argparse.Namespace) -> Loaded:
@@ -74,7 +73,7 @@ def load_engine(options: argparse.Namespace) -> Loaded:
         rows=options.rows,
         steps=options.steps,
         block=options.block,
-        dtype=options.cache_dtype,
+        cache_dtype=options.cache_dtype,
         bos_id=None if tokenizer is None else tokenizer.bos_id,
         more_classes=classes,
     )

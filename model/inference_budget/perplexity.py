@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from flax import nnx
 from jax import Array
 
 from selective_attention import Transformer, selective_attention
+from selective_attention.quantised import as_held, check_cache_dtype, selecting_dtype
 
 from .budgets import Budgets, BudgetsError, check_budgets
 from .eviction import Arriving, Projections, attend_evicting
@@ -86,11 +88,13 @@ class Evaluator:
       model: the transformer, on one device.
       windows: the text, in windows of at most the model's context.
       policy: decides who leaves; None where every layer holds everything.
+      cache_dtype: as in `Decoder`: attention is over keys and values as that cache gives them back.
       progress: called after each pass through a layer.
 
     Raises:
       BudgetsError: windows longer than the model's context or with tokens that it does not have, or a policy that is
         not defined on it.
+      ValueError: a dtype that a cache cannot have.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Evaluator:
         windows: Windows,
         policy: EvictionPolicy | None,
         *,
+        cache_dtype: Any = None,
         progress: Callable[[], object] = lambda: None,
     ) -> None:
         if windows.length > model.config.max_length:
@@ -111,6 +116,7 @@ class Evaluator:
                 )
         self.policy = None if policy is None else policy_for(policy, model)
         self.config, self.windows = model.config, windows
+        self._cache_dtype = check_cache_dtype(cache_dtype, model.config.dtype)
         self._graph, self._parameters = nnx.split(model)
         self._progress = progress
         rows = max(1, min(len(windows), TOKENS_PER_PASS // windows.length))
@@ -194,7 +200,8 @@ class Evaluator:
                 budget_B = np.repeat(np.array([prefix[-1] for prefix in group], np.int32), self._rows)
                 binding = any(prefix[-1] < self.windows.length for prefix in group)
                 policy = self.policy if binding or isinstance(self.policy, Forgotten) else None
-                after, _ = layer_pass(self._graph, self._parameters, x_BNE, layer - 1, budget_B, policy=policy)
+                options = {"policy": policy, "cache_dtype": self._cache_dtype}
+                after, _ = layer_pass(self._graph, self._parameters, x_BNE, layer - 1, budget_B, **options)
                 outputs |= dict(zip(group, jnp.split(after, len(group)), strict=True))
                 self._progress()
             if keep_in is not None:
@@ -256,7 +263,7 @@ def _embed(graph, parameters, tokens_BN):
     return nnx.merge(graph, parameters).embed(tokens_BN, np.arange(tokens_BN.shape[1]))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="policy")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("policy", "cache_dtype"))
 def layer_pass(
     graph: nnx.GraphDef,
     parameters: nnx.State,
@@ -265,15 +272,19 @@ def layer_pass(
     budget_B: Array,
     *,
     policy: EvictionPolicy | None,
+    cache_dtype: Any = None,
 ) -> tuple[Array, Array | None]:
     """One layer, whose number and whose rows' budgets are traced: its output, and when each token leaves it.
 
-    Without a policy nothing is evicted.
+    Without a policy nothing is evicted. Keys and values are rounded as a cache of `cache_dtype` does, if there is one.
     """
     model = nnx.merge(graph, parameters)
     c, (batch, length) = model.config, x_BNE.shape[:2]
 
     def attend(q, k, v, q_sel, k_sel):
+        if cache_dtype is not None:
+            k, v = as_held(k, cache_dtype), as_held(v, cache_dtype)
+            k_sel = None if k_sel is None else as_held(k_sel, selecting_dtype(cache_dtype, c.dtype))
         if policy is None:
             out = selective_attention(
                 q, k, v, q_sel=q_sel, k_sel=k_sel, selection=c.selection, implementation=c.attention

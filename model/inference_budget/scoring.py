@@ -8,7 +8,7 @@ Shape letters: README.md.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Scorer:
     Args:
       model: the transformer, on one device.
       budgets, policy: how many tokens each layer may hold, and who leaves a full one; without them the cache is full.
+      cache_dtype: as in `Decoder`.
       bos_id: the id of <BOS>, which contexts are then checked to start with.
 
     Attributes:
@@ -63,13 +64,14 @@ class Scorer:
         budgets: Budgets | None = None,
         policy: EvictionPolicy | None = None,
         *,
+        cache_dtype: Any = None,
         bos_id: int | None = None,
     ) -> None:
         if (budgets is None) != (policy is None):
             raise BudgetsError("budgets and a policy go together; give both, or neither for a full cache")
         config = model.config
         budgets = budgets or Budgets.full(config.num_layers, config.max_length)
-        self.decoder = Decoder(model, budgets, policy or OldestFirst(), bos_id=bos_id)
+        self.decoder = Decoder(model, budgets, policy or OldestFirst(), cache_dtype=cache_dtype, bos_id=bos_id)
         self.length, self.contexts, self.continuations = budgets.context_length, 0, 0
         self._bos_id, self.rows = bos_id, max(1, min(ROWS, TOKENS_PER_PASS // self.length))
 

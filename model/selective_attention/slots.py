@@ -7,15 +7,17 @@ Shape letters: the package's; M slots of a cache, P the same with padding to who
 shards of heads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .implementations.tpu.columns import LANES, round_up
-from .implementations.tpu.decode import TILE, decode
+from .implementations.tpu.decode import decode
+from .implementations.tpu.words import TILE, from_words, in_words, tile_slots
 from .parallel import from_first_shard
+from .quantised import is_int8, quantise
 from .selection import HIDDEN, Projections, Selection, allowed, rectified
 from .sharding import TENSOR
 
@@ -28,19 +30,39 @@ class Slots(NamedTuple):
     k_sel: Array | None  # [B, 1, M, D] of the selecting head; None where head 0 selects
     position: Array | None  # int32 [B, M], of each slot's token; negative for an empty slot. None: slot m holds m
     f: Array | None  # float32 [B, M], F of this query; None if nothing selects
+    # Of int8 keys and values, bfloat16 [B, K, 2, M], or for the kernel [B, T, S, M]: of the keys, then of the values.
+    scale: Array | None = None
 
 
-def slots_shape(batch: int, num_heads: int, num_slots: int, head_dim: int, *, fused: bool) -> tuple[int, ...]:
+def slots_shape(
+    batch: int, num_heads: int, num_slots: int, head_dim: int, *, fused: bool, dtype: Any
+) -> tuple[int, ...]:
     """Of keys or values: [B, K, M, D], or for the kernel [B, T, P, W], the heads of a shard side by side.
 
-    T is the size of the mesh's axis of heads, if that divides them, else 1. XLA keeps rows of whole registers as they
-    are; it would turn others around for each call of the kernel.
+    P is M in whole tiles of the cache's dtype; int8 slots lie in the order of `in_words`. T is the size of the mesh's
+    axis of heads, if that divides them, else 1. XLA keeps rows of whole registers as they are; it would turn others
+    around for each call of the kernel.
     """
     if not fused:
         return batch, num_heads, num_slots, head_dim
+    shards = _shards(num_heads)
+    return batch, shards, round_up(num_slots, tile_slots(dtype)), round_up(num_heads // shards * head_dim, LANES)
+
+
+def scale_shape(batch: int, num_heads: int, num_slots: int, *, fused: bool) -> tuple[int, ...]:
+    """Of the scales of int8 keys and values: [B, K, 2, M], or for the kernel [B, T, S, M], slots along lanes.
+
+    So they lie as logits and weights do, which they are multiplied with. S is 2 K / T, rounded up to whole tiles.
+    """
+    if not fused:
+        return batch, num_heads, 2, num_slots
+    shards = _shards(num_heads)
+    return batch, shards, round_up(2 * num_heads // shards, TILE), num_slots
+
+
+def _shards(num_heads: int) -> int:
     tensor = jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1)
-    shards = 1 if num_heads % tensor else tensor
-    return batch, shards, round_up(num_slots, TILE), round_up(num_heads // shards * head_dim, LANES)
+    return 1 if num_heads % tensor else tensor
 
 
 def heads_as_slots(x_BNKD: Array, like: Array, *, fused: bool) -> Array:
@@ -48,15 +70,36 @@ def heads_as_slots(x_BNKD: Array, like: Array, *, fused: bool) -> Array:
     batch, num_tokens = x_BNKD.shape[:2]
     slots = x_BNKD.reshape(batch, 1, num_tokens, -1) if fused else jnp.swapaxes(x_BNKD, 1, 2)
     widths = [(0, whole - part) for whole, part in zip(like.shape, slots.shape, strict=True)]
-    return jnp.pad(slots, widths).astype(like.dtype)
+    slots = jnp.pad(slots, widths).astype(like.dtype)
+    return in_words(slots) if fused and is_int8(like.dtype) else slots
 
 
 def slots_as_heads(slots: Array, num_slots: int, head_dim: int, num_heads: int, *, fused: bool) -> Array:
     """Keys or values [B, M, K, D] of all slots."""
     if not fused:
         return jnp.swapaxes(slots, 1, 2)
-    x_BMW = slots[:, 0, :num_slots, : num_heads * head_dim]
+    whole = from_words(slots) if is_int8(slots.dtype) else slots
+    x_BMW = whole[:, 0, :num_slots, : num_heads * head_dim]
     return x_BMW.reshape(*x_BMW.shape[:2], num_heads, head_dim)
+
+
+def scales_as_slots(k_BNK: Array, v_BNK: Array, like: Array, *, fused: bool) -> Array:
+    """The scales of N tokens' keys and values in the first N slots of an array like this one; the others are zero."""
+    scale_BK2N = jnp.moveaxis(jnp.stack([k_BNK, v_BNK], axis=-1), 1, 3)
+    if fused:
+        batch, _, _, num_tokens = scale_BK2N.shape
+        scale_BK2N = jnp.swapaxes(scale_BK2N, 1, 2).reshape(batch, 1, -1, num_tokens)
+    widths = [(0, whole - part) for whole, part in zip(like.shape, scale_BK2N.shape, strict=True)]
+    return jnp.pad(scale_BK2N, widths).astype(like.dtype)
+
+
+def slots_as_scales(scale: Array, num_heads: int, *, fused: bool) -> tuple[Array, Array]:
+    """The scales [B, M, K] of all slots' keys and values."""
+    if fused:
+        rows = scale[:, 0, : 2 * num_heads]
+        scale = jnp.swapaxes(rows.reshape(rows.shape[0], 2, num_heads, -1), 1, 2)
+    k_BMK, v_BMK = jnp.moveaxis(scale, (2, 3), (0, 2))
+    return k_BMK, v_BMK
 
 
 def take_in(
@@ -87,7 +130,7 @@ def take_in(
     if not fused:
         return _take_in(new, slots, slot_B, now_B, selection, heads_axis)
     arrays = {name: x for name, x in slots._asdict().items() if x is not None}
-    squeezed = {name: x[:, 0] if name in ("k", "v", "k_sel") else x for name, x in arrays.items()}
+    squeezed = {name: x[:, 0] if x.ndim == 4 else x for name, x in arrays.items()}
     alone = heads_axis is None
     out, after = decode(new, squeezed, slot_B, now_B, selection, adds=alone)
     after = {name: x.reshape(arrays[name].shape) for name, x in after.items()}
@@ -99,18 +142,23 @@ def take_in(
 def _take_in(
     new: Projections, slots: Slots, slot_B: Array, now_B: Array, selection: Selection, heads_axis: str | None
 ) -> tuple[Array, Slots, Array]:
-    k_BKMD, v_BKMD = write(slots.k, new.k[:, 0], slot_B), write(slots.v, new.v[:, 0], slot_B)
+    k_BKD, v_BKD, scale = new.k[:, 0], new.v[:, 0], slots.scale
+    slot_M = jnp.arange(slots.k.shape[2])
+    if scale is not None:
+        (k_BKD, k_BK), (v_BKD, v_BK) = quantise(k_BKD), quantise(v_BKD)
+        here_BM = slot_M == slot_B[:, None]
+        scale = jnp.where(here_BM[:, None, None], jnp.stack([k_BK, v_BK], axis=2)[..., None], scale)
+    k_BKMD, v_BKMD = write(slots.k, k_BKD, slot_B), write(slots.v, v_BKD, slot_B)
     k_sel = None if slots.k_sel is None or new.k_sel is None else write(slots.k_sel, new.k_sel, slot_B)
-    slot_M = jnp.arange(k_BKMD.shape[2])
     if slots.position is None:
         position_BM = jnp.broadcast_to(slot_M, (k_BKMD.shape[0], k_BKMD.shape[2]))
     else:
         position_BM = jnp.where(slot_M == slot_B[:, None], now_B[:, None], slots.position)
     f_BM = slots.f if slots.f is None or slots.position is None else _emptied(slots.f, slot_B)
-    held = Slots(k_BKMD, v_BKMD, k_sel, position_BM, f_BM)
+    held = Slots(k_BKMD, v_BKMD, k_sel, position_BM, f_BM, scale)
     out, f_BM, weights_BM = _attend(new, now_B, held, selection, heads_axis)
     position = None if slots.position is None else position_BM
-    return out, Slots(k_BKMD, v_BKMD, k_sel, position, f_BM), weights_BM
+    return out, Slots(k_BKMD, v_BKMD, k_sel, position, f_BM, scale), weights_BM
 
 
 def _emptied(f_BM: Array, slot_B: Array) -> Array:
@@ -121,7 +169,7 @@ def _attend(
     new: Projections, now_B: Array, slots: Slots, selection: Selection, heads_axis: str | None
 ) -> tuple[Array, Array | None, Array]:
     """Attention of one query a row, its own token among the slots: (out, F of the next query, weights [B, M])."""
-    k_BKMD, v_BKMD, k_sel, slot_position_BM, f_BM = slots
+    k_BKMD, v_BKMD, k_sel, slot_position_BM, f_BM, scales = slots
     q, q_sel = new.q, new.q_sel
     assert slot_position_BM is not None
     batch, _, num_heads, head_dim = q.shape
@@ -131,10 +179,16 @@ def _attend(
     held_BM = (slot_position_BM >= 0) & (slot_position_BM <= now_B[:, None])
     q_BKGD = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     raw_BKGM = scale * jnp.einsum("bkgd,bkmd->bkgm", q_BKGD, k_BKMD, preferred_element_type=dtype)
+    if scales is not None:
+        raw_BKGM *= scales[:, :, :1]
     logits_BKGM = raw_BKGM if f_BM is None else raw_BKGM - f_BM[:, None, None]
     logits_BKGM = jnp.where(held_BM[:, None, None], logits_BKGM, -HIDDEN)
     weights_BKGM = jax.nn.softmax(logits_BKGM, axis=-1)
-    out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", weights_BKGM.astype(v_BKMD.dtype), v_BKMD, preferred_element_type=dtype)
+    if scales is None:
+        mixing_BKGM = weights_BKGM.astype(v_BKMD.dtype)
+    else:  # of a free slot the scale may be anything
+        mixing_BKGM = jnp.where(held_BM[:, None, None], weights_BKGM * scales[:, :, 1:], 0).astype(q.dtype)
+    out_BKGD = jnp.einsum("bkgm,bkmd->bkgd", mixing_BKGM, v_BKMD, preferred_element_type=dtype)
     out = out_BKGD.reshape(batch, 1, num_heads, head_dim).astype(q.dtype)
     weights_BM = jnp.mean(weights_BKGM, axis=(1, 2))
     if selection is Selection.OFF or f_BM is None:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -77,6 +78,13 @@ def oracle_layer(policy, budget, q, k, v, *, selective, layer=0):
             if 0 < j < i and selective:
                 forgotten[j] += max(dot(q[i][0], k[j][0]), 0.0)
     return np.array(outputs), gone
+
+
+def as_int8_holds(x):
+    """Keys or values [..., D] as an int8 cache gives them back, in plain numpy: (their numbers, scales [..., 1])."""
+    largest = np.abs(x).max(axis=-1, keepdims=True).astype(np.float32)
+    scale = (largest / np.float32(127)).astype(jnp.bfloat16).astype(np.float32)
+    return np.clip(np.rint(x / scale), -127, 127).astype(np.float64) * scale, scale
 
 
 STANDARD = {"selection": Selection.OFF}

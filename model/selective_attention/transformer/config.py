@@ -124,7 +124,7 @@ class TransformerConfig:
 
     def fuses_decoding(self, dtype: Any) -> bool:
         """Whether a TPU kernel decodes, with keys and values of this dtype in the cache."""
-        exact = self.dtype != "float64" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+        exact = self.dtype != "float64" and jnp.dtype(dtype) in (jnp.int8, jnp.bfloat16, jnp.float32)
         return exact and implementation_name(self.attention) == "pallas"
 
     def parameter_counts(self) -> dict[str, int]:

@@ -18,8 +18,9 @@ from flax import nnx
 from jax import Array
 
 from ..attention import attend_whole, implementation_module
+from ..quantised import check_cache_dtype, is_int8, quantise, selecting_dtype
 from ..selection import Projections, Rule, Seen, Selection
-from ..slots import Slots, heads_as_slots, slots_shape, take_in
+from ..slots import Slots, heads_as_slots, scale_shape, scales_as_slots, slots_shape, take_in
 from .config import TransformerConfig
 from .transformer import Attend, Block, Transformer
 
@@ -58,34 +59,40 @@ class FullLayerCache:
     f: Array | None  # float32 [B, M], F of the next query; None if nothing selects
     selection: Selection = dataclasses.field(metadata={"static": True})
     fused: bool = dataclasses.field(default=False, metadata={"static": True})  # decodes by the TPU kernel
+    scale: Array | None = None  # of int8 keys and values, as in `Slots`
 
     def attend(
         self, position_B: Array, q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None
     ) -> tuple[Array, "FullLayerCache"]:
         """As `LayerCache.attend`."""
-        slots = Slots(self.k, self.v, self.k_sel, None, self.f)
+        slots = Slots(self.k, self.v, self.k_sel, None, self.f, self.scale)
         new = Projections(q, k, v, q_sel, k_sel)
         out, after, _ = take_in(new, slots, position_B, position_B, self.selection, fused=self.fused)
-        return out, dataclasses.replace(self, k=after.k, v=after.v, k_sel=after.k_sel, f=after.f)
+        return out, dataclasses.replace(self, k=after.k, v=after.v, k_sel=after.k_sel, f=after.f, scale=after.scale)
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
     """An empty full cache for `batch` rows of up to `length` tokens; keys and values in `dtype`, by default the
-    model's.
+    model's, or "int8" with scales.
+
+    Raises:
+      ValueError: another dtype.
     """
-    c, dtype = config, jnp.dtype(dtype or config.dtype)
+    c, dtype = config, check_cache_dtype(dtype, config.dtype)
     fused, f_dtype = c.fuses_decoding(dtype), jnp.promote_types(c.dtype, jnp.float32)
-    kv_shape = slots_shape(batch, c.num_kv_heads, length, c.head_dim, fused=fused)
-    sel_shape = slots_shape(batch, 1, length, c.head_dim, fused=fused)
+    kv_shape = slots_shape(batch, c.num_kv_heads, length, c.head_dim, fused=fused, dtype=dtype)
+    sel_shape = slots_shape(batch, 1, length, c.head_dim, fused=fused, dtype=dtype)
+    scales = scale_shape(batch, c.num_kv_heads, length, fused=fused)
 
     def layer() -> FullLayerCache:  # arrays of its own, or the cache could not be donated
         return FullLayerCache(
             k=jnp.zeros(kv_shape, dtype),
             v=jnp.zeros(kv_shape, dtype),
-            k_sel=jnp.zeros(sel_shape, dtype) if c.selection is Selection.OWN_HEAD else None,
+            k_sel=jnp.zeros(sel_shape, selecting_dtype(dtype, c.dtype)) if c.selection is Selection.OWN_HEAD else None,
             f=None if c.selection is Selection.OFF else jnp.zeros((batch, length), f_dtype),
             selection=c.selection,
             fused=fused,
+            scale=jnp.zeros(scales, jnp.bfloat16) if is_int8(dtype) else None,
         )
 
     return Cache(jnp.zeros(batch, jnp.int32), tuple(layer() for _ in range(c.num_layers)))
@@ -116,7 +123,7 @@ def prefill(
       tokens_BN: int32 [B, N], N at most `length`; each row starts with <BOS>.
       lengths_B: int32 [B], the tokens of each prompt, at least 1; what follows them in `tokens_BN` is padding.
       length: slots of the cache.
-      dtype: of keys and values in the cache; by default the model's.
+      dtype: of keys and values in the cache, as in `init_cache`.
 
     Raises:
       ValueError: prompts that do not fit into the cache.
@@ -146,6 +153,13 @@ def _attend_and_fill(
     *selecting: Array | None,
 ) -> tuple[Array, FullLayerCache]:
     """Attention of whole prompts to themselves, and a layer's cache after it."""
+    scale = None
+    if empty.scale is not None:
+        (k_held, k_scale), (v_held, v_scale) = held = quantise(k), quantise(v)
+        scale = scales_as_slots(k_scale, v_scale, empty.scale, fused=empty.fused)
+        k, v = (x.floats(q.dtype) for x in held)  # as every later query will see them
+    else:
+        k_held, v_held = k, v
     projections, seen = Projections(q, k, v, *selecting), Seen.whole(segments_BN)
     rule, num_tokens, f = Rule(config.head_dim**-0.5, config.selection), q.shape[1], empty.f
     out, _ = attend_whole(projections, seen, rule, config.attention)
@@ -156,10 +170,11 @@ def _attend_and_fill(
     as_slots = functools.partial(heads_as_slots, fused=empty.fused)
     filled = dataclasses.replace(
         empty,
-        k=as_slots(k, empty.k),
-        v=as_slots(v, empty.v),
+        k=as_slots(k_held, empty.k),
+        v=as_slots(v_held, empty.v),
         k_sel=None if empty.k_sel is None or k_sel is None else as_slots(k_sel[:, :, None], empty.k_sel),
         f=f,
+        scale=scale,
     )
     return out, filled
 

@@ -169,11 +169,11 @@ def test_ties_go_to_the_oldest_token_and_not_to_the_lowest_slot():
     assert sorted(cache.layers[0].position[0, 0].tolist()) == [0, *range(LENGTH - 4, LENGTH)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "of_head"), [("float32", 8 * 4), ("bfloat16", 8 * 2), ("int8", 8 + 2)])
 @pytest.mark.parametrize(
     ("name", "changes", "bookkeeping"), [("selective", {}, 8), ("h2o", {}, 12), ("tova", STANDARD, 8)]
 )
-def test_the_compiled_step_holds_the_budgets_and_nothing_else(name, changes, bookkeeping, dtype):
+def test_the_compiled_step_holds_the_budgets_and_nothing_else(name, changes, bookkeeping, dtype, of_head):
     model, budgets = make_model(num_kv_heads=2, **changes), Budgets((3, 9), LENGTH)
     cache = init_pruned_cache(model.config, 4, budgets, POLICIES[name], dtype)
     graph, parameters = nnx.split(model)
@@ -181,13 +181,13 @@ def test_the_compiled_step_holds_the_budgets_and_nothing_else(name, changes, boo
         lambda parameters, cache, tokens_B: decode_step(nnx.merge(graph, parameters), cache, tokens_B), donate_argnums=1
     )
     memory = step.lower(parameters, cache, np.zeros(4, np.int32)).compile().memory_analysis()
-    expected = 4 * (3 + 9) * (2 * 2 * 8 * jnp.dtype(dtype).itemsize + bookkeeping)
+    expected = 4 * (3 + 9) * (2 * 2 * of_head + bookkeeping)
     positions = 4 * 4  # of the rows
     assert cache_bytes(cache) == expected
     assert memory.alias_size_in_bytes == expected + positions
     other = sum(x.nbytes for x in jax.tree.leaves(parameters)) + 4 * 4
     assert memory.argument_size_in_bytes == expected + positions + other
-    full = 4 * 2 * LENGTH * (2 * 2 * 8 * jnp.dtype(dtype).itemsize + (0 if changes else 4))  # with F where it selects
+    full = 4 * 2 * LENGTH * (2 * 2 * of_head + (0 if changes else 4))  # with F where it selects
     assert memory_factor(cache, LENGTH) == full / expected
     assert budgets.memory_factor == 4.0
 

@@ -10,7 +10,7 @@ import pytest
 from inference_budget import Budgets, find_policy, init_pruned_cache
 from selective_attention import Selection, TransformerConfig, init_cache
 from selective_attention.implementations.tpu import decode as kernel
-from tests.support.small_model import oracle_layer
+from tests.support.small_model import as_int8_holds, oracle_layer
 
 LENGTH, KV_HEADS, WIDTH = 14, 2, 4
 GROUPED = {"num_heads": 4, "num_kv_heads": KV_HEADS}
@@ -40,9 +40,13 @@ def make_layer(config, budget, policy, batch=4, dtype="float32"):
 
 
 def poisoned(layer):
-    """With NaN in the keys and values of all slots, which are free."""
-    caches = {name: getattr(layer, name) for name in ("k", "v", "k_sel")}
-    return dataclasses.replace(layer, **jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), caches))
+    """With NaN in the keys and values of all slots, which are free, or in their scales."""
+    caches = {name: getattr(layer, name) for name in ("k", "v", "k_sel", "scale")}
+
+    def poison(x):
+        return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 127)
+
+    return dataclasses.replace(layer, **jax.tree.map(poison, caches))
 
 
 @jax.jit
@@ -64,16 +68,26 @@ def decode_all(layer, late_B, projections):
     return out_NBHD.swapaxes(0, 1), layer
 
 
-@pytest.mark.parametrize("budget", [2, 5])
-@pytest.mark.parametrize("policy", ["selective", "sinks", "oldest", "forgotten-1.5"])
-def test_it_evicts_and_attends_as_plain_python_does(policy, budget):
-    config = make_config(**GROUPED)
+PLAIN = [
+    ("pallas", policy, budget, "float32")
+    for policy in ("selective", "sinks", "oldest", "forgotten-1.5")
+    for budget in (2, 5)
+]
+PLAIN += [(attention, "selective", 5, "int8") for attention in ("pallas", "xla")]
+PLAIN += [pytest.param(attention, "sinks", 2, "int8", marks=pytest.mark.slow) for attention in ("pallas", "xla")]
+
+
+@pytest.mark.parametrize(("attention", "policy", "budget", "dtype"), PLAIN)
+def test_it_evicts_and_attends_as_plain_python_does(attention, policy, budget, dtype):
+    config = make_config(attention, **GROUPED)
     projections = make_projections(config, batch=2, seed=budget)
-    layer = poisoned(make_layer(config, budget, policy, batch=2))
-    assert layer.fused
+    layer = poisoned(make_layer(config, budget, policy, batch=2, dtype=dtype))
+    assert layer.fused == (attention == "pallas")
     out, after = decode_all(layer, jnp.zeros(2, jnp.int32), projections)
     for row in range(2):
         q, k, v = (x[row] for x in projections[:3])
+        if dtype == "int8":
+            k, v = (as_int8_holds(x)[0] for x in (k, v))
         expected, gone = oracle_layer(find_policy(policy), budget, q, k, v, selective=True)
         np.testing.assert_allclose(out[row], expected, atol=3e-6)
         assert sorted(set(after.position[row, 0].tolist()) - {-1}) == sorted(set(range(LENGTH)) - set(gone))
@@ -91,10 +105,17 @@ CASES = {
     "full_standard": (None, 15, {"selection": "off"}, "float32"),
     "full_own_head": (None, 15, {"selection": "own_head"}, "float32"),
     "full_bfloat16": (None, 15, {}, "bfloat16"),
+    "int8": ("selective", 5, GROUPED, "int8"),
+    "int8_own_head": ("selective", 5, {"selection": "own_head", "num_kv_heads": 1}, "int8"),
+    "int8_standard": ("oldest", 6, {"selection": "off"}, "int8"),
+    "int8_odd_heads": ("selective", 5, {"num_heads": 3, "num_kv_heads": 3}, "int8"),
+    "int8_in_bfloat16": ("selective", 5, {"dtype": "bfloat16"}, "int8"),
+    "full_int8": (None, 15, GROUPED, "int8"),
+    "full_int8_standard": (None, 15, {"selection": "off"}, "int8"),
 }
 
 
-QUICK = ("own_head", "odd_heads", "bfloat16", "full")  # of `make test`
+QUICK = ("own_head", "odd_heads", "bfloat16", "full", "int8_own_head", "full_int8")  # of `make test`
 
 
 @pytest.mark.parametrize(
@@ -105,19 +126,24 @@ def test_ragged_rows_are_what_xla_computes(policy, budget, changes, dtype):
     check_against_xla(policy, budget, changes, dtype, late=(0, 9, 5, 8), length=LENGTH)
 
 
-@pytest.mark.parametrize(("policy", "budget"), [pytest.param("selective", 300, marks=pytest.mark.slow), (None, 320)])
-def test_many_blocks_of_slots_and_rows_are_what_xla_computes(policy, budget, monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK_BYTES", 2 * 128 * 128 * 4)  # two rows of 128 slots
+BLOCKS = [(None, 320, "float32"), pytest.param("selective", 300, "float32", marks=pytest.mark.slow)]
+BLOCKS.append(pytest.param("selective", 300, "int8", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("policy", "budget", "dtype"), BLOCKS)
+def test_many_blocks_of_slots_and_rows_are_what_xla_computes(policy, budget, dtype, monkeypatch):
+    item = jnp.dtype(dtype).itemsize
+    monkeypatch.setattr(kernel, "BLOCK_BYTES", 2 * 128 * 128 * item)  # two rows of 128 slots
     monkeypatch.setattr(kernel, "LEAST_STEPS", 1)
     config = make_config()
     plan = kernel.make_plan(
         jax.ShapeDtypeStruct((4, 1, 4, WIDTH), jnp.float32),
-        jax.ShapeDtypeStruct((4, -(-budget // 8) * 8, 128), jnp.float32),
+        jax.ShapeDtypeStruct((4, -(-budget // 8) * 8, 128), dtype),
         *(budget, config.num_kv_heads, config.selection),
         adds=True,
     )
     assert plan.blocks > 1 and plan.block * plan.blocks > budget  # the last one hangs over
-    check_against_xla(policy, budget, {}, "float32", late=(0, 297, 167, 43), length=320)
+    check_against_xla(policy, budget, {}, dtype, late=(0, 297, 167, 43), length=320)
 
 
 def check_against_xla(policy, budget, changes, dtype, late, length):
@@ -125,11 +151,11 @@ def check_against_xla(policy, budget, changes, dtype, late, length):
     for attention in ("xla", "pallas"):
         config = make_config(attention, **changes)
         layer = make_layer(config, budget, policy, dtype=dtype)
-        layer = layer if attention == "xla" else poisoned(layer)
+        layer = layer if attention == "xla" and dtype != "int8" else poisoned(layer)
         assert layer.fused == (attention == "pallas")
         results.append(decode_all(layer, jnp.asarray(late, jnp.int32), make_projections(config, length=length)))
     (expected, xla), (out, after) = results
-    atol = 4e-2 if dtype == "bfloat16" else 2e-5
+    atol = 4e-2 if "bfloat16" in (dtype, config.dtype) else 2e-5
     for row, begins in enumerate(late):
         np.testing.assert_allclose(out[row, begins:], expected[row, begins:], atol=atol)
     if policy is not None:
@@ -138,18 +164,19 @@ def check_against_xla(policy, budget, changes, dtype, late, length):
         np.testing.assert_allclose(after.f, xla.f, atol=atol, rtol=1e-5)
 
 
-MESHES = [(GROUPED, 2), pytest.param({"selection": "own_head"}, 4, marks=pytest.mark.slow)]
-MESHES.append(pytest.param({}, 3, marks=pytest.mark.slow))  # which do not divide the heads
+MESHES = [(GROUPED, 2, "float32"), pytest.param({"selection": "own_head"}, 4, "float32", marks=pytest.mark.slow)]
+MESHES.append(pytest.param({}, 3, "float32", marks=pytest.mark.slow))  # which do not divide the heads
+MESHES.append(pytest.param({}, 2, "int8", marks=pytest.mark.slow))
 
 
-@pytest.mark.parametrize(("changes", "shards"), MESHES, ids=str)
-def test_a_mesh_computes_what_one_device_does(changes, shards):
+@pytest.mark.parametrize(("changes", "shards", "dtype"), MESHES, ids=str)
+def test_a_mesh_computes_what_one_device_does(changes, shards, dtype):
     config = make_config(**changes)
     projections = make_projections(config)
     start_B = jnp.zeros(4, jnp.int32)
-    expected, alone = decode_all(make_layer(config, 5, "selective"), start_B, projections)
+    expected, alone = decode_all(make_layer(config, 5, "selective", dtype=dtype), start_B, projections)
     with jax.set_mesh(jax.make_mesh((2, shards), ("data", "tensor"), devices=jax.devices()[: 2 * shards])):
-        layer = make_layer(config, 5, "selective")
+        layer = make_layer(config, 5, "selective", dtype=dtype)
         assert layer.k.shape[1] == (shards if config.num_kv_heads % shards == 0 else 1)
         step = jax.jit(lambda layer, *token: layer.attend(*token))
         for n in range(LENGTH):

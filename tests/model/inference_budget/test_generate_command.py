@@ -137,6 +137,16 @@ def test_a_continuation_keeps_its_first_space(tmp_path):
     assert tokenizer.continuation(prompt, whole[len(prompt) :]) == " sat"
 
 
+def test_a_cache_in_int8_says_its_own_tokens_and_is_no_continuation_of_another(folder, whole, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    main(arguments(folder, output, "--cache-dtype=int8"))
+    model = import_safetensors(folder / "export")
+    decoder = Decoder(model, BUDGETS, POLICIES["selective"], cache_dtype="int8", block=64)
+    expected = decoder.generate(PROMPTS, 6, temperature=0)
+    assert all(read(output)[f"p{n}"]["tokens"] == expected[n] for n in range(0, 12, 2))
+    assert_refused(arguments(folder, output), "line . is of another request than id 'p", capsys)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -172,6 +182,7 @@ def test_a_line_that_cannot_be_used_is_named(folder, tmp_path, capsys, line, mes
         (["--tokenizer=none"], "none: No such file or directory; give a tokenizer.model"),
         (["--output=none/out.jsonl"], "--output=none/out.jsonl cannot be written: No such file or directory"),
         (["--budget-class=tiny"], "--budget-class=tiny: give NAME=FILE"),
+        (["--cache-dtype=int4"], "argument --cache-dtype: invalid choice: 'int4' .choose from '?float32'?, '?bfloat16"),
         (["--rows=0"], "argument --rows: must be at least 1, not 0; see python -m inference_budget generate --help"),
         (["--top-k=50"], "line 1: top_k must be from 1 to vocab_size=40, got 50"),
     ],

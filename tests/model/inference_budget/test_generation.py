@@ -88,7 +88,7 @@ def test_a_decoder_holds_the_weights_once():
 
 
 def test_the_cache_that_decodes_has_the_bytes_that_are_said():
-    decoder = Decoder(make_model(), BUDGETS, POLICIES["selective"], dtype="bfloat16")
+    decoder = Decoder(make_model(), BUDGETS, POLICIES["selective"], cache_dtype="bfloat16")
     _, cache = decoder.prefill([[2], [2, 5]])
     said = init_pruned_cache(decoder.config, 2, BUDGETS, POLICIES["selective"], "bfloat16")
     assert cache_bytes(cache) == cache_bytes(said)
