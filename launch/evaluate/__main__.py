@@ -24,6 +24,7 @@ from data import EvalBatches
 from inference_budget import Evaluator, Forgotten, Scorer
 from launch.budgets.inputs import check_output, read_windows
 from launch.commands import InputError, Parser, positive, run_to_the_end
+from selective_attention.quantised import CACHE_DTYPES
 from trainer.hosts.compilation_cache import open_shared_cache
 
 from .caches import CacheSize, Subject, load_subject
@@ -50,7 +51,13 @@ def run(options: argparse.Namespace) -> None:
         check_output(path)
     other = read_results(options.against) if options.against else None
     subject = load_subject(
-        options.checkpoint, options.data, options.budgets, options.memory_factor, options.policy, options.context
+        options.checkpoint,
+        options.data,
+        options.budgets,
+        options.memory_factor,
+        options.policy,
+        options.context,
+        options.cache_dtype,
     )
     measures = _measures(options, subject)
     results: list[CacheResult] = []
@@ -62,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
             {
                 "cache": cache.name,
                 "policy": cache.policy_name,
+                "cache_dtype": cache.dtype,
                 "memory_factor": cache.budgets.memory_factor,
                 "budgets": list(cache.budgets.tokens),
                 "tasks": {task: task_result(measurement) for task, measurement in found.items()},
@@ -125,7 +133,7 @@ def _perplexity(
     leave a layer that is not full, how many it holds.
     """
     windows = read_windows(subject.dataset, options.split, subject.length, options.windows)
-    evaluator = Evaluator(subject.model, windows, cache.policy)
+    evaluator = Evaluator(subject.model, windows, cache.policy, cache_dtype=cache.dtype)
     (losses,) = evaluator.losses([cache.budgets])
     of_windows = {"nats": losses.windows, "nats_last_quarter": losses.last_quarter}
     totals: dict[str, tuple[float, float | None]] = {"perplexity": (losses.perplexity, None)}
@@ -180,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory-factor", type=_factors, default=[], metavar="X,...", help="uniform budgets, so many times smaller")
     add("--context", type=positive, help="tokens; by default the model's, or that of the files of --budgets")
     add("--policy", type=_names, default=[], metavar="NAME,...", help="who leaves a full layer; by default selective")
+    dtypes = ", ".join(CACHE_DTYPES)
+    add("--cache-dtype", type=_dtypes, default=[], metavar="NAME,...",
+        help=f"of keys and values: every cache in each of {dtypes}; by default the model's")  # fmt: skip
     add("--tasks", type=_names, default=[PERPLEXITY], metavar="NAME,...", help="what to measure; by default perplexity")
     add("--requests", metavar="SOURCE", help="file, folder or installed package with ready requests of the tasks")
     add("--include_path", help="folder with tasks of your own for lm-evaluation-harness")
@@ -199,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
 def _names(text: str) -> list[str]:
     if not all(names := text.split(",")):
         raise argparse.ArgumentTypeError(f"must be names with commas between them, not {text!r}")
+    return names
+
+
+def _dtypes(text: str) -> list[str]:
+    for name in (names := _names(text)):
+        if name not in CACHE_DTYPES:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(CACHE_DTYPES)}, not {name!r}")
     return names
 
 

@@ -24,6 +24,7 @@ class CacheSize:
 
     budgets: Budgets
     policy: EvictionPolicy | None
+    dtype: str | None = None  # of keys and values; None for the model's
 
     @property
     def policy_name(self) -> str | None:
@@ -31,7 +32,8 @@ class CacheSize:
 
     @property
     def name(self) -> str:
-        return FULL if self.policy is None else f"{self.policy_name} {self.budgets.memory_factor:.2f}x"
+        size = FULL if self.policy is None else f"{self.policy_name} {self.budgets.memory_factor:.2f}x"
+        return size if self.dtype is None else f"{size}, {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Subject:
 
     def scorer(self, cache: CacheSize) -> Scorer:
         policy = cache.policy or find_policy("oldest")  # whom nothing makes room for in a full cache
-        return Scorer(self.model, cache.budgets, policy, bos_id=self.tokenizer.bos_id)
+        return Scorer(self.model, cache.budgets, policy, cache_dtype=cache.dtype, bos_id=self.tokenizer.bos_id)
 
 
 def load_subject(
@@ -72,6 +74,7 @@ def load_subject(
     factors: Sequence[float],
     policies: Sequence[str],
     context: int | None = None,
+    dtypes: Sequence[str] = (),
 ) -> Subject:
     """The model, and its full cache before those that were asked for.
 
@@ -83,6 +86,7 @@ def load_subject(
       factors: memory factors of uniform budgets, with each of `policies`; of those that forget, 1 as well.
       policies: by default each file's own, and for `factors` "selective".
       context: tokens; by default the model's, or that of the files.
+      dtypes: of keys and values: all caches in each of them, beside a full one in the model's.
 
     Raises:
       InputError, DataError, BudgetsError: what cannot be used.
@@ -125,7 +129,8 @@ def load_subject(
         check_vocabulary(model, text.manifest.vocab_size, text.path)
     full = CacheSize(Budgets.full(config.num_layers, length), None)
     source = {"path": located(checkpoint), "fingerprint": fingerprint}
-    return Subject(model, source, text, tokenizer, [full, *caches])
+    in_dtypes = [dataclasses.replace(cache, dtype=dtype) for dtype in dtypes for cache in (full, *caches)]
+    return Subject(model, source, text, tokenizer, [full, *(in_dtypes or caches)])
 
 
 def data_of_run(checkpoint: str) -> Dataset:

@@ -18,6 +18,7 @@ from .items import Measurement
 FORMAT = "launch.evaluate/1"
 SHARES = ("acc", "acc_norm", "acc_bytes", "exact")  # of items, so that Wilson's interval holds
 FULL = "full cache"
+LINES = ("solid", "dashed", "dotted")  # of a policy's dtypes
 
 
 class Mean(TypedDict):
@@ -40,8 +41,9 @@ class TaskResult(TypedDict):
 class CacheResult(TypedDict):
     """Everything that was measured with one cache."""
 
-    cache: str  # FULL, or the policy and the memory factor
+    cache: str  # FULL, or the policy and the memory factor, and the dtype if one was asked for
     policy: str | None
+    cache_dtype: str | None  # of keys and values; None for the model's
     memory_factor: float
     budgets: list[int]
     tasks: dict[str, TaskResult]
@@ -121,6 +123,11 @@ def rows(results: Sequence[CacheResult]) -> Iterator[str]:
                 yield f"    {metric:<14} {_shown(value, '.4f')}{between}{less}"
 
 
+def _line(result: CacheResult) -> tuple[str, str | None]:
+    """What one line of the plot has: the policy and the dtype."""
+    return result["policy"] or "", result["cache_dtype"]
+
+
 def _shown(value: Mean, form: str) -> str:
     error = value["standard_error"]
     return format(value["value"], form) + (f" ± {error:.4f}" if error is not None else "")
@@ -173,7 +180,7 @@ def compare(results: Sequence[CacheResult], other: ResultsFile | None) -> None:
 
 def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
     """A PNG: for each task its first metric, and its bits per byte, which small models move first, against the memory
-    factor, a line for each policy, bars of 95%.
+    factor, a line for each policy and dtype, bars of 95%.
     """
     panels = [
         (task, metric)
@@ -181,7 +188,7 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
         for number, metric in enumerate(found["metrics"])
         if number == 0 or metric == "bits_per_byte"
     ]
-    names = list(dict.fromkeys(result["policy"] for result in results[1:] if result["policy"])) or [""]
+    names = list(dict.fromkeys(_line(result) for result in results[1:] if result["policy"])) or [("", None)]
     named = list(POLICIES)[: len(charts.SERIES)]
     columns = min(len(panels), 2)
     width, height = 440, 300
@@ -199,15 +206,18 @@ def plot(path: str | Path, results: Sequence[CacheResult]) -> None:
         axes.minorticks_off()
         if metric in SHARES and found["chance"] is not None:
             axes.axhline(found["chance"], color=charts.SOFT, linewidth=1, linestyle="dashed")
-        for place, name in enumerate(names):
-            line = [results[0], *(result for result in results[1:] if result["policy"] == name)]
+        for place, (name, dtype) in enumerate(names):
+            line = [results[0], *(result for result in results[1:] if _line(result) == (name, dtype))]
             line.sort(key=lambda result: result["memory_factor"])
             values = [result["tasks"][task]["metrics"][metric] for result in line]
             errors = [1.96 * (value["standard_error"] or 0.0) for value in values]
             colour = charts.SERIES[named.index(name) if name in named else -1]
             beside = 1.04 ** (place - (len(names) - 1) / 2)  # of the others, which would hide its bars
             factors = [result["memory_factor"] * beside for result in line]
-            axes.errorbar(factors, [value["value"] for value in values], errors, color=colour, linewidth=2, label=name)
+            style = LINES[[each for of, each in names if of == name].index(dtype) % len(LINES)]
+            label = name if dtype is None else f"{name}, {dtype}"
+            means = [value["value"] for value in values]
+            axes.errorbar(factors, means, errors, color=colour, linewidth=2, linestyle=style, label=label)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", ncols=len(labels) or 1, frameon=False)
     charts.png(figure, path)

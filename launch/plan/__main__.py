@@ -5,7 +5,7 @@
     python -m launch.plan --config=configs/c4.py:d12 --topology=v4-32 --sweep [--mesh=tensor=1]
     python -m launch.plan --config=configs/c4.py:d12 --topology=v4-8,v4-16,v4-32 [--png=OUT]
     python -m launch.plan --decode [--config=configs/c4.py:d12,n2048] --memory-factor 1,4,16,47 | --budgets FILE
-        [--topology=v4-8] [--batch=ROWS] [--mesh=tensor=4] [--json=OUT] [-o PNG]
+        [--topology=v4-8] [--batch=ROWS] [--cache-dtype=int8] [--mesh=tensor=4] [--json=OUT] [-o PNG]
 
 Compiles the very step that the trainer runs. The first form says whether it fits and how long a step should take, and
 tries what would make it fit; the second ranks meshes, `--mesh` holding axes fixed; the third shows how speed scales.
@@ -31,6 +31,7 @@ from launch.plan.remedies import try_remedies
 from launch.plan.result import Plan
 from launch.plan.sweep import sweep
 from launch.slices import Topology, find
+from selective_attention.quantised import CACHE_DTYPES
 from trainer.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_OUT_OF_MEMORY, ConfigError
 from trainer.flags import CONFIG, parse_flags
 from trainer.mesh import AXES
@@ -50,6 +51,9 @@ DECODE = flags.DEFINE_bool("decode", False, "Plan decoding instead of training."
 BUDGETS = flags.DEFINE_list("budgets", [], "With --decode: files that `launch.budgets search` wrote.")
 FACTORS = flags.DEFINE_list("memory-factor", [], "With --decode: uniform budgets, so many times smaller; 1 is full.")
 BATCH = flags.DEFINE_integer("batch", None, "With --decode: rows on the slice; by default the most that fit.")
+CACHE_DTYPE = flags.DEFINE_enum(
+    "cache-dtype", None, CACHE_DTYPES, "With --decode: of keys and values; by default the model's."
+)
 EXIT_STOPPED = 130  # by Ctrl-C, as shells say it
 
 
@@ -115,7 +119,7 @@ def _run(config: Settings, topologies: list[Topology], fixed: dict[str, int]) ->
 def _run_decode(topology: Topology, mesh: dict[str, int]) -> int:
     """Plans decoding as the flags ask for, writes and prints it; the exit code."""
     dollars, date = (PRICE.value, "") if PRICE.value else topology.list_price
-    asked = Asked(BUDGETS.value, FACTORS.value, BATCH.value, mesh, dollars)
+    asked = Asked(BUDGETS.value, FACTORS.value, BATCH.value, mesh, dollars, CACHE_DTYPE.value)
     config = None if CONFIG.value is None else read_settings(CONFIG.value).transformer
     made = plan_decoding(config, topology, asked, date)
     _write(made.to_json())
@@ -145,6 +149,7 @@ def _check_flags(names: list[str]) -> None:
         raise ConfigError(f"--sweep takes one --topology, got {', '.join(names)}")
     training = {"sweep": SWEEP.value, "slices": SLICES.value != 1, "hlo": bool(HLO.value)}
     decoding = {"budgets": bool(BUDGETS.value), "memory-factor": bool(FACTORS.value), "batch": BATCH.value is not None}
+    decoding["cache-dtype"] = CACHE_DTYPE.value is not None
     for flag, given in (training if DECODE.value else decoding).items():
         if given:
             other = "training; leave it out with --decode" if DECODE.value else "decoding; give --decode too"

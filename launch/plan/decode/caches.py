@@ -23,6 +23,7 @@ class CacheChoice:
     config: TransformerConfig
     budgets: Budgets
     policy: str  # the name of who leaves a full layer
+    dtype: str | None = None  # of keys and values; None for the model's
 
 
 def read_budgets(path: str, config: TransformerConfig | None) -> tuple[TransformerConfig, Budgets, str]:
@@ -63,6 +64,7 @@ def choices(
     context_length: int,
     factors: Sequence[float],
     found: Iterable[tuple[str, Budgets, str]] = (),
+    dtype: str | None = None,
 ) -> list[CacheChoice]:
     """The caches to compare, the full ones first.
 
@@ -71,6 +73,7 @@ def choices(
       context_length: tokens of a full cache.
       factors: of uniform budgets; 1 is the full cache, which is there anyhow.
       found: names, budgets and policies of files; the names are none of full caches.
+      dtype: of all their keys and values; None for the model's.
 
     Raises:
       ConfigError: a factor below 1, or uniform budgets of a model without selection.
@@ -87,4 +90,4 @@ def choices(
         )
     made += [CacheChoice(f"{f:g}x", config, uniform(config, context_length, f), "selective") for f in pruned]
     made += [CacheChoice(name, config, budgets, policy) for name, budgets, policy in found]
-    return made
+    return [dataclasses.replace(choice, dtype=dtype) for choice in made]

@@ -28,6 +28,7 @@ class Asked:
     batch: int | None  # of the slice; None for the largest
     mesh: dict[str, int]
     price: float  # dollars for an hour of a chip; 0 where that is not known
+    cache_dtype: str | None = None  # of keys and values; None for the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Decoding:
     place: Slice
     config: TransformerConfig
     context_length: int
+    cache_dtype: str | None
     notes: list[str]
 
     @property
@@ -48,6 +50,7 @@ class Decoding:
     def to_json(self) -> Json:
         """What `--json` writes."""
         place = dataclasses.asdict(self.place) | {"data": self.place.data, "context_length": self.context_length}
+        place["cache_dtype"] = self.cache_dtype or self.config.dtype
         return {**place, "plans": [plan.to_json() for plan in self.plans]}
 
     def table(self) -> str:
@@ -63,7 +66,8 @@ class Decoding:
     def _title(self) -> str:
         c = self.config
         millions = c.parameter_counts()["total"] / 1e6
-        return f"{c.num_layers} layers, {millions:,.0f}M parameters, {c.dtype}, N = {self.context_length:,}"
+        dtype = c.dtype if self.cache_dtype in (None, c.dtype) else f"{c.dtype}, cache in {self.cache_dtype}"
+        return f"{c.num_layers} layers, {millions:,.0f}M parameters, {dtype}, N = {self.context_length:,}"
 
 
 def plan_decoding(config: TransformerConfig | None, topology: Topology, asked: Asked, listed: str = "") -> Decoding:
@@ -93,7 +97,7 @@ def plan_decoding(config: TransformerConfig | None, topology: Topology, asked: A
     lengths = sorted({budgets.context_length for _, budgets, _ in found}) or [config.max_length]
     if len(lengths) > 1:
         raise ConfigError(f"--budgets: files for contexts of {lengths[0]} and {lengths[-1]} tokens are planned apart")
-    compared = caches.choices(config, lengths[0], factors, found)
+    compared = caches.choices(config, lengths[0], factors, found, asked.cache_dtype)
     place = make_slice(config, topology, asked.mesh, asked.batch)
 
     def one(choice: CacheChoice) -> DecodePlan | CacheDoesNotFit:
@@ -101,7 +105,7 @@ def plan_decoding(config: TransformerConfig | None, topology: Topology, asked: A
 
     minutes = MINUTES if asked.batch is None else MINUTES_OF_ONE
     plans = compile_all(one, compared, "caches", minutes)
-    return Decoding(plans, place, config, lengths[0], _notes(asked, factors, listed))
+    return Decoding(plans, place, config, lengths[0], asked.cache_dtype, _notes(asked, factors, listed))
 
 
 def _factor(text: str) -> float:
@@ -117,6 +121,8 @@ def _notes(asked: Asked, factors: Sequence[float], listed: str) -> list[str]:
     if any(factor != 1 for factor in factors):
         notes.append("Uniform budgets, N / factor: a trained model's come from launch.budgets search.")
     notes.append("A full cache counts with all its slots, however many are taken.")
+    if asked.cache_dtype == "int8":
+        notes.append("int8 keys and values have a bfloat16 scale for each token and head.")
     if asked.price:
         source = f" (list of {listed}, on demand)" if listed else ""
         notes.append(f"At {asked.price:g} dollars a chip-hour{source}.")

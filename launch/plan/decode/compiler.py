@@ -33,6 +33,7 @@ from launch.plan.hlo import Program
 from launch.plan.result import Json, OversizedStep
 from launch.slices import find
 from selective_attention import Cache, Selection, Transformer, TransformerConfig, init_cache, partition_spec
+from selective_attention.quantised import SCALE_BYTES, check_cache_dtype, is_int8, selecting_dtype
 from selective_attention.transformer.decoding import for_decoding
 from trainer.mesh import make_mesh
 
@@ -108,7 +109,7 @@ def _compile(request: Json) -> DecodeStep | OversizedStep:
 def _choice(values: Json) -> CacheChoice:
     """The cache of a request, for a TPU."""
     config = TransformerConfig(**values["config"] | {"attention": "pallas"})  # what None is on a TPU
-    return CacheChoice(values["name"], config, Budgets(**values["budgets"]), values["policy"])
+    return CacheChoice(values["name"], config, Budgets(**values["budgets"]), values["policy"], values["dtype"])
 
 
 def _mesh(devices: Any, place: Slice) -> Mesh:
@@ -152,11 +153,11 @@ def _empty(choice: CacheChoice, rows: int, place: Slice) -> Cache:
     leave a full layer.
     """
     if choice.name == STANDARD and place.tensor == 1:
-        return init_cache(choice.config, rows, choice.budgets.context_length)
+        return init_cache(choice.config, rows, choice.budgets.context_length, choice.dtype)
     policy = find_policy(choice.policy)
     if isinstance(policy, Forgotten):  # a step costs the same whatever the threshold, and weights there are none
         policy = Forgotten((0.0,))
-    return init_pruned_cache(choice.config, rows, choice.budgets, policy)
+    return init_pruned_cache(choice.config, rows, choice.budgets, policy, choice.dtype)
 
 
 def _bytes(tree: Any) -> int:
@@ -166,12 +167,17 @@ def _bytes(tree: Any) -> int:
 
 def _cache_bytes(choice: CacheChoice, batch: int, place: Slice, cache: Cache) -> int:
     """Of the tokens on one chip, whatever the slots' layout adds to them."""
-    c = choice.config
-    values = 2 * c.num_kv_heads // place.tensor * c.head_dim
-    values += c.head_dim if c.selection is Selection.OWN_HEAD else 0
-    tokens = batch // place.data * choice.budgets.total
     state = [x for x in jax.tree.leaves(cache.layers) if x.ndim < 4]  # F, positions, scores
-    return tokens * values * jnp.dtype(c.dtype).itemsize + _bytes(state)
+    tokens = batch // place.data * choice.budgets.total
+    return tokens * token_bytes(choice, place.tensor) + _bytes(state)
+
+
+def token_bytes(choice: CacheChoice, tensor: int = 1) -> int:
+    """Of the keys and values of a token in a layer, on one of so many chips that split the heads."""
+    c, dtype = choice.config, check_cache_dtype(choice.dtype, choice.config.dtype)
+    of_head = c.head_dim * dtype.itemsize + (SCALE_BYTES if is_int8(dtype) else 0)
+    own = c.head_dim * selecting_dtype(dtype, c.dtype).itemsize if c.selection is Selection.OWN_HEAD else 0
+    return 2 * c.num_kv_heads // tensor * of_head + own
 
 
 def _padded(tree: Any, formats: Any) -> int:
@@ -195,9 +201,7 @@ def weight_bytes(choice: CacheChoice) -> int:
 
 def row_bytes(choice: CacheChoice) -> int:
     """Of one row's keys, values, positions and logits, about, for a first guess."""
-    c = choice.config
-    token = 2 * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize + 8
-    return choice.budgets.total * token + 8 * c.vocab_size
+    return choice.budgets.total * (token_bytes(choice) + 8) + 8 * choice.config.vocab_size
 
 
 if __name__ == "__main__":

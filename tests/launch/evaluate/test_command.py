@@ -61,6 +61,22 @@ def test_two_checkpoints_are_compared_item_by_item(evaluated, folder, tmp_path, 
     assert "; minus --against " in capsys.readouterr().out
 
 
+def test_caches_of_several_dtypes_stand_beside_the_models_full_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = ["--checkpoint=model", "--data=data", "--tasks=perplexity,words", "--requests=requests", "--windows=2"]
+    dtypes = ["--memory-factor=16", "--cache-dtype=float32,int8", f"--plot={tmp_path}/x.png"]
+    main([*options, *dtypes, f"--output={tmp_path}/x.json"])
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert [result["cache"] for result in results] == [
+        "full cache", "full cache, float32", "selective 16.00x, float32", "full cache, int8", "selective 16.00x, int8",
+    ]  # fmt: skip
+    bits = [result["tasks"]["words"]["metrics"]["bits_per_byte"]["value"] for result in results]
+    nats = [result["tasks"]["perplexity"]["metrics"]["nats"]["value"] for result in results]
+    for found in (bits, nats):
+        assert found[0] == pytest.approx(found[1], abs=1e-5)
+        assert 1e-5 < abs(found[3] - found[0]) < 0.05 and 1e-5 < abs(found[4] - found[2]) < 0.05
+
+
 def test_retrieval_against_the_memory_factor_is_one_file_and_one_plot(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     options = ["--checkpoint=model", "--data=data", "--tasks=perplexity,needle", "--lengths=64", "--limit=2"]
@@ -94,6 +110,7 @@ def test_a_cache_that_forgets_needs_no_limit_and_says_how_much_it_holds(folder, 
         (["--data="], "model has no tokenizer; give the dataset that the model was trained on with --data"),
         (["--checkpoint=small"], "data has 300 different tokens, the model 200"),
         (["--policy=tova"], "--policy is of a cache that is not full; give --memory-factor or --budgets"),
+        (["--cache-dtype=int8,int4"], "argument --cache-dtype: must be of float32, bfloat16, int8, not 'int4'"),
         (["--memory-factor=1"], "argument --memory-factor: must be above 1, which is the full cache, not 1"),
         (["--memory-factor=60"], "1 tokens over 1 layers are out of range: from 2 to 64"),
         (["--memory-factor=2", "--policy=lru"], "there is no policy 'lru'; take selective, h2o, "),

@@ -25,6 +25,7 @@ MISTAKES = {
     "misspelt group": ([D8, "--config.modl.width=3"], "--config has no key modl; did you mean model?"),
     "stray argument": ([D8, "v4-8"], "unexpected argument 'v4-8'"),
     "a flag of training": ([D8, "--topology=v4-8", "--decode", "--sweep"], "--sweep is for training"),
+    "a dtype of decoding": ([D8, "--cache-dtype=int8"], "--cache-dtype is for decoding; give --decode too"),
     "a flag of decoding": ([D8, "--memory-factor=4"], "--memory-factor is for decoding; give --decode too"),
     "no folder": ([D8, "--json=/no/such/folder/x"], "there is no folder /no/such/folder"),
 }

@@ -95,6 +95,19 @@ def test_bytes_without_padding_are_those_of_the_formula(plans):
     assert plans["4x"]["hbm_limit_ms"] == pytest.approx(1e3 * plans["4x"]["needed_bytes"] / 1228e9)
 
 
+def test_int8_takes_half_the_bytes_and_a_scale_for_each_token_and_head(plans, tmp_path):
+    flags = ["--memory-factor=4", "--cache-dtype=int8", f"--batch={BATCH}", f"--json={tmp_path}/plan.json"]
+    done = run_plan(*TINY, *flags)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert made["cache_dtype"] == "int8" and "cache in int8" in done.stdout
+    heads, width, rows = 2, 64, BATCH // 4
+    for plan, beside in zip(made["plans"], (0, 4 + 4, 4 + 4), strict=True):
+        bytes_of_token = 2 * heads * (width + 2) + beside
+        assert plan["cache_bytes"] == rows * sum(plan["budgets"]) * bytes_of_token
+        assert plan["hbm_bytes"]["cache"] < 0.65 * plans[plan["name"]]["hbm_bytes"]["cache"]
+
+
 COMPILE = """
 import sys
 import jax, jax.numpy as jnp
