@@ -25,6 +25,10 @@ class Data:
     """Where the tokens come from."""
 
     path: Free[str] = ""  # folder made by `python -m data.prepare`; a checkpoint knows the dataset by its fingerprint
+    task: str = ""  # "assignment" or "parity": sequences that are made up (data/tasks.py) instead of a dataset's
+    task_names: Positive[int] = 8  # of assignment: names that are given values
+    task_values: Positive[int] = 16  # of assignment: values
+    task_queries: Positive[int] = 8  # of assignment: names that are asked for, in every sequence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ from data.batches import EvalBatches, TrainBatches
 from data.dataset import Dataset, open_dataset
 from data.errors import DataError, UnreachableError
 from data.manifest import Manifest
+from data.task_batches import TaskEvalBatches, TaskTrainBatches
+from data.tasks import Task, find_task
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
 
@@ -12,9 +14,13 @@ __all__ = [
     "Dataset",
     "EvalBatches",
     "Manifest",
+    "Task",
+    "TaskEvalBatches",
+    "TaskTrainBatches",
     "Tokenizer",
     "TrainBatches",
     "UnreachableError",
+    "find_task",
     "load_tokenizer",
     "open_dataset",
 ]

@@ -17,7 +17,7 @@ class Batch(TypedDict):
     """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
 
     inputs: Array  # int32 [B, N]
-    targets: Array  # int32 [B, N]; the tokenizer's pad id does not count
+    targets: Array  # int32 [B, N]; the pad id is no token, and one below 0 is not to be predicted
     bytes: Array  # int32 [B], of text that a row's targets are
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from trainer.batches import Rows, prefetch
 from trainer.hosts.requests import Request
-from trainer.step import EvalStep
+from trainer.step import EvalStep, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,17 @@ class Evaluation:
 
     loss: float  # nats per token
     tokens: int
-    bytes: int  # of text
+    bytes: int  # of text; 0 where there is none
+    correct: int | None = None  # tokens that were the model's first choice, where that was counted
+
+    def figures(self) -> dict[str, float]:
+        """All that there is, by the names of the metrics."""
+        figures = {"loss": self.loss, "perplexity": self.perplexity}
+        if self.bytes:
+            figures["bits_per_byte"] = self.bits_per_byte
+        if self.correct is not None:
+            figures["accuracy"] = self.correct / self.tokens
+        return figures
 
     @property
     def bits_per_byte(self) -> float:
@@ -50,21 +60,27 @@ def evaluate(
     Sums are kept in float64 on the host, so that the result does not depend on the number of batches before it.
     `requests` gives the array of `trainer.hosts.requests`; `progress` is called after each batch.
     """
-    nll, tokens, text_bytes = 0.0, 0, 0
-    pending = None
+    sums = {"nll": 0.0, "tokens": 0.0, "bytes": 0.0}
+    pending: list[Metrics] = []  # of the batch before
+
+    def read() -> bool:
+        """Adds what is pending; whether a host was told to stop."""
+        for dispatched in pending:
+            values = jax.device_get(dispatched)
+            progress()
+            for name in values.keys() - {"requests"}:
+                sums[name] = sums.get(name, 0.0) + float(values[name])
+            if values["requests"][Request.STOP]:
+                return True
+        return False
+
     for batch, _ in prefetch(source, range(num_batches), sharding):
         dispatched = eval_step(params, batch, requests())
-        if pending is not None:
-            values = jax.device_get(pending)
-            nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
-            text_bytes += int(values["bytes"])
-            progress()
-            if values["requests"][Request.STOP]:
-                return None
-        pending = dispatched
-    values = jax.device_get(pending)
-    progress()
-    if values["requests"][Request.STOP]:
+        if read():
+            return None
+        pending = [dispatched]
+    if read():
         return None
-    nll, tokens = nll + float(values["nll"]), tokens + int(values["tokens"])
-    return Evaluation(nll / tokens, tokens, text_bytes + int(values["bytes"]))
+    tokens = int(sums["tokens"])
+    correct = int(sums["correct"]) if "correct" in sums else None
+    return Evaluation(sums["nll"] / tokens, tokens, int(sums["bytes"]), correct)

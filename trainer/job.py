@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from data import Dataset, open_dataset
 from trainer.beginning import first_state
 from trainer.checkpoints.disk import check_workdir
 from trainer.checkpoints.manager import Checkpoints, Restored
-from trainer.checks import check_batch, check_dataset
+from trainer.checks import check_batch
 from trainer.goodput import Goodput, Phases
 from trainer.hosts.interrupt import Interrupt
 from trainer.hosts.lease import Lease
 from trainer.hosts.watchdog import Watchdog
 from trainer.mesh import make_mesh
 from trainer.settings import Settings
+from trainer.source import Source, open_source
 from trainer.state import TrainState, abstract_state
 
 logger = logging.getLogger("trainer")
@@ -31,7 +31,7 @@ class Job:
     settings: Settings
     workdir: str
     mesh: Mesh
-    dataset: Dataset
+    source: Source
     state_shape: TrainState  # ShapeDtypeStructs with shardings
     checkpoints: Checkpoints
     phases: Phases
@@ -43,7 +43,7 @@ class Job:
     @property
     def pad_id(self) -> int:
         """The token id that does not count."""
-        return self.dataset.manifest.tokenizer.pad_id
+        return self.source.pad_id
 
     def restore(self) -> Restored:
         """The newest whole checkpoint, or the beginning.
@@ -70,15 +70,14 @@ def open_job(
     started_at: float,
     init_from: str = "",
 ) -> Job:
-    """Checks dataset, mesh and workdir against the settings, and each other, and takes the workdir; see `train` for the
+    """Checks data, mesh and workdir against the settings, and each other, and takes the workdir; see `train` for the
     arguments.
 
     Raises:
       ConfigError, ResumeError, StorageError, LeaseError, data.DataError: nothing was overwritten.
     """
     is_main = jax.process_index() == 0
-    dataset = open_dataset(settings.data.path, settings.faults.storage_retry_seconds)
-    check_dataset(settings, dataset.manifest)
+    source = open_source(settings)
     mesh = make_mesh(settings.mesh)
     check_batch(settings, mesh.shape)
     state_shape = abstract_state(settings, mesh)
@@ -87,12 +86,12 @@ def open_job(
     lease.take(workdir)
     goodput = Goodput(workdir, started_at, is_main)
     goodput.add("start_up", time.monotonic() - started_at)
-    checkpoints = Checkpoints(workdir, settings, dataset.manifest.fingerprint, override_resume, lease.confirm)
+    checkpoints = Checkpoints(workdir, settings, source.fingerprint, override_resume, lease.confirm)
     if is_main:
         counts = settings.transformer.parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
-        if (unused := settings.model.vocab_size - dataset.manifest.vocab_size) > 0:
-            logger.info("the model has %s token ids that the dataset's tokenizer does not have", f"{unused:,}")
+        if (unused := settings.model.vocab_size - source.vocab_size) > 0:
+            logger.info("the model has %s token ids that the data does not have", f"{unused:,}")
         logger.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
     faults = settings.faults
     watchdog = Watchdog(
@@ -100,5 +99,5 @@ def open_job(
     )
     phases = Phases(watchdog, goodput)
     return Job(
-        settings, workdir, mesh, dataset, state_shape, checkpoints, phases, interrupt, started_at, is_main, init_from
+        settings, workdir, mesh, source, state_shape, checkpoints, phases, interrupt, started_at, is_main, init_from
     )

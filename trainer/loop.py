@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import jax
 from etils import epath
 
-from data import TrainBatches
 from trainer.batches import batch_sharding
 from trainer.checkpoints.disk import explain, gone_message, retried, write_file
 from trainer.checkpoints.manager import Restored
@@ -122,12 +121,7 @@ class Run:
         """`compiled` is the train step; `writers` as in `train`."""
         settings, sharding = job.settings, batch_sharding(job.mesh)
         self.job, self.settings, self.phases = job, settings, job.phases
-        source = TrainBatches(
-            job.dataset,
-            context_length=settings.context_length,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
+        source = job.source.train
         self.begin_at: Callable[[Restored], Position] = functools.partial(begin_at, source, settings.steps, sharding)
         self.at = self.begin_at(start)  # batches are read while the compiler still works
         with self.phases("waiting for the compiler", "compile"):
@@ -275,9 +269,8 @@ class Run:
         if self.job.is_main:
             result = {
                 "steps": self.settings.steps,
-                "loss": final.loss,
+                **final.figures(),
                 "perplexity": final.perplexity if math.isfinite(final.perplexity) else None,  # JSON knows no infinity
-                "bits_per_byte": final.bits_per_byte,
                 "tokens": final.tokens,
             }
             path = epath.Path(self.job.workdir, RESULT_FILE)

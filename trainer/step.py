@@ -59,7 +59,7 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
         loss = nll / num_tokens
         if not epsilon:
             return loss, {"loss": loss, "memory_loss": jnp.zeros_like(loss)}
-        memory = jnp.sum(memory_loss(forgotten_LBN, weights_BN)) / settings.batch_size
+        memory = jnp.sum(memory_loss(forgotten_LBN, _present(part, pad_id))) / settings.batch_size
         return loss + epsilon * memory, {"loss": loss, "memory_loss": memory}
 
     def train_step(state: TrainState, batch: Batch, requests: Array) -> tuple[TrainState, Metrics]:
@@ -121,14 +121,20 @@ def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState,
     return compiled
 
 
-def make_eval_step(model: TransformerConfig, pad_id: int) -> EvalStep:
-    """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens", "bytes", "requests"}`, as above."""
+def make_eval_step(model: TransformerConfig, pad_id: int, has_answers: bool = False) -> EvalStep:
+    """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens", "bytes", "requests"}`, as above; with
+    answers also "correct": how many tokens were more likely than all others.
+    """
     graph = model_graph(dataclasses.replace(model, scan_layers=True))  # which without a gradient stacks nothing
 
     def eval_step(params: nnx.State, batch: Batch, requests: Array) -> Metrics:
         logits_BNV = nnx.merge(graph, params)(batch["inputs"])
-        nll, tokens = lm_loss(logits_BNV, batch["targets"], _weights(batch, pad_id))
-        return {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["bytes"]), "requests": jnp.max(requests, axis=0)}
+        weights_BN = _weights(batch, pad_id)
+        nll, tokens = lm_loss(logits_BNV, batch["targets"], weights_BN)
+        sums = {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["bytes"])}
+        if has_answers:
+            sums["correct"] = jnp.sum(is_correct(logits_BNV, batch["targets"]) * weights_BN)
+        return sums | {"requests": jnp.max(requests, axis=0)}
 
     return eval_step
 
@@ -143,7 +149,7 @@ def make_selection_step(model: TransformerConfig, tau: float, pad_id: int) -> Ca
         def statistics(f_BNM: Array) -> Metrics:
             is_first_B = reshard(jnp.arange(f_BNM.shape[0]) == 0, "batch").astype(f_BNM.dtype)
             text_f = jnp.sum(f_BNM[:, :TEXT_TOKENS, :TEXT_TOKENS] * is_first_B[:, None, None], axis=0)
-            return selection_statistics(f_BNM, reshard(_weights(batch, pad_id), "batch", None), tau) | {
+            return selection_statistics(f_BNM, reshard(_present(batch, pad_id), "batch", None), tau) | {
                 "text_f": text_f
             }
 
@@ -157,7 +163,20 @@ def _next_health(health: Health, loss: Array, good: Array) -> Health:
     return Health(jnp.where(good, 0, health.bad_steps + 1), jnp.where(good, mean, health.mean_loss))
 
 
+def is_correct(logits_BNV: Array, targets_BN: Array) -> Array:
+    """Whether a target is more likely than all others, bool [B, N]; by sums and maxima, which V may be sharded for."""
+    is_target_BNV = jnp.arange(logits_BNV.shape[-1], dtype=targets_BN.dtype) == targets_BN[..., None]
+    target_BN = jnp.sum(jnp.where(is_target_BNV, logits_BNV, 0), axis=-1)
+    return target_BN > jnp.max(jnp.where(is_target_BNV, -jnp.inf, logits_BNV), axis=-1)
+
+
 def _weights(batch: Batch, pad_id: int) -> Array:
+    """1 for tokens to be predicted."""
+    return ((batch["targets"] != pad_id) & (batch["targets"] >= 0)).astype(jnp.float32)
+
+
+def _present(batch: Batch, pad_id: int) -> Array:
+    """1 for tokens that are there, whether they are to be predicted or not."""
     return (batch["targets"] != pad_id).astype(jnp.float32)
 
 

@@ -7,8 +7,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from data import EvalBatches
-from data.tokenizer import legible
 from trainer.batches import batch_sharding, global_batch
 from trainer.evaluate import Evaluation, evaluate
 from trainer.job import Job
@@ -25,13 +23,13 @@ class Validation:
     def __init__(self, job: Job, writer: MetricsWriter, requests: Callable[[], Array]) -> None:
         """`requests` as in `evaluate`."""
         settings = job.settings
-        self._batches = EvalBatches(job.dataset, context_length=settings.context_length, batch_size=settings.batch_size)
+        self._batches = job.source.validation
         self._sharding, self._phases, self._is_main = batch_sharding(job.mesh), job.phases, job.is_main
         self._writer, self._requests = writer, requests
-        self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id))
+        self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id, job.source.has_answers))
         self._workdir, self._every_steps, self._draws = job.workdir, settings.eval.every_steps, settings.eval.pictures
-        tokenizer, inputs_BN = job.dataset.tokenizer(), self._batches.rows(0, range(1))["inputs"]
-        self._tokens = [legible(tokenizer.piece(token)) for token in inputs_BN[0]]  # of the text of the pictures
+        inputs_BN = self._batches.rows(0, range(1))["inputs"]
+        self._tokens = [job.source.piece(token) for token in inputs_BN[0]]  # of the text of the pictures
         self._selection_step = (
             jax.jit(make_selection_step(settings.transformer, settings.memory_loss.tau, job.pad_id))
             if settings.model.selective
@@ -56,8 +54,7 @@ class Validation:
                 self._eval_step, params, self._batches, num_batches, self._sharding, self._requests, on_batch
             )
         if result is not None:
-            figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
-            self._writer.write(step, {f"run/validation_{figure}": value for figure, value in figures.items()})
+            self._writer.write(step, {f"run/validation_{name}": value for name, value in result.figures().items()})
             if self._selection_step is not None:
                 with self._phases("the selection's statistics", "evaluation"):
                     with jax.transfer_guard("allow"):  # in this thread, unlike all other batches

@@ -27,8 +27,8 @@ class Identity:
         """
         if saved["dataset_fingerprint"] != self.dataset_fingerprint:
             raise ResumeError(
-                f"checkpoint {step} was trained on dataset {saved['dataset_fingerprint']}, but --config.data.path "
-                f"holds {self.dataset_fingerprint}; give the same dataset, or another --workdir"
+                f"checkpoint {step} was trained on dataset {saved['dataset_fingerprint']}, but that of --config.data "
+                f"is {self.dataset_fingerprint}; give the same dataset, or the same task, or another --workdir"
             )
         before, after = _DEFAULTS | flat(saved["config"]), flat(dataclasses.asdict(self.settings))
         may_differ = (*free_fields(), *override)

@@ -50,7 +50,7 @@ def environment(job: Job) -> dict[str, str]:
         **{name: version for name, version in versions.items() if version},
         "devices": f"{devices.size} x {devices.flat[0].device_kind}, {jax.process_count()} hosts",
         "mesh": ", ".join(f"{axis}={size}" for axis, size in job.mesh.shape.items()),
-        "dataset": f"{job.settings.data.path}, fingerprint {job.dataset.manifest.fingerprint}",
+        "dataset": f"{job.source.name}, fingerprint {job.source.fingerprint}",
         **{f"parameters, {part}": f"{count:,}" for part, count in counts.items()},
     }
 

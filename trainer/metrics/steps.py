@@ -84,12 +84,13 @@ class StepLog:
         scalars = {
             "run/loss": loss,
             "run/perplexity": perplexity(loss),
-            "run/bits_per_byte": loss * metrics["tokens"] / (math.log(2) * max(metrics["bytes"], 1.0)),
             "run/learning_rate": metrics["learning_rate"],
             "run/tokens": float(step * self._tokens),
             "weights/gradient_norm": metrics["grad_norm"],
             "weights/skipped_updates_in_a_row": metrics["bad_steps"],
         }
+        if metrics["bytes"]:
+            scalars["run/bits_per_byte"] = loss * metrics["tokens"] / (math.log(2) * metrics["bytes"])
         if self._job.settings.memory_loss.epsilon:
             scalars["selection/training_memory_loss"] = metrics["memory_loss"]
         return scalars
