@@ -2,7 +2,9 @@
 
     make results [ONLY=WORD]    # WORD: part of the command above a table, such as sweep
 
-A table follows a line that names its command and commit. Takes an hour on two cores; no TPU is needed.
+A table follows a line that names its command and commit. So are the plans of the paper's experiments, which
+`python -m configs.list` prints: those that are not in configs/plans.json yet. Takes three hours on two cores, of which
+the experiments (ONLY=--json) take two; no TPU is needed. Stopped, it goes on with the experiment where it was.
 """
 
 import json
@@ -15,12 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs import experiments
+from launch import slices
+
 ROOT = Path(__file__).parents[1]
 PLAN = "python -m launch.plan --config=configs/c4.py:d12"
 KERNELS = "python benchmarks/tpu_kernels.py --generations v4,v5e,v5p,v6e"
 DECODE = "python -m launch.plan --decode --memory-factor=1,4,16,47 --topology=v4-8 --config=configs/c4.py:"
 PARTS = {"forward": "forward", "backward": "backward", "fwd": "forward", "dkv": "backward", "dq": "backward"}
 FULL = {"standard": "full, standard model", "full": "full, selective model"}
+DOES_NOT_FIT = 3  # exit code of launch.plan
 PROGRAMS = {"selective": "ours, selective", "standard": "ours, selection off", "splash": "splash, no selection"}
 
 
@@ -32,6 +38,40 @@ def main() -> None:
         if all(word in command for word in sys.argv[1:]):
             print(f"== {command}", flush=True)
             _replace(command, commit, made(command))
+    plan_experiments(commit, sys.argv[1:])
+
+
+def plan_experiments(commit: str, words: list[str]) -> None:
+    """Plans each config that has no figures yet and whose command has all of `words`; forgets those of no config."""
+    configs = {name: experiments.load(name) for name in reversed(experiments.CONFIGS)}
+    # The first of those whose step is the same, and none that is for a laptop.
+    names = {experiments.step_key(config): name for name, config in configs.items() if not config.data.task}
+    plans = {key: plan for key, plan in experiments.read_plans().items() if key in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for key, name in reversed(names.items()):
+            file = Path(folder, f"{key}.json")
+            command = f"python -m launch.plan --config={name} --json={file}"
+            if key in plans or not all(word in command for word in words):
+                continue
+            print(f"== {command}", flush=True)
+            _output(command, allowed=(0, DOES_NOT_FIT))
+            plans[key] = step_plan(json.loads(file.read_text()), commit)
+            experiments.PLANS_FILE.write_text(json.dumps(plans, indent=1, sort_keys=True) + "\n")
+
+
+def step_plan(plan: dict[str, Any], commit: str) -> experiments.StepPlan:
+    """What configs/plans.json keeps of a plan."""
+    price, date = slices.find(plan["topology"]).list_price
+    return experiments.StepPlan(
+        topology=plan["topology"],
+        chips=plan["chips"],
+        fits=plan["fits"],
+        headroom=round(plan.get("headroom", 0.0), 4),
+        step_ms=round(plan.get("step_ms", 0.0), 3),
+        price=price,
+        price_date=date,
+        commit=commit,
+    )
 
 
 def printed(command: str) -> str:
@@ -117,10 +157,10 @@ def _replace(command: str, commit: str, table: str) -> None:
     sys.exit(f"error: no page has a table of {command}")
 
 
-def _output(command: str) -> str:
+def _output(command: str, allowed: tuple[int, ...] = (0,)) -> str:
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    if done.returncode not in allowed:
         sys.exit(f"error: {command} ended with exit code {done.returncode}")
     return done.stdout
 

@@ -12,6 +12,7 @@ from itertools import zip_longest
 import pytest
 
 from configs import c4
+from configs.experiments import CONFIGS, load, step_key
 from launch.plan.hlo import Program
 from launch.plan.schedule import environment
 from launch.slices import TOPOLOGIES
@@ -23,9 +24,8 @@ from trainer.settings import Settings, changed, read_settings
 
 pytestmark = pytest.mark.tpu_compile
 SLOW = ["d8", "d12", "d8, two slices"]  # "tiny" is compiled in every run
-EXHAUSTIVE = [f"d{width}" for width in c4.WIDTHS if width not in (8, 12)]
-EXHAUSTIVE += [f"d12,{option}" for option in ("n512", "n1024", "n2048", "memory", "standard", "vocab32k")]
-EXHAUSTIVE += [f"d{width},standard,heads2x" for width in c4.WIDTHS] + ["d28,vocab32k"]
+STEPS = {step_key(load(name)): name.partition(":")[2] for name in reversed(CONFIGS) if "c4.py" in name}
+EXHAUSTIVE = [*(name for name in STEPS.values() if name not in SLOW), "d28,vocab32k"]
 SHIPPED = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 SHIPPED += [pytest.param(name, marks=pytest.mark.exhaustive) for name in EXHAUSTIVE]
 shipped = pytest.mark.parametrize("name", SHIPPED)
