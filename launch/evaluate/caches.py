@@ -149,7 +149,10 @@ def data_of_run(checkpoint: str) -> Dataset:
             metadata = read_metadata(folder / str(step))
         except DamagedError:
             continue
-        path = Path(read_saved(metadata["config"]).data.path)
+        data = read_saved(metadata["config"]).data
+        if data.task:
+            raise InputError(f"{checkpoint} was trained on the task {data.task}; measure it with launch.synthetic")
+        path = Path(data.path)
         if path.exists() and (dataset := open_dataset(path)).manifest.fingerprint == metadata["dataset_fingerprint"]:
             return dataset
         raise InputError(f"{path} does not hold the dataset of {checkpoint} any more; give it with --data")

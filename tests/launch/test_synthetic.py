@@ -85,3 +85,6 @@ def test_the_command_measures_a_run_and_writes_the_same_as_json(tmp_path):
     (result,) = json.loads((tmp_path / "out.json").read_text()).values()
     assert [at["length"] for at in result["lengths"]] == [32, 64, 128] and result["task"] == "assignment"
     assert all(f"{at['answers']:,}" in done.stdout for at in result["lengths"])
+    other = [sys.executable, "-m", "launch.evaluate", f"--checkpoint={tmp_path}/run", "--tasks=perplexity"]
+    done = run(other, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "trained on the task assignment; measure it with launch.synthetic" in done.stderr
