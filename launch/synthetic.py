@@ -1,11 +1,13 @@
 """How well runs of configs/synthetic.py solve their task, at the length they were trained on and others, and what they
 forget meanwhile.
 
-    python -m launch.synthetic WORKDIR... [--lengths=64,128,256] [--sequences=2048] [--json=OUT]
+    python -m launch.synthetic WORKDIR... [--lengths=64,128,256] [--sequences=2048] [--held=4,8,16 [--policy=selective]]
+        [--json=OUT]
 
 Sequences are those of validation, which no training had. `masked` is the share of tokens whose F is above 1 where the
 first answer (in parity the last) is to be given: of the stale ones, which a perfect memory would forget, and of those
-alive; AUC is how well F tells the one from the other, 0.5 is blind.
+alive; AUC is how well F tells the one from the other, 0.5 is blind. With `--held` that answer is also given by caches
+that hold so many tokens in each layer, <BOS> and the current one included.
 
 Shape letters: L layers, R rows, N positions of the context, T = N - 1 tokens that are behind BOS in it.
 """
@@ -23,7 +25,8 @@ from flax import nnx
 from jax import Array
 
 from data import Task, TaskEvalBatches
-from data.tasks import PAD
+from data.tasks import BOS, PAD
+from inference_budget import Budgets, Request, Scorer, find_policy
 from launch.budgets.inputs import check_output
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from selective_attention import Selection, Transformer
@@ -47,6 +50,16 @@ class Forgetting:
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """One answer a sequence, by a cache that holds so many tokens in each layer."""
+
+    tokens: int
+    policy: str
+    answers: int
+    wrong: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Accuracy:
     """A model on the validation sequences of one length."""
 
@@ -56,6 +69,7 @@ class Accuracy:
     sequences: int
     wrong_sequences: int  # of which an answer is wrong
     layers: list[Forgetting]  # none of a model without selection
+    ideal: float  # tokens that a perfect memory holds above the first layer: <BOS>, what is alive, and the current one
 
 
 def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accuracy:
@@ -64,26 +78,53 @@ def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accu
     Raises:
       data.DataError: the task has no sequences that are so short.
     """
-    config = dataclasses.replace(model.config, max_length=length)
-    graph, params = model_graph(config), nnx.state(model, nnx.Param)
+    graph, params = nnx.split(_of_length(model, length))
     source = TaskEvalBatches(task, context_length=length, batch_size=_ROWS)
     look = jax.jit(lambda params, inputs, targets, row: _look(nnx.merge(graph, params), inputs, targets, row))
-    totals, f_LK, stale_K = np.zeros(4, np.int64), [], []
+    totals, f_LK, stale_K = np.zeros(5, np.int64), [], []
     for first in range(0, sequences, _ROWS):
         batch = source.read(np.arange(first, min(first + _ROWS, sequences)))
-        tokens_RN, targets_RN = np.roll(batch["inputs"], -1, axis=1), batch["targets"]
-        tokens_RN[:, -1] = np.maximum(targets_RN[:, -1], PAD)  # a sequence ends with an answer
+        tokens_RN, targets_RN = _tokens(batch), batch["targets"]
         row_R, stale_RN, alive_RN = task.stale(tokens_RN)
         right_RN, f_LRN = look(params, batch["inputs"], targets_RN, row_R + 1)
         asked_RN, wrong_RN = targets_RN > PAD, (targets_RN > PAD) & ~np.asarray(right_RN)
-        totals += [asked_RN.sum(), wrong_RN.sum(), len(row_R), wrong_RN.any(axis=1).sum()]
+        totals += [asked_RN.sum(), wrong_RN.sum(), len(row_R), wrong_RN.any(axis=1).sum(), alive_RN.sum()]
         chosen_RT = (stale_RN | alive_RN)[:, :-1]
         if f_LRN is not None:
             f_LK.append(np.asarray(f_LRN)[:, :, 1:][:, chosen_RT])
             stale_K.append(stale_RN[:, :-1][chosen_RT])
     layers = [_forgetting(f_K, np.concatenate(stale_K)) for f_K in np.concatenate(f_LK, axis=1)] if f_LK else []
-    answers, wrong, measured, wrong_sequences = map(int, totals)
-    return Accuracy(length, answers, wrong, measured, wrong_sequences, layers)
+    answers, wrong, measured, wrong_sequences, alive = map(int, totals)
+    return Accuracy(length, answers, wrong, measured, wrong_sequences, layers, 2 + alive / measured)
+
+
+def measure_held(model: Transformer, task: Task, length: int, sequences: int, tokens: int, policy: str) -> Held:
+    """One answer of each sequence, when every layer holds so many tokens and the policy says who leaves.
+
+    Raises:
+      BudgetsError: no such policy, none for this model, or no such budgets.
+    """
+    batch = TaskEvalBatches(task, context_length=length, batch_size=1).read(np.arange(sequences))
+    tokens_RN = _tokens(batch)
+    requests = [
+        Request([BOS, *row_N[: last + 1].tolist()], [int(row_N[last + 1])])
+        for row_N, last in zip(tokens_RN, task.stale(tokens_RN)[0], strict=True)
+    ]
+    budgets = Budgets((tokens,) * model.config.num_layers, length)
+    scores = Scorer(_of_length(model, length), budgets, find_policy(policy), bos_id=BOS).score(requests)
+    return Held(tokens, policy, len(scores), sum(not score.greedy for score in scores))
+
+
+def _of_length(model: Transformer, length: int) -> Transformer:
+    config = dataclasses.replace(model.config, max_length=length)
+    return nnx.merge(model_graph(config), nnx.state(model, nnx.Param))
+
+
+def _tokens(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """All tokens behind BOS, [R, N]."""
+    tokens_RN = np.roll(batch["inputs"], -1, axis=1)
+    tokens_RN[:, -1] = np.maximum(batch["targets"][:, -1], PAD)  # a sequence ends with an answer
+    return tokens_RN
 
 
 def _look(model: Transformer, inputs_RN: Array, targets_RN: Array, row_R: Array) -> tuple[Array, Array | None]:
@@ -116,17 +157,23 @@ def auc(scores_K: np.ndarray, positive_K: np.ndarray) -> float:
     return float((rank_K[positive_K].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def table(found: Sequence[Accuracy]) -> str:
-    """A run at all lengths, and at each what its layers forget."""
-    lines = [f"  {'context':>9}{'answers':>10}{'wrong':>9}{'accuracy':>10}{'sequences all right':>21}"]
-    for at in found:
-        accuracy, whole = 1 - at.wrong / at.answers, 1 - at.wrong_sequences / at.sequences
-        lines.append(f"  {at.length:9,}{at.answers:10,}{at.wrong:9,}{accuracy:10.2%}{whole:21.2%}")
-        for number, layer in enumerate(at.layers):
-            lines.append(
-                f"{'':13}layer {number}: AUC {layer.auc:.3f}, masked {layer.stale_masked:.1%} of the stale, "
-                f"{layer.alive_masked:.1%} of the others"
-            )
+def table(at: Accuracy, caches: Sequence[Held]) -> str:
+    """A run at one length: what is right, what its layers forget, and what is right when they hold little."""
+    accuracy, whole = 1 - at.wrong / at.answers, 1 - at.wrong_sequences / at.sequences
+    lines = [
+        f"  context {at.length:,}: {at.wrong:,} of {at.answers:,} answers wrong, {accuracy:.2%} right, "
+        f"{whole:.2%} of sequences without a mistake"
+    ]
+    for number, layer in enumerate(at.layers):
+        lines.append(
+            f"    layer {number}: AUC {layer.auc:.3f}, masked {layer.stale_masked:.1%} of the stale, "
+            f"{layer.alive_masked:.1%} of the others"
+        )
+    for held in caches:
+        lines.append(
+            f"    {held.tokens:,} tokens a layer held ({held.policy}): {held.wrong:,} of {held.answers:,} wrong, "
+            f"{1 - held.wrong / held.answers:.2%} right; a perfect memory holds {at.ideal:.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -137,6 +184,8 @@ def main() -> None:
     add("workdirs", nargs="+", metavar="WORKDIR", help="of a run of configs/synthetic.py")
     add("--lengths", metavar="N,N", help="contexts, tokens; by default that of training, twice and four times that")
     add("--sequences", type=positive, default=2048, help="of validation (default: %(default)s)")
+    add("--held", metavar="K,K", help="also by caches that hold so many tokens in each layer")
+    add("--policy", default="selective", help="who leaves such a cache (default: %(default)s)")
     add("--json", metavar="OUT", help="file for the same as JSON")
     options = parser.parse_args()
     run_to_the_end(lambda: _run(options), "nothing was written")
@@ -148,12 +197,19 @@ def _run(options: argparse.Namespace) -> None:
     results = {}
     for workdir in options.workdirs:
         model, settings = _load(workdir)
-        task, lengths = task_of(settings), _lengths(options.lengths, settings)
+        task, held = task_of(settings), _numbers("held", options.held) if options.held else []
+        lengths = _lengths(options.lengths, settings)
         print(f"{workdir}: {task.name}, trained in contexts of {settings.context_length:,}", flush=True)
-        found = [measure(model, task, length, options.sequences) for length in lengths]
-        print(table(found), flush=True)
-        results[workdir] = {"task": task.name, "trained_length": settings.context_length} | {
-            "lengths": [dataclasses.asdict(at) for at in found]
+        at_lengths = []
+        for length in lengths:
+            found = measure(model, task, length, options.sequences)
+            caches = [measure_held(model, task, length, options.sequences, k, options.policy) for k in held]
+            print(table(found, caches), flush=True)
+            at_lengths.append(dataclasses.asdict(found) | {"held": [dataclasses.asdict(cache) for cache in caches]})
+        results[workdir] = {
+            "task": task.name,
+            "trained_length": settings.context_length,
+            "lengths": at_lengths,
         }
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
@@ -174,13 +230,17 @@ def _load(workdir: str) -> tuple[Transformer, Settings]:
 def _lengths(given: str | None, settings: Settings) -> list[int]:
     """Those of --lengths, by default once, twice and four times that of training."""
     trained = settings.context_length
-    try:
-        lengths = [int(text) for text in given.split(",")] if given else [trained, 2 * trained, 4 * trained]
-    except ValueError:
-        raise InputError(f"--lengths={given}: give numbers of tokens with commas between, such as 64,128") from None
+    lengths = _numbers("lengths", given) if given else [trained, 2 * trained, 4 * trained]
     if settings.model.positions == "learned" and max(lengths) > trained:
         raise InputError(f"--lengths={max(lengths)}: this model has learned positions for {trained} tokens alone")
     return lengths
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    try:
+        return [positive(text) for text in given.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise InputError(f"--{option}={given}: give numbers of tokens with commas between, such as 64,128") from None
 
 
 if __name__ == "__main__":

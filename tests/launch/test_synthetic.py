@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data import TaskEvalBatches, find_task
-from launch.synthetic import MASKED, auc, measure
+from inference_budget import BudgetsError
+from launch.synthetic import MASKED, auc, measure, measure_held
 from tests.support import ROOT
 from tests.support.small_model import STANDARD, make_model
 
@@ -58,6 +59,8 @@ def test_a_measurement_is_what_a_count_token_by_token_gives(name):
         assert layer.stale_masked == pytest.approx(np.mean(own[is_stale] > MASKED), abs=2e-3)
         assert layer.alive_masked == pytest.approx(np.mean(own[~is_stale] > MASKED), abs=2e-3)
     assert any(layer.stale_masked > 0.1 for layer in found.layers)
+    alive = [not own for own in stale]
+    assert found.ideal == pytest.approx(2 + sum(alive) / sequences)
 
 
 def test_a_model_without_selection_forgets_nothing_and_other_lengths_than_its_own_are_measured():
@@ -72,6 +75,20 @@ def test_a_workdir_of_no_run_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_cache_that_holds_everything_answers_as_the_parallel_pass():
+    task, length, sequences = find_task("assignment", names=3, values=5, queries=2), 20, 40
+    model = make_model()
+    batch = TaskEvalBatches(task, context_length=length, batch_size=1).read(np.arange(sequences))
+    best = np.asarray(model(batch["inputs"])).argmax(axis=-1)
+    first = (batch["targets"] > 0).argmax(axis=1)
+    rows = np.arange(sequences)
+    model_right = batch["targets"][rows, first] == best[rows, first]
+    full = measure_held(model, task, length, sequences, length, "selective")
+    assert (full.answers, full.wrong) == (sequences, np.sum(~model_right))
+    with pytest.raises(BudgetsError, match="the budget of layer 0 is 1"):
+        measure_held(model, task, length, sequences, 1, "selective")
+
+
 @pytest.mark.slow
 def test_the_command_measures_a_run_and_writes_the_same_as_json(tmp_path):
     sizes = {"steps": 3, "context_length": 32, "batch_size": 8, "model.num_layers": 1, "model.width": 1}
@@ -79,12 +96,20 @@ def test_the_command_measures_a_run_and_writes_the_same_as_json(tmp_path):
     train = ["-m", "trainer", "--config=configs/synthetic.py:assignment", f"--workdir={tmp_path}/run"]
     flags = [f"--config.{name}={value}" for name, value in sizes.items()]
     assert run([sys.executable, *train, *flags], cwd=ROOT).returncode == 0
-    measured = ["-m", "launch.synthetic", f"{tmp_path}/run", "--sequences=8", f"--json={tmp_path}/out.json"]
+    measured = [
+        "-m",
+        "launch.synthetic",
+        f"{tmp_path}/run",
+        "--sequences=8",
+        "--held=4,32",
+        f"--json={tmp_path}/out.json",
+    ]
     done = run([sys.executable, *measured], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "out.json").read_text()).values()
     assert [at["length"] for at in result["lengths"]] == [32, 64, 128] and result["task"] == "assignment"
     assert all(f"{at['answers']:,}" in done.stdout for at in result["lengths"])
+    assert [[cache["tokens"] for cache in at["held"]] for at in result["lengths"]] == [[4, 32]] * 3
     other = [sys.executable, "-m", "launch.evaluate", f"--checkpoint={tmp_path}/run", "--tasks=perplexity"]
     done = run(other, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "trained on the task assignment; measure it with launch.synthetic" in done.stderr
