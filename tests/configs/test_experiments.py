@@ -103,10 +103,11 @@ def test_the_loss_at_initialisation_is_that_of_a_guess(name):
     """ln(vocabulary), and half of the variance of the logits, which is 1: states have length sqrt(d_model) after the
     last norm, and embeddings are drawn with a standard deviation of 1 / sqrt(d_model).
     """
-    settings = shrunk(name, {})
+    settings = shrunk(name, {"batch_size": 64})
     source = open_source(settings).train if settings.data.task else Random(settings)
     (loss,) = steps_of(settings, source, 1)[1]
-    assert loss == pytest.approx(math.log(settings.model.vocab_size) + 0.5, rel=0.05)
+    tolerance = 0.5 if settings.data.task else 0.15  # a task has too few token ids to speak of a variance
+    assert loss == pytest.approx(math.log(settings.model.vocab_size) + 0.5, abs=tolerance)
 
 
 PAIRED = [name for name in CONFIGS if f"{name},standard" in CONFIGS]
