@@ -50,11 +50,11 @@ def plan_experiments(commit: str, words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for key, name in reversed(names.items()):
             file = Path(folder, f"{key}.json")
-            command = f"python -m launch.plan --config={name} --json={file}"
+            command = f"python -m launch.plan --config={name} --json"
             if key in plans or not all(word in command for word in words):
                 continue
             print(f"== {command}", flush=True)
-            _output(command, allowed=(0, DOES_NOT_FIT))
+            _output(f"{command}={file}", allowed=(0, DOES_NOT_FIT))
             plans[key] = step_plan(json.loads(file.read_text()), commit)
             experiments.PLANS_FILE.write_text(json.dumps(plans, indent=1, sort_keys=True) + "\n")
 
