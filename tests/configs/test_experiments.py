@@ -135,6 +135,7 @@ def test_by_seed_a_baseline_has_the_same_parameters_values_and_batches(name, dat
     assert any(not np.array_equal(a, b) for (_, a), (_, b) in zip(values[name, 0], values[name, 1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_of_each(tiny_of))
 def test_the_same_seed_repeats_to_the_bit(name):
     settings = tiny(name, optimizer__warmup_steps=1)

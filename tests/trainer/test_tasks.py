@@ -81,6 +81,7 @@ def test_the_memory_loss_counts_every_token_that_is_there_and_the_loss_answers_a
     assert float(metrics["memory_loss"]) == pytest.approx(np.mean(peaks), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_the_undisturbed_one(tmp_path):
     class InterruptedAtOnce(Interrupt):
         def can_save(self, within_seconds):
