@@ -261,7 +261,8 @@ def _quantised_columns(cache: PrunedLayerCache, new: Sequence[Quantised], slots:
     rows = [Quantised(heads_as_rows(x.values, groups), heads_as_rows(x.scale[..., None], groups)[..., 0]) for x in new]
     if not slots:
         return rows
-    return jax.tree.map(lambda old, x: jnp.concatenate([old[:, :slots], x], axis=1), _quantised(cache, num_kv_heads), rows)
+    held = jax.tree.map(lambda x: x[:, :slots], _quantised(cache, num_kv_heads))
+    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), held, rows)
 
 
 def _gathered(cache: PrunedLayerCache, columns: Columns, quantised: Sequence[Quantised] | None) -> PrunedLayerCache:
