@@ -81,7 +81,8 @@ def input_gradient(
     """d_x of `x + SwiGLU`, one array in a list: d_y and what comes through the norm. `mean` is that over E of the
     gradient of n times n; `weights` are those of gate and up, [E, U].
     """
-    return _call(_input_gradient, 0, [d_gate_TU, d_up_TU, mean_T1, inverse_T1], [x_TE, d_y_TE], weights, [x_TE.dtype])
+    whole, parts = [d_gate_TU, d_up_TU, mean_T1, inverse_T1], [x_TE, d_y_TE]
+    return _call(_input_gradient, 0, whole, parts, weights, [x_TE.dtype], spilled=7)
 
 
 def _input_gradient(d_gate, d_up, mean, inverse, x, d_y, w_gate, w_up, d_x) -> None:
@@ -104,16 +105,18 @@ def _call(
     weights: Sequence[Array],
     results: Sequence[jnp.dtype],
     sums: int = 0,
+    spilled: int = 0,
 ) -> list[Array]:
     """`kernel` on blocks of tokens, and of the weights along `axis`, whose width the `parts` and the `results` have
-    too. Each of `sums` is float32 [T, 128] for each block of the weights, side by side.
+    too. Each of `sums` is float32 [T, 128] for each block of the weights, side by side. `spilled` says how many float32
+    arrays of the size of a part's window the compiler keeps in VMEM, by its own account.
     """
     tokens, width = whole[0].shape[0], weights[0].shape[axis]
     depth = weights[0].size // width
     itemsize = weights[0].dtype.itemsize
     of_token = sum(max(x.shape[1], LANES) * x.dtype.itemsize for x in whole) + sums * LANES * 4
     of_both = (len(parts) + len(results)) * itemsize
-    side, block = _blocks(tokens, width, depth * len(weights), of_token, of_both, itemsize)
+    side, block = _blocks(tokens, width, depth * len(weights), of_token, of_both, itemsize, 4 * spilled)
     shapes = [jax.ShapeDtypeStruct((tokens, width), dtype) for dtype in results]
     shapes += [jax.ShapeDtypeStruct((tokens, LANES * (width // block)), jnp.float32)] * sums
     part = pl.BlockSpec((side, block), lambda w, t: (t, w))
@@ -144,17 +147,19 @@ def _call(
     return on_platform(run, [*whole, *parts, *weights], ())
 
 
-def _blocks(tokens: int, width: int, depth: int, of_token: int, of_both: int, itemsize: int) -> tuple[int, int]:
+def _blocks(
+    tokens: int, width: int, depth: int, of_token: int, of_both: int, itemsize: int, spilled: int
+) -> tuple[int, int]:
     """How many tokens and how much of the width a grid step works on: the largest product that fits into VMEM.
 
     In bytes, `of_token` is what a token takes of it, `of_both` what a token takes for each of the width; `depth` is how
-    many values of the weights belong to each of the width. Windows are there twice.
+    many values of the weights belong to each of the width. Windows are there twice, `spilled`, as `of_both`, once.
     """
     fitting = [(LANES, LANES)]
     for side in (TOKENS, LANES):
         for block in range(width, 0, -LANES):
             windows = side * (of_token + of_both * block) + depth * block * itemsize
-            fits = 2 * windows <= tiling_here().vmem and side * depth * block <= MOST_WORK
+            fits = 2 * windows + spilled * side * block <= tiling_here().vmem and side * depth * block <= MOST_WORK
             if fits and tokens % side == 0 and width % block == 0:
                 fitting.append((side, block))
     return max(fitting, key=lambda sides: (sides[0] * sides[1], sides[0]))
