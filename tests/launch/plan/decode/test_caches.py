@@ -120,5 +120,5 @@ def test_the_picture_says_where_chips_share_heads(monkeypatch):
     titles = []
     monkeypatch.setattr(command.chart, "draw", lambda plans, title, path: titles.append(title))
     for tensor in (1, 4):
-        command.Decoding([], Slice("v4-8", 4, tensor), CONFIG, 2048, []).draw("decoding.png")
+        command.Decoding([], Slice("v4-8", 4, tensor), CONFIG, 2048, "bfloat16", []).draw("decoding.png")
     assert [title.partition(", on ")[2] for title in titles] == ["v4-8", "v4-8, heads over 4 chips"]
