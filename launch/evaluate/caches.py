@@ -119,18 +119,23 @@ def load_subject(
             check_policy(cache.policy, config)
         if cache.budgets.context_length != length:
             raise InputError("the files of --budgets are for other contexts than this; evaluate one context at a time")
-    path = data or next((content["data"]["path"] for content in contents if "data" in content), None)
-    if path is None and (Path(checkpoint) / TOKENIZER_JSON).is_file():
-        text, tokenizer = None, load_tokenizer(checkpoint)
+    text, tokenizer = _text_of(checkpoint, data or next((c["data"]["path"] for c in contents if "data" in c), None))
+    if text is None:
         check_vocabulary(model, tokenizer.vocab_size, checkpoint)
     else:
-        text = open_dataset(path) if path else data_of_run(checkpoint)
-        tokenizer = text.tokenizer()
         check_vocabulary(model, text.manifest.vocab_size, text.path)
     full = CacheSize(Budgets.full(config.num_layers, length), None)
     source = {"path": located(checkpoint), "fingerprint": fingerprint}
     in_dtypes = [dataclasses.replace(cache, dtype=dtype) for dtype in dtypes for cache in (full, *caches)]
     return Subject(model, source, text, tokenizer, [full, *(in_dtypes or caches)])
+
+
+def _text_of(checkpoint: str, path: str | None) -> tuple[Dataset | None, Tokenizer]:
+    """The dataset at `path`, by default the run's, and its tokenizer; or an imported model's tokenizer alone."""
+    if path is None and (Path(checkpoint) / TOKENIZER_JSON).is_file():
+        return None, load_tokenizer(checkpoint)
+    text = open_dataset(path) if path else data_of_run(checkpoint)
+    return text, text.tokenizer()
 
 
 def data_of_run(checkpoint: str) -> Dataset:
