@@ -89,4 +89,4 @@ def step_key(config: ConfigDict) -> str:
 
 def read_plans() -> dict[str, StepPlan]:
     """The figures there are, by `step_key`; `make results` makes them."""
-    return json.loads(PLANS_FILE.read_text()) if PLANS_FILE.exists() else {}
+    return json.loads(PLANS_FILE.read_text())

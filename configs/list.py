@@ -7,6 +7,7 @@ The figures are those of configs/plans.json, which `make results ONLY=--json` ma
 One without them has been changed since, or was not planned yet; `python -m launch.plan --config=...` does it now.
 """
 
+import signal
 import sys
 import textwrap
 
@@ -56,4 +57,5 @@ def _figures(config: ConfigDict, plan: StepPlan | None) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
     main(sys.argv[1:])

@@ -20,7 +20,7 @@ def plan(tmp_path, *flags):
     return json.loads(out.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_paper_s_batch_fits_four_chips(tmp_path):
     made = plan(tmp_path, "--topology=v4-8")
     assert made["fits"] and made["chips"] == 4 and made["batch_size"] == 256

@@ -23,7 +23,7 @@ from trainer.metrics.flops import matmul_flops, model_flops
 from trainer.settings import Settings, changed, read_settings
 
 pytestmark = pytest.mark.tpu_compile
-SLOW = ["d8", "d12", "d8, two slices"]  # "tiny" is compiled in every run
+SLOW = ["d12", "d8, two slices"]  # minutes each; "tiny" is compiled in every run
 STEPS = {step_key(load(name)): name.partition(":")[2] for name in reversed(CONFIGS) if "c4.py" in name}
 EXHAUSTIVE = [*(name for name in STEPS.values() if name not in SLOW), "d28,vocab32k"]
 SHIPPED = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
