@@ -120,7 +120,7 @@ def _notes(asked: Asked, factors: Sequence[float], listed: str) -> list[str]:
     notes = []
     if any(factor != 1 for factor in factors):
         notes.append("Uniform budgets, N / factor: a trained model's come from launch.budgets search.")
-    notes.append("A full cache counts with all its slots, however many are taken.")
+    notes.append("A cache counts with all its slots, however many are taken.")
     if asked.cache_dtype == "int8":
         notes.append("int8 keys and values have a bfloat16 scale for each token and head.")
     if asked.price:

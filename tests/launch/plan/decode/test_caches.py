@@ -1,5 +1,6 @@
 """What is planned, and what is refused before anything is compiled."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ V4 = find("v4-8")
 
 
 def budgets_file(folder, budgets, context_length=2048, policy="selective"):
-    path = folder / "found.json"
+    path = folder / f"{policy}.json"
     content = {"format": "inference_budget.Budgets/1", "checkpoint": {"path": "elsewhere", "fingerprint": "0"}}
     path.write_text(json.dumps(content | {"context_length": context_length, "policy": policy, "budgets": budgets}))
     return str(path)
@@ -81,6 +82,7 @@ OTHERS = {  # of another model than CONFIG
     "context": ({"budgets": [64] * 4, "context_length": 4096}, "contexts of 4096 tokens; the model was made"),
     "above the context": ({"budgets": [4096] * 4}, "the budget of layer 0 is 4096"),
     "policy": ({"budgets": [64] * 4, "policy": "h2o-per-head"}, "'h2o-per-head' is not defined on a selective model"),
+    "thresholds": ({"budgets": [64] * 4, "policy": "forgotten-16-8"}, "has 2 thresholds; give one, or one for each"),
 }
 
 
@@ -89,6 +91,20 @@ def test_budgets_of_another_model_are_refused(tmp_path, content, message):
     path = budgets_file(tmp_path, **content)
     with pytest.raises(ConfigError, match=f"--budgets={path}: .*{message}"):
         plan_decoding(CONFIG, V4, asked(budgets=[path]))
+
+
+def test_what_is_forgotten_needs_a_model_whose_threshold_is_known_or_one_in_its_name(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(command, "plan", lambda choice, *_: planned.append(choice))
+    bounded, unbounded = CONFIG, dataclasses.replace(CONFIG, qk_norm=False)
+    for policy, config in (("forgotten", bounded), ("forgotten-16", bounded), ("forgotten-16-8-8-8", unbounded)):
+        path = budgets_file(tmp_path, [64] * 4, policy=policy)
+        plan_decoding(config, V4, asked(budgets=[path], factors=[]))
+        (choice,) = (choice for choice in planned if choice.policy == policy)
+        assert (choice.budgets.tokens, choice.config) == ((64,) * 4, config)
+    path = budgets_file(tmp_path, [64] * 4, policy="forgotten")
+    with pytest.raises(ConfigError, match=f"--budgets={path}: .*give a threshold in nats, such as forgotten-16"):
+        plan_decoding(unbounded, V4, asked(budgets=[path], factors=[]))
 
 
 def test_without_a_config_the_model_is_that_of_the_budgets(tmp_path):

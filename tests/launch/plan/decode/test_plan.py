@@ -31,9 +31,10 @@ TINY += [f"--config.{name}={value}" for name, value in SIZES.items()]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Planned:
-    """Full caches, by their name and by a file of budgets, and two that are smaller."""
+    """Full caches, by their name and by a file of budgets, and two that are a quarter, one of what is not forgotten."""
     folder = tmp_path_factory.mktemp("decode")
-    flags = [f"--budgets={budgets_file(folder, [LENGTH] * LAYERS, LENGTH)}", "--memory-factor=1,4"]
+    files = budgets_file(folder, [LENGTH] * LAYERS, LENGTH), budgets_file(folder, [128] * LAYERS, LENGTH, "forgotten")
+    flags = [f"--budgets={','.join(files)}", "--memory-factor=1,4"]
     done = run_plan(*TINY, *flags, f"--batch={BATCH}", f"--json={folder}/plan.json", f"-o={folder}/plan.png")
     assert done.returncode == 0, done.stderr
     return Planned(done.returncode, done.stdout, done.stderr, folder)
@@ -45,9 +46,9 @@ def plans(made):
 
 
 def test_every_cache_is_planned_once_beside_the_full_ones(made, plans):
-    assert list(plans) == ["standard", "full", "4x", "found"]
+    assert list(plans) == ["standard", "full", "4x", "selective", "forgotten"]
     assert {name: plan["budgets"] for name, plan in plans.items()} == {
-        "standard": [512] * 2, "full": [512] * 2, "4x": [128] * 2, "found": [512] * 2,
+        "standard": [512] * 2, "full": [512] * 2, "4x": [128] * 2, "selective": [512] * 2, "forgotten": [128] * 2,
     }  # fmt: skip
     assert made.plan["chips"] == 4 and made.plan["tensor"] == 1 and made.plan["data"] == 4
 
@@ -70,7 +71,7 @@ def test_tokens_follow_from_the_step_and_dollars_from_the_list_price(plans):
 
 def test_full_budgets_of_a_file_are_the_full_cache(plans):
     """And so is a factor of 1, which is no column of its own."""
-    assert plans["found"] == plans["full"] | {"name": "found"}
+    assert plans["selective"] == plans["full"] | {"name": "selective"}
     assert plans["full"]["memory_factor"] == 1
 
 
@@ -80,6 +81,16 @@ def test_a_smaller_cache_takes_less_memory_and_has_less_to_read(plans):
     assert less["cache_bytes"] < more["cache_bytes"] and less["needed_bytes"] < more["needed_bytes"]
     assert less["hbm_total_bytes"] < more["hbm_total_bytes"] and less["memory_factor"] > more["memory_factor"]
     assert all(plan["hbm_bytes"]["cache"] >= plan["cache_bytes"] for plan in plans.values())
+
+
+def test_of_what_is_forgotten_the_hard_limit_is_planned(made, plans):
+    """By the same kernel: which slots are free makes no other program, but finding them takes some cycles."""
+    limit, forgotten = plans["4x"], plans["forgotten"]
+    assert forgotten["policy"] == "forgotten" and "forgotten" in made.output
+    for name in ("cache", "weights"):
+        assert forgotten["hbm_bytes"][name] == limit["hbm_bytes"][name]
+    assert forgotten["cache_bytes"] == limit["cache_bytes"] and forgotten["memory_factor"] == limit["memory_factor"]
+    assert limit["step_ms"] <= forgotten["step_ms"] < 1.5 * limit["step_ms"]
 
 
 def test_bytes_without_padding_are_those_of_the_formula(plans):
