@@ -18,3 +18,13 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def kernels_are_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where a test of the kernel, which is its module's KERNEL, would have taken the scan."""
+    kernel, taken = request.module.KERNEL, []
+    times = kernel.times
+    monkeypatch.setattr(kernel, "times", lambda *a: taken.append(a) or times(*a))
+    yield
+    assert taken

@@ -14,6 +14,8 @@ from selective_attention.selection import Projections
 from tests.support.evictions import UNOPTIMISED, config_of, held_and_new
 from tests.support.small_model import LENGTH, STANDARD, make_model, make_tokens, oracle_layer
 
+pytestmark = pytest.mark.usefixtures("kernels_are_taken")
+KERNEL = eviction_kernel
 CASES = {  # sequences, tokens held before, new tokens, policy, changes of the config
     "one_group_in_one_block": (2, 0, 17, "selective", {}),
     "ragged_in_two_blocks_of_queries": (9, 0, 150, "selective", {}),
@@ -26,18 +28,6 @@ CASES = {  # sequences, tokens held before, new tokens, policy, changes of the c
     "random": (5, 21, 30, "random", {}),
     "a_model_without_selection": (3, 21, 30, "random", STANDARD),
 }
-
-
-@pytest.fixture(autouse=True)
-def kernels_are_taken(monkeypatch):
-    """Fails where a test of the kernel would have taken the scan."""
-    taken = []
-    find = eviction_kernel.times
-    monkeypatch.setattr(eviction_kernel, "times", lambda *a: taken.append(a) or find(*a))
-    yield
-    assert taken
-
-
 QUICK = "ragged_in_two_blocks_of_queries", "some_held_before_in_any_order", "sinks", "random"
 
 

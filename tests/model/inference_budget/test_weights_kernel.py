@@ -13,6 +13,8 @@ from selective_attention.selection import Projections, Rule
 from tests.support.evictions import UNOPTIMISED, config_of, held_and_new
 from tests.support.small_model import STANDARD, oracle_layer
 
+pytestmark = pytest.mark.usefixtures("kernels_are_taken")
+KERNEL = weights_kernel
 CASES = {  # sequences, tokens held before, new tokens, query and key/value heads, policy, changes of the config
     "tova": (3, 0, 17, (4, 4), "tova", {}),
     "h2o_of_a_standard_model": (3, 0, 17, (4, 4), "h2o", STANDARD),
@@ -30,16 +32,6 @@ CASES = {  # sequences, tokens held before, new tokens, query and key/value head
     "logits_beyond_the_bound": (3, 20, 30, (2, 2), "tova", {"times": 40}),
 }
 QUICK = "some_held_before_in_any_order", "own_head"
-
-
-@pytest.fixture(autouse=True)
-def kernels_are_taken(monkeypatch):
-    """Fails where a test of the kernel would have taken the scan."""
-    taken = []
-    find = weights_kernel.times
-    monkeypatch.setattr(weights_kernel, "times", lambda *a: taken.append(a) or find(*a))
-    yield
-    assert taken
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
