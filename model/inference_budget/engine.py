@@ -7,7 +7,7 @@ that has been taken in, a chunk at a time beside decoding, gets the row of one t
 import collections
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from .requests import (
     TokenLogprob,
     check_request,
 )
-from .rows import NOTHING, Drawn, Rows, admit, asked_of, decode_rows, free_rows, take_chunk
+from .rows import NOTHING, Drawn, Rows, Scores, admit, asked_of, decode_rows, free_rows, take_chunk
 
 BLOCK = 64  # tokens of a prompt that are taken in at a time
 
@@ -40,6 +40,7 @@ class _Live:
     request: GenerationRequest
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     def take(self, tokens: list[int], scores: list[np.ndarray]) -> Progress:
         """Takes in what was drawn, the token that ends it included, with `Drawn`'s other arrays for these tokens."""
@@ -52,22 +53,29 @@ class _Live:
         self.tokens += tokens
         if request.logprobs is None:
             return Progress(self.number, tokens, None, reason)
-        logprob_C, ids_CA, likeliest_CA = (x[: len(tokens)] for x in scores)
-        logprobs = [
-            TokenLogprob(logprob, tuple(zip(ids, likeliest, strict=True)))
-            for logprob, ids, likeliest in zip(
-                logprob_C.tolist(),
-                ids_CA[:, : request.logprobs].tolist(),
-                likeliest_CA[:, : request.logprobs].tolist(),
-                strict=True,
-            )
-        ]
+        logprobs = self._logprobs([x[: len(tokens)] for x in scores])
         self.logprobs += logprobs
         return Progress(self.number, tokens, logprobs, reason)
 
+    def take_prompt(self, scores: Sequence[Scores]) -> Progress:
+        """Takes in what the model makes of the prompt's tokens, a chunk after the other, each but the last of T."""
+        of_all = [np.concatenate([np.asarray(x)[0] for x in parts]) for parts in zip(*scores, strict=True)]
+        self.prompt_logprobs = self._logprobs([x[: len(self.request.prompt) - 1] for x in of_all])
+        reason: FinishReason | None = None if self.request.num_tokens else "length"
+        return Progress(self.number, [], [], reason, self.prompt_logprobs)
+
+    def _logprobs(self, scores: Sequence[np.ndarray]) -> list[TokenLogprob]:
+        logprob_C, ids_CA, likeliest_CA = scores
+        most = self.request.logprobs
+        told = (x.tolist() for x in (logprob_C, ids_CA[:, :most], likeliest_CA[:, :most]))
+        return [
+            TokenLogprob(logprob, tuple(zip(ids, likeliest, strict=True)))
+            for logprob, ids, likeliest in zip(*told, strict=True)
+        ]
+
     def completion(self, reason: FinishReason) -> Completion:
         logprobs = None if self.request.logprobs is None else self.logprobs
-        return Completion(self.number, self.request, self.tokens, logprobs, reason)
+        return Completion(self.number, self.request, self.tokens, logprobs, reason, self.prompt_logprobs)
 
 
 _News = tuple[_Live, Progress]
@@ -176,7 +184,7 @@ class Engine:
             news = [self._ended_early(live) for live in cancelled]
         rounds = [(batch, batch.start()) for batch in self._batches.values()]  # the device has all before one is read
         for batch, drawn in rounds:
-            news += [] if drawn is None else batch.read(drawn)
+            news += batch.read(drawn)
         with self._lock:
             for live, progress in news:
                 if progress.finish_reason is not None:
@@ -197,6 +205,7 @@ class _Lane:
         self.live, self.taken = live, 0
         self.logits_1V: Array | None = None
         self.cache: Cache | None = None
+        self.scores: list[Scores] = []  # of each chunk, if they are wanted
 
     @property
     def is_ready(self) -> bool:
@@ -224,6 +233,7 @@ class _Batch:
         self._rows: Rows = free_rows(decoder.config, rows, budgets, policy, dtype)
         self._held: list[_Live | None] = [None] * rows
         self._lane: _Lane | None = None
+        self._scored: list[_Lane] = []  # prompts that were taken in, and whose scores are to be read
 
     def drop(self, live: _Live) -> None:
         """Frees whatever place the request has."""
@@ -247,8 +257,13 @@ class _Batch:
         self._take_chunk()
         return drawn
 
-    def read(self, drawn: Drawn) -> list[_News]:
+    def read(self, drawn: Drawn | None) -> list[_News]:
         """What came out for each request, those that ended in their order; their rows are free."""
+        of_prompts = [(lane.live, lane.live.take_prompt(lane.scores)) for lane in self._scored]
+        self._scored.clear()
+        return of_prompts if drawn is None else of_prompts + self._read_rows(drawn)
+
+    def _read_rows(self, drawn: Drawn) -> list[_News]:
         tokens_CB = np.asarray(drawn.tokens)
         scored = any(live is not None and live.request.logprobs is not None for live in self._held)
         scores = [np.asarray(x) for x in drawn[1:]] if scored else []
@@ -274,13 +289,23 @@ class _Batch:
             return
         prompt = lane.live.request.prompt
         chunk = prompt[lane.taken : lane.taken + self._block]
-        tokens_1T = np.zeros((1, self._block), np.int32)
+        tokens_1T, next_1T = np.zeros((2, 1, self._block), np.int32)
         tokens_1T[0, : len(chunk)] = chunk
+        after = prompt[lane.taken + 1 : lane.taken + 1 + self._block]
+        next_1T[0, : len(after)] = after
         length_1 = np.array([len(prompt)], np.int32)
         if lane.cache is None:
             length_1 = np.minimum(length_1, self._block)
-        lane.logits_1V, lane.cache = take_chunk(*self._model, lane.cache, tokens_1T, length_1, **self._options)
+        scored = lane.live.request.score_prompt
+        lane.logits_1V, lane.cache, scores = take_chunk(
+            *self._model, lane.cache, tokens_1T, length_1, next_1T, np.bool_(scored), **self._options
+        )
         lane.taken += len(chunk)
+        if scored:
+            lane.scores.append(scores)
+        if lane.is_ready and not lane.live.request.num_tokens:  # which needs no row
+            self._scored.append(lane)
+            self._lane = None
 
     def _fill_row(self) -> None:
         lane = self._lane
@@ -290,3 +315,5 @@ class _Batch:
         asked = asked_of(lane.live.request, self._vocab_size)
         self._rows = admit(self._rows, np.int32(row), lane.logits_1V, lane.cache, asked)
         self._held[row], self._lane = lane.live, None
+        if lane.scores:
+            self._scored.append(lane)

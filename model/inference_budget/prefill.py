@@ -51,14 +51,14 @@ def prefill(
     cache = init_pruned_cache(model.config, batch, budgets, policy, dtype)
     block = num_tokens if block is None else min(check_block(block), num_tokens)
     tokens_BN = reshard(jnp.pad(tokens_BN, ((0, 0), (0, -num_tokens % block))), "batch", None)
-    last_BE, cache = take_block(model, cache, tokens_BN[:, :block], lengths_B, empty=True)
+    _, last_BE, cache = take_block(model, cache, tokens_BN[:, :block], lengths_B, empty=True)
     if tokens_BN.shape[1] > block:
 
         def step(n, carry):
             last_BE, cache = carry
             goes_on_B = lengths_B > cache.position
             tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BN, n * block, block, axis=1)
-            in_block_BE, cache = take_block(model, cache, tokens_BT, lengths_B, empty=False)
+            _, in_block_BE, cache = take_block(model, cache, tokens_BT, lengths_B, empty=False)
             return jnp.where(goes_on_B[:, None], in_block_BE, last_BE), cache
 
         # As many blocks as the longest prompt has: how far it is padded costs nothing.
@@ -81,8 +81,8 @@ def check_block(block: int) -> int:
 
 def take_block(
     model: Transformer, cache: Cache, tokens_BT: Array, lengths_B: Array, *, empty: bool
-) -> tuple[Array, Cache]:
-    """(the last layer's output [B, E] at each row's last token of the block, the cache after the block).
+) -> tuple[Array, Array, Cache]:
+    """(the last layer's output [B, T, E], the same [B, E] at each row's last token of the block, the cache after it).
 
     `lengths_B` are the tokens of each row's whole prompt; `empty` says that the cache is.
     """
@@ -96,4 +96,4 @@ def take_block(
     x_BTE, after = run_layers(model, model.embed(tokens_BT, position_BT), position_BT, attends)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     last_BE = jnp.take_along_axis(x_BTE, last_B11, axis=1)[:, 0]
-    return last_BE, Cache(cache.position + count_B, after)
+    return x_BTE, last_BE, Cache(cache.position + count_B, after)

@@ -24,7 +24,7 @@ from .requests import Completion, GenerationRequest
 from .text import TextTokenizer
 
 NUM_TOKENS = 100  # drawn by default, or what the model's context leaves
-_OPTIONS = {field.name for field in dataclasses.fields(GenerationRequest)} - {"prompt"}
+_OPTIONS = {field.name for field in dataclasses.fields(GenerationRequest)} - {"prompt", "score_prompt"}
 _FIELDS = {"id", "prompt", "tokens", *_OPTIONS}
 _START = b'{"id": '  # of a completion's line
 
@@ -119,7 +119,8 @@ class PromptReader:
             options["num_tokens"] = max(min(NUM_TOKENS, self.max_length - len(prompt)), 1)
         request = GenerationRequest(prompt, **options)
         self.check(request)
-        asked = json.dumps([dataclasses.asdict(request), self.identity])
+        what = {name: value for name, value in dataclasses.asdict(request).items() if name != "score_prompt"}
+        asked = json.dumps([what, self.identity])
         return PromptLine(identifier, request, hashlib.sha256(asked.encode()).hexdigest()[:16])
 
     def _encoded(self, text: object) -> list[int]:

@@ -23,7 +23,8 @@ class GenerationRequest:
 
     Attributes:
       prompt: token ids, <BOS> first.
-      num_tokens: how many tokens are drawn at most; together with the prompt at most the model's `max_length`.
+      num_tokens: how many tokens are drawn at most; together with the prompt at most the model's `max_length`. 0 scores
+        the prompt alone.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draw only from so many likeliest tokens.
       top_p: draw only from the fewest that have this probability together.
@@ -31,6 +32,7 @@ class GenerationRequest:
       stop_ids: tokens that end the continuation, and are not in it.
       budget_class: one of the engine's names of budgets.
       logprobs: None for no log-probabilities, 0 for that of each drawn token, n for those of the n likeliest beside it.
+      score_prompt: whether the prompt's tokens have log-probabilities, too.
     """
 
     prompt: Sequence[int]
@@ -42,10 +44,11 @@ class GenerationRequest:
     stop_ids: Sequence[int] = ()
     budget_class: str = DEFAULT_CLASS
     logprobs: int | None = None
+    score_prompt: bool = False
 
 
 class TokenLogprob(NamedTuple):
-    """Of a drawn token: what the model makes of it before temperature, top_k and top_p."""
+    """Of a token: what the model makes of it before temperature, top_k and top_p."""
 
     logprob: float  # nats
     likeliest: tuple[tuple[int, float], ...]  # (token, nats), the likeliest first
@@ -58,6 +61,7 @@ class Progress(NamedTuple):
     tokens: list[int]
     logprobs: list[TokenLogprob] | None  # of each token, if the request wants them
     finish_reason: FinishReason | None  # None while it goes on
+    prompt_logprobs: list[TokenLogprob] | None = None  # of all tokens but the first; once, and before any that is drawn
 
 
 class Completion(NamedTuple):
@@ -68,6 +72,7 @@ class Completion(NamedTuple):
     tokens: list[int]
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens but the first, if the request wants them
 
     @property
     def prompt_tokens(self) -> int:
@@ -92,8 +97,14 @@ def check_request(
         value = getattr(request, name)
         if not (_is_number(value) or (value is None and name == "top_p")):
             raise SamplingError(f"{name} must be a number, got {value!r}")
-    options = request.temperature, request.top_k, request.top_p
-    check_sampling(config, len(request.prompt), request.num_tokens, *options)
+    if request.score_prompt and request.logprobs is None:
+        raise SamplingError("score_prompt needs logprobs; give 0, or how many likeliest tokens are told beside each")
+    length, num_tokens = len(request.prompt), request.num_tokens
+    if request.score_prompt and num_tokens == 0:
+        if length > config.max_length:
+            raise BudgetsError(f"the prompt has {length} tokens; the model was made for {config.max_length}")
+        length, num_tokens = 1, 1  # of which there is room
+    check_sampling(config, length, num_tokens, request.temperature, request.top_k, request.top_p)
     if request.seed < 0:
         raise SamplingError(f"seed must not be negative, got {request.seed}")
     most = min(MAX_LOGPROBS, config.vocab_size)

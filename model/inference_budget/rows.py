@@ -22,7 +22,7 @@ from selective_attention.transformer.decoding import decode_step
 from .budgets import Budgets
 from .cache import init_pruned_cache
 from .policies import EvictionPolicy
-from .prefill import logits_of_last, prefill, take_block
+from .prefill import logits_of_last, take_block
 from .requests import MAX_LOGPROBS, GenerationRequest
 
 NOTHING = -1  # in place of a token, where a row draws none
@@ -49,6 +49,14 @@ class Rows:
     cache: Cache
     logits: Array  # float32 [B, V], of each row's next token
     asked: Asked
+
+
+class Scores(NamedTuple):
+    """Of tokens [...]: log-probabilities, nats."""
+
+    logprob: Array  # float32 [...]
+    likeliest: Array  # int32 [..., A]
+    likeliest_logprob: Array  # float32 [..., A]
 
 
 class Drawn(NamedTuple):
@@ -94,17 +102,33 @@ def free_rows(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2, static_argnames=("budgets", "policy", "dtype"))
-def take_chunk(graph, parameters, lane: Cache | None, tokens_1T, length_1, **options) -> tuple[Array, Cache]:
-    """Takes in the next T tokens of a prompt of this length: (logits [1, V] of the token after it, the cache).
+def take_chunk(
+    graph, parameters, lane: Cache | None, tokens_1T, length_1, next_1T, scored, *, budgets, policy, dtype
+) -> tuple[Array, Cache, Scores]:
+    """Takes in the next T tokens of a prompt: (logits [1, V] of the token after it, the cache, scores).
 
-    `lane` holds the tokens before them, None if they are the first; what follows the prompt's end is padding.
+    Args:
+      graph, parameters: the model.
+      lane: what holds the tokens before them, None if they are the first; donated.
+      tokens_1T: the tokens; what follows the prompt's end is padding.
+      length_1: tokens of the prompt so far, these included.
+      next_1T: the token after each of them, whose scores are given.
+      scored: bool, whether they are wanted; else they are zeros.
     """
-    model = nnx.merge(graph, parameters)
+    model, empty = nnx.merge(graph, parameters), lane is None
     if lane is None:
-        return prefill(model, tokens_1T, length_1, **options)
+        lane = init_pruned_cache(model.config, 1, budgets, policy, dtype)
     tokens_1T, length_1 = reshard(tokens_1T, "batch", None), reshard(length_1, "batch")
-    last_1E, lane = take_block(model, lane, tokens_1T, length_1, empty=False)
-    return logits_of_last(model, last_1E), lane
+    x_1TE, last_1E, lane = take_block(model, lane, tokens_1T, length_1, empty=empty)
+    logits_1V = logits_of_last(model, last_1E)
+    top = min(MAX_LOGPROBS, logits_1V.shape[1])
+
+    def scores() -> Scores:
+        logits_1TV = reshard(model.logits(model.normalised(x_1TE)), "batch", None, None)
+        return _scores(logits_1TV.astype(logits_1V.dtype), reshard(next_1T, "batch", None), top)
+
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(scores))
+    return logits_1V, lane, jax.lax.cond(scored, scores, lambda: nothing)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -159,7 +183,7 @@ def decode_rows(graph, parameters, rows: Rows, going_B, hurry, *, steps: int) ->
         scores = jax.lax.cond(
             jnp.any(asked.scored & going_B),
             lambda: _scores(logits_BV, tokens_B, top),
-            lambda: jax.tree.map(lambda x: jnp.zeros_like(x[0]), tuple(drawn[1:])),
+            lambda: jax.tree.map(lambda x: jnp.zeros_like(x[0]), Scores(*drawn[1:])),
         )
         is_token_BV = jnp.arange(logits_BV.shape[1]) == tokens_B[:, None]
         stopped_B = jnp.any(asked.stops & is_token_BV, axis=-1)
@@ -223,8 +247,9 @@ def _cut(logits_BV: Array, asked: Asked) -> Array:
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
-def _scores(logits_BV: Array, tokens_B: Array, top: int) -> tuple[Array, Array, Array]:
-    log_BV = jax.nn.log_softmax(logits_BV)
-    logprob_B = jnp.take_along_axis(log_BV, tokens_B[:, None], axis=-1)[:, 0]
-    likeliest_BA, tokens_BA = jax.lax.top_k(log_BV, top)
-    return logprob_B, tokens_BA.astype(jnp.int32), likeliest_BA
+def _scores(logits: Array, tokens: Array, top: int) -> Scores:
+    """Of tokens [...] by logits [..., V]."""
+    log = jax.nn.log_softmax(logits)
+    logprob = jnp.take_along_axis(log, tokens[..., None], axis=-1)[..., 0]
+    likeliest_logprob, likeliest = jax.lax.top_k(log, top)
+    return Scores(logprob, likeliest.astype(jnp.int32), likeliest_logprob)

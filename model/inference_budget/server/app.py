@@ -209,7 +209,8 @@ def _generations(asked: CompletionRequest) -> list[GenerationRequest]:
             seed=asked.seed_of(index),
             stop_ids=asked.stop_ids,
             budget_class=asked.budget_class,
-            logprobs=asked.logprobs,
+            logprobs=asked.logprobs if asked.max_tokens else asked.logprobs or 0,
+            score_prompt=asked.echo and (asked.logprobs is not None or not asked.max_tokens),
         )
         for index, prompt in enumerate(prompts)
     ]

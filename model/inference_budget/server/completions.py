@@ -15,12 +15,12 @@ MAX_TEMPERATURE = 100
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # strings, and characters of each
 # Fields of OpenAI's that would change the answer, and the value at which they do nothing.
 NEUTRAL: dict[str, Any] = {
-    "echo": False, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
+    "suffix": "", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
 }  # fmt: skip
 # Those that this server has, some of them beyond OpenAI's.
 KNOWN = (
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "stop", "stop_token_ids",
-    "stream", "stream_options", "logprobs", "seed", "user", "budget", *NEUTRAL,
+    "stream", "stream_options", "logprobs", "echo", "seed", "user", "budget", *NEUTRAL,
 )  # fmt: skip
 MAX_FIELDS = 100
 # Of one answer, tokens and the likeliest ones beside them: what is kept in memory until a client has read it.
@@ -72,15 +72,18 @@ class CompletionRequest:
 
     Attributes:
       model, prompts: as in the request; token ids, <BOS> first.
+      texts: of each prompt, None where token ids were given.
       top_p, top_k: None where they leave nothing out.
       stop, stop_ids: strings and tokens that end a continuation.
       logprobs: how many of the likeliest tokens are told beside the drawn one; None for no log-probabilities.
+      echo: whether the answer begins with the prompt, and has its tokens' log-probabilities, too.
       seed: of the first choice; by default a random one.
     """
 
     model: str
     budget_class: str
     prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[str | None, ...]
     n: int
     max_tokens: int
     temperature: float
@@ -89,6 +92,7 @@ class CompletionRequest:
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
     logprobs: int | None
+    echo: bool
     seed: int
     stream: bool
     include_usage: bool
@@ -112,14 +116,15 @@ def parse(body: bytes, served: Served) -> CompletionRequest:
         if content.get(name) is not None and content[name] != neutral:
             raise invalid(name, f"{name} is not supported by this server; leave it out")
     model, budget_class = _model(fields.text("model"), fields.text("budget"), served)
-    max_tokens = fields.whole("max_tokens", 1, served.max_length - 1)
+    echo = fields.flag("echo")
+    max_tokens = fields.whole("max_tokens", 0 if echo else 1, served.max_length - 1)
     max_tokens = 16 if max_tokens is None else max_tokens  # OpenAI's default
-    prompts = _prompts(content.get("prompt"), max_tokens, served)
+    prompts, texts = _prompts(content.get("prompt"), max_tokens, served)
     n = fields.whole("n", 1, served.max_sequences) or 1
     if content.get("best_of") not in (None, n):
         raise invalid("best_of", f"best_of={content['best_of']!r} is not supported unless it is n, which is {n}")
     logprobs = fields.whole("logprobs", 0, served.max_logprobs)
-    _check_size(n, len(prompts), max_tokens, logprobs, served)
+    _check_size(n, [len(prompt) * echo + max_tokens for prompt in prompts], max_tokens, logprobs, served)
     temperature = fields.number("temperature", 0, MAX_TEMPERATURE)
     seed = fields.whole("seed", -(1 << 63), (1 << 63) - 1)
     stream = fields.flag("stream")
@@ -127,6 +132,7 @@ def parse(body: bytes, served: Served) -> CompletionRequest:
         model=model,
         budget_class=budget_class,
         prompts=prompts,
+        texts=texts,
         n=n,
         max_tokens=max_tokens,
         temperature=1.0 if temperature is None else temperature,
@@ -135,6 +141,7 @@ def parse(body: bytes, served: Served) -> CompletionRequest:
         stop=_stops(content.get("stop")),
         stop_ids=(served.tokenizer.eos_id, *_stop_ids(content.get("stop_token_ids"), served)),
         logprobs=logprobs,
+        echo=echo,
         seed=secrets.randbelow(SEEDS) if seed is None else seed % SEEDS,
         stream=stream,
         include_usage=_include_usage(content.get("stream_options"), stream),
@@ -182,16 +189,18 @@ def _model(name: str | None, budget: str | None, served: Served) -> tuple[str, s
     return name, budget or by_name or served.budget_classes[0]
 
 
-def _check_size(n: int, prompts: int, max_tokens: int, logprobs: int | None, served: Served) -> None:
-    sequences, what = n * prompts, f"{prompts} prompts with n={n} are {n * prompts} continuations"
+def _check_size(n: int, told: Sequence[int], max_tokens: int, logprobs: int | None, served: Served) -> None:
+    """`told` are the tokens of one answer to each prompt, at most."""
+    sequences, what = n * len(told), f"{len(told)} prompts with n={n} are {n * len(told)} continuations"
     if sequences > served.max_sequences:
         raise invalid("n", f"{what}; this server takes at most {served.max_sequences} of a request")
-    if (values := sequences * max_tokens * (1 + (logprobs or 0))) > MAX_VALUES:
+    if (values := n * sum(told) * (1 + (logprobs or 0))) > MAX_VALUES:
         what = f"{what} of max_tokens={max_tokens}, with logprobs={logprobs or 0} beside each token {values} values"
         raise invalid("max_tokens", f"{what}; this server answers a request with at most {MAX_VALUES}")
 
 
-def _prompts(value: Any, max_tokens: int, served: Served) -> tuple[tuple[int, ...], ...]:
+def _prompts(value: Any, max_tokens: int, served: Served) -> tuple[tuple[tuple[int, ...], ...], tuple[str | None, ...]]:
+    """Token ids, and the texts where they are those of one."""
     if value is None:
         raise invalid("prompt", "prompt is missing; give a string, strings, token ids, or lists of token ids")
     if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
@@ -202,7 +211,8 @@ def _prompts(value: Any, max_tokens: int, served: Served) -> tuple[tuple[int, ..
         )
     if len(value) > served.max_sequences:
         raise invalid("prompt", f"{len(value)} prompts are too many; this server takes {served.max_sequences}")
-    return tuple(_prompt(one, number, max_tokens, served) for number, one in enumerate(value))
+    ids = tuple(_prompt(one, number, max_tokens, served) for number, one in enumerate(value))
+    return ids, tuple(one if isinstance(one, str) else None for one in value)
 
 
 def _prompt(value: Any, number: int, max_tokens: int, served: Served) -> tuple[int, ...]:

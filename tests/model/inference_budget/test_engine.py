@@ -110,6 +110,30 @@ def test_logprobs_are_those_of_the_model(model):
         np.testing.assert_allclose([x for _, x in one.likeliest], np.sort(log_V)[::-1][:4], atol=1e-5)
 
 
+def test_a_prompt_s_scores_are_those_that_its_tokens_had_when_they_were_drawn(model, expected):
+    """Under budgets, over the borders of blocks, without a row and with one, and whatever else runs."""
+    engine = Engine(model, BUDGETS, SELECTIVE, rows=2, steps=3, block=8)
+    drawn = {key: engine.submit(dataclasses.replace(r, logprobs=3)) for key, r in enumerate(GREEDY)}
+    by_number = {done.number: done for done in engine}
+    first = [by_number[number] for number in drawn.values()]
+    assert [done.tokens for done in first] == expected and not any(done.prompt_logprobs for done in first)
+    wholes = [PROMPTS[key] + tokens for key, tokens in enumerate(expected)]
+    for prompt in wholes:
+        for num_tokens in (0, 2) if len(prompt) + 2 <= LENGTH else (0,):
+            engine.submit(GenerationRequest(prompt, num_tokens, temperature=0, logprobs=3, score_prompt=True))
+        engine.submit(GenerationRequest(prompt[:-1], 1))
+    scored = [done for done in engine if done.request.score_prompt]
+    assert len(scored) > len(wholes)
+    for done in scored:
+        assert len(done.tokens) == len(done.logprobs) == done.request.num_tokens and done.finish_reason == "length"
+        assert len(done.prompt_logprobs) == len(done.request.prompt) - 1
+        once = first[wholes.index(done.request.prompt)].logprobs
+        for again, before in zip(done.prompt_logprobs[-len(once) :], once, strict=True):
+            np.testing.assert_allclose(again.logprob, before.logprob, atol=1e-5)
+            assert [token for token, _ in again.likeliest] == [token for token, _ in before.likeliest]
+            np.testing.assert_allclose([x for _, x in again.likeliest], [x for _, x in before.likeliest], atol=1e-5)
+
+
 def test_progress_adds_up_to_completions(model, expected):
     engine = Engine(model, BUDGETS, SELECTIVE, rows=2, steps=3, block=8)
     numbers = [engine.submit(request) for request in GREEDY]
@@ -207,7 +231,8 @@ def test_a_mesh_gives_the_tokens_of_one_device(model, expected):
         sharded = jax.jit(lambda: nnx.state(Transformer(model.config, rngs=nnx.Rngs(params=0)), nnx.Param))()
         moved = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), parameters, sharded)
         engine = Engine(nnx.merge(graph, moved), BUDGETS, SELECTIVE, rows=2, steps=3, block=8)
-        sampled = [(n + 5, dataclasses.replace(r, temperature=1, top_p=0.9)) for n, r in enumerate(GREEDY[:2])]
+        options = {"temperature": 1, "top_p": 0.9, "logprobs": 2, "score_prompt": True}
+        sampled = [(n + 5, dataclasses.replace(r, **options)) for n, r in enumerate(GREEDY[:2])]
         found = answers(engine, [*enumerate(GREEDY), *sampled])
     assert [found[n][0] for n in range(5)] == expected
     assert [found[n] for n, _ in sampled] == [
@@ -253,6 +278,12 @@ def test_memory_does_not_grow_over_10000_short_requests():
         ({"seed": True}, "seed must be a whole number, got True"),
         ({"stop_ids": [3, 40]}, "stop_ids must be tokens from 0 to 39, got 40"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
+        ({"num_tokens": 0}, "num_tokens must be from 1 to 23"),
+        ({"score_prompt": True}, "score_prompt needs logprobs"),
+        (
+            {"prompt": [2] * 25, "num_tokens": 0, "logprobs": 0, "score_prompt": True},
+            "the prompt has 25 tokens; the model was made for 24",
+        ),
         ({"budget_class": "huge"}, "budget_class must be one of default, got 'huge'"),
     ],
 )

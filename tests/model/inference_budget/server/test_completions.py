@@ -57,7 +57,7 @@ def test_choices_have_seeds_of_their_own_and_the_first_the_request_s(served):
 
 
 def test_fields_that_change_nothing_pass(served):
-    neutral = {"echo": False, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None, "best_of": 1, "user": "me"}
+    neutral = {"presence_penalty": 0.0, "logit_bias": {}, "suffix": None, "best_of": 1, "user": "me"}
     assert parsed(served, **neutral, seed=1, other_servers_field=[1]) == parsed(served, seed=1)
 
 
@@ -93,7 +93,10 @@ MISTAKES = [
     ({"n": 0}, "n", "n must be from 1 to 8, not 0"),
     ({"n": 4, "prompt": ["a", "b", "c"]}, "n", "3 prompts with n=4 are 12 continuations; this server takes at most 8"),
     ({"best_of": 2}, "best_of", "best_of=2 is not supported unless it is n, which is 1"),
-    ({"echo": True}, "echo", "echo is not supported by this server; leave it out"),
+    ({"echo": 1}, "echo", "echo must be true or false, not a whole number"),
+    ({"echo": True, "max_tokens": 64}, "max_tokens", "max_tokens must be from 0 to 63, not 64"),
+    ({"echo": True, "max_tokens": 0, "prompt": [BOS] * 65}, "prompt", "prompt 0 has 65 and max_tokens=0"),
+    ({"suffix": "a"}, "suffix", "suffix is not supported by this server; leave it out"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not supported"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is not supported"),
     ({"stop": 3}, "stop", "stop must be a string or a list of strings"),
@@ -138,6 +141,10 @@ def test_an_answer_has_an_end():
     with pytest.raises(ApiError, match="n=100 are 100 continuations of max_tokens=2000, with logprobs=5") as error:
         parsed(served, **fields, logprobs=5)
     assert error.value.body["error"]["param"] == "max_tokens"
+    echo = {"prompt": [BOS] * 2000, "n": 100, "max_tokens": 0, "echo": True}
+    assert parsed(served, **echo, logprobs=4).echo
+    with pytest.raises(ApiError, match="1200000 values"):
+        parsed(served, **echo, logprobs=5)
 
 
 def test_too_long_a_prompt_has_openai_s_code(served):

@@ -109,6 +109,46 @@ def test_log_probabilities_are_of_the_tokens_and_add_up_to_the_text(served, clie
     assert [at for part in streamed for at in part.text_offset] == offsets
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_has_the_prompt_s_log_probabilities_before_the_completion_s(served, client, stream):
+    """With `max_tokens` 0 it is the prompt alone, and its tokens have what they had when they were drawn."""
+    options = {"model": "small", "temperature": 0, "logprobs": 2, "stream": stream}
+
+    def asked(prompt, **changed):
+        made = client.completions.create(prompt=prompt, echo=True, **options | changed)
+        choices = [choice for chunk in (made if stream else [made]) for choice in chunk.choices]
+        parts = [choice.logprobs.model_dump() for choice in choices if choice.logprobs]
+        fields = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        joined = {name: [one for part in parts for one in part[name]] for name in fields} if parts else None
+        return "".join(choice.text for choice in choices), joined, choices[-1].finish_reason
+
+    (drawn,) = served.continued(["the mask of"], 20)
+    prompt, answer = served.tokenizer.encode("the mask of"), served.text(drawn)
+    text, logprobs, reason = asked("the mask of", max_tokens=20)
+    assert (text, reason) == ("the mask of" + answer, "length")
+    assert len(logprobs["tokens"]) == len(prompt) + 20
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    assert logprobs["text_offset"][len(prompt)] == len("the mask of")
+    for at, shown in zip(logprobs["text_offset"], logprobs["tokens"], strict=True):
+        assert text[at:].startswith(shown) or shown.startswith(("bytes:", "token_id:"))
+    alone, scores, reason = asked([*prompt, *drawn], max_tokens=0)
+    assert (alone, reason, scores["tokens"]) == (text, "length", logprobs["tokens"])
+    assert scores["token_logprobs"][1:] == pytest.approx(logprobs["token_logprobs"][1:], abs=1e-5)
+    for nats, top in zip(scores["token_logprobs"][-20:], scores["top_logprobs"][-20:], strict=True):
+        assert nats == max(top.values())  # by which lm-eval finds what is greedy
+    assert asked("the mask of", max_tokens=0, logprobs=None) == ("the mask of", None, "length")
+    assert asked("the mask of", max_tokens=20, logprobs=None)[0] == text
+    assert asked("", max_tokens=0)[1]["token_logprobs"] == [None]
+
+
+def test_choices_of_an_echo_all_begin_with_their_prompt(client):
+    texts = ["the mask", "old words"]
+    answer = client.completions.create(model="small", prompt=texts, max_tokens=6, n=2, echo=True, seed=1)
+    for prompt, choice in zip([texts[0]] * 2 + [texts[1]] * 2, answer.choices, strict=True):
+        assert choice.text.startswith(prompt) and choice.logprobs is None
+    assert answer.usage.completion_tokens == 24
+
+
 def test_budgets_of_another_class_answer_as_their_own_decoder(served, client):
     (tokens,) = served.continued(["the mask of a token " * 5], 40, "tight")
     options = {"prompt": "the mask of a token " * 5, "max_tokens": 40, "temperature": 0}
@@ -168,7 +208,14 @@ BAD = [
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "max_token\\ud800": 1}', {}, 400, "is the nearest"),
     ("POST", "/v1/completions", b'{"model": "\\ud800", "prompt": "a"}', {}, 404, "there is no model"),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "n": 9999}', {}, 400, "n must be from 1"),
-    ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "echo": true}', {}, 400, "echo is not supported"),
+    (
+        "POST",
+        "/v1/completions",
+        b'{"model": "small", "prompt": "a", "suffix": "b"}',
+        {},
+        400,
+        "suffix is not supported",
+    ),
     ("POST", "/v1/completions", b'{"model": "small", "prompt": "a", "top_p": NaN}', {}, 400, "NaN is no number"),
     ("POST", "/v1/completions", b'{"model": "other", "prompt": "a"}', {}, 404, "there is no model 'other'"),
     ("POST", "/v1/completions", b"{}", {"Content-Type": "text/plain"}, 415, "send Content-Type: application/json"),
