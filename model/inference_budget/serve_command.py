@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     add("--name", help="the model's name in requests; by default its folder's")
     add("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=_port, default=8000, help="0 for any that is free (default: %(default)s)")
+    add("--api-key-file", metavar="FILE", help="keys, one a line, of which a client must send one; by default none")
     add("--queue", type=positive, default=1024, help="completions that may wait for a row (default: %(default)s)")
     add("--max-body", type=positive, default=1 << 22, help="bytes of a request at most (default: %(default)s)")
     add("--client-seconds", type=_seconds, default=30.0,

@@ -18,6 +18,7 @@ from ..requests import GenerationRequest
 from .answers import Reply
 from .completions import CompletionRequest, Served, parse
 from .errors import ApiError
+from .keys import Keys
 from .metrics import Metrics
 from .worker import Answers, Worker
 
@@ -31,7 +32,9 @@ EVENTS: Message = {
 }
 
 
-def make_app(served: Served, worker: Worker, metrics: Metrics, *, max_body: int, body_seconds: float) -> Starlette:
+def make_app(
+    served: Served, worker: Worker, metrics: Metrics, *, max_body: int, body_seconds: float, keys: Keys | None = None
+) -> Starlette:
     """The server as an ASGI application.
 
     Args:
@@ -40,6 +43,7 @@ def make_app(served: Served, worker: Worker, metrics: Metrics, *, max_body: int,
       metrics: what is told under /metrics.
       max_body: bytes of a request, at most.
       body_seconds: in which a request's body has to arrive.
+      keys: of which everything under /v1 asks for one; without them it asks for none.
     """
     made = int(time.time())
     models = {
@@ -47,9 +51,11 @@ def make_app(served: Served, worker: Worker, metrics: Metrics, *, max_body: int,
     }
 
     async def list_models(request: Request) -> Response:
+        _check_key(keys, request)
         return JSONResponse({"object": "list", "data": list(models.values())})
 
     async def find_model(request: Request) -> Response:
+        _check_key(keys, request)
         name = request.path_params["name"]
         if name not in models:
             what = f"there is no model {name[:80]!r}; this server has {', '.join(models)}"
@@ -64,7 +70,7 @@ def make_app(served: Served, worker: Worker, metrics: Metrics, *, max_body: int,
     async def show_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    completions = Completions(served, worker, metrics, max_body, body_seconds)
+    completions = Completions(served, worker, metrics, max_body, body_seconds, keys)
     return Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
@@ -80,15 +86,18 @@ def make_app(served: Served, worker: Worker, metrics: Metrics, *, max_body: int,
 class Completions:
     """/v1/completions, as an ASGI application."""
 
-    def __init__(self, served: Served, worker: Worker, metrics: Metrics, max_body: int, body_seconds: float) -> None:
+    def __init__(
+        self, served: Served, worker: Worker, metrics: Metrics, max_body: int, body_seconds: float, keys: Keys | None
+    ) -> None:
         self._served, self._worker, self._metrics = served, worker, metrics
-        self._max_body, self._body_seconds = max_body, body_seconds
+        self._max_body, self._body_seconds, self._keys = max_body, body_seconds, keys
         self._parsers, self._unparsed = asyncio.Semaphore(PARSERS), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
         request = Request(scope, receive)
         try:
+            _check_key(self._keys, request)
             asked = await self._parsed(request)
             started = time.monotonic()
             with self._worker.submitted(_generations(asked)) as answers:
@@ -161,6 +170,11 @@ class Completions:
                 self._metrics.finished.labels(choice.finish_reason).inc()
                 answers.cancel(index)  # a stop string ends it here, and not in the engine
             yield told
+
+
+def _check_key(keys: Keys | None, request: Request) -> None:
+    if keys is not None:
+        keys.check(request)
 
 
 async def _send_events(

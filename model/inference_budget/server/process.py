@@ -20,6 +20,7 @@ from ..loading import Loaded, load_engine
 from ..requests import MAX_LOGPROBS, GenerationRequest
 from .app import make_app
 from .completions import Served
+from .keys import Keys, read_keys
 from .metrics import Metrics
 from .protocol import Protocol
 from .worker import Worker
@@ -37,18 +38,26 @@ def serve(options: argparse.Namespace) -> bool:
       BudgetsError: a model, budgets, a tokenizer or an address that cannot be used.
     """
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", level=logging.WARNING)
+    keys = None if options.api_key_file is None else read_keys(options.api_key_file)
     with _bound(options.host, options.port) as listener:
         loaded = load_engine(options)
         served = _served(options, loaded)
         _warm_up(loaded.engine, served.tokenizer.bos_id, options.block)
-        return asyncio.run(_serve(options, loaded.engine, served, listener))
+        return asyncio.run(_serve(options, loaded.engine, served, listener, keys))
 
 
-async def _serve(options: argparse.Namespace, engine: Engine, served: Served, listener: socket.socket) -> bool:
+async def _serve(
+    options: argparse.Namespace, engine: Engine, served: Served, listener: socket.socket, keys: Keys | None
+) -> bool:
     worker = Worker(engine, options.rows, options.queue, lambda: server.handle_exit(signal.SIGTERM, None))
     factors = {name: budgets.memory_factor for name, (budgets, _) in engine.classes.items()}
     app = make_app(
-        served, worker, Metrics(worker, factors), max_body=options.max_body, body_seconds=options.client_seconds
+        served,
+        worker,
+        Metrics(worker, factors),
+        max_body=options.max_body,
+        body_seconds=options.client_seconds,
+        keys=keys,
     )
     Protocol.seconds = options.client_seconds
     config = uvicorn.Config(

@@ -291,6 +291,42 @@ def test_a_client_that_never_reads_is_given_up_and_holds_nobody_up(server):
         assert b"[DONE]" not in said[-100:]
 
 
+@pytest.fixture(scope="module")
+def locked(served):
+    (served.folder / "keys.txt").write_text("first-key\n\n  second-key\n")
+    with served.serve("--api-key-file=keys.txt") as server:
+        yield server
+
+
+def test_whoever_has_a_key_is_answered(locked):
+    for key in ("first-key", "second-key"):
+        with openai.OpenAI(base_url=locked.url, api_key=key, max_retries=0) as client:
+            assert client.completions.create(model="small", prompt="a", max_tokens=2).usage.completion_tokens == 2
+            assert client.models.retrieve("small").id == client.models.list().data[0].id == "small"
+    assert locked.ask("GET", "/health")[0] == locked.ask("GET", "/metrics")[0] == 200
+
+
+def test_whoever_has_none_is_told_so(locked):
+    before = locked.metric('requests_total{status="401"}')
+    with openai.OpenAI(base_url=locked.url, api_key="third-key", max_retries=0) as client:
+        for ask in (
+            lambda: client.completions.create(model="small", prompt="a"),
+            lambda: client.completions.create(model="large", prompt="a", stream=True),
+            lambda: client.models.list(),
+            lambda: client.models.retrieve("large"),
+        ):
+            with pytest.raises(openai.AuthenticationError, match="not one of the server's keys") as error:
+                ask()
+            assert (error.value.status_code, error.value.code) == (401, "invalid_api_key")
+    assert locked.metric('requests_total{status="401"}') == before + 2
+    for given in ("", "Bearer", "Bearer ", "Basic first-key", "first-key", "Bearer first-ke", "Bearer first-key2",
+                  "Bearer first-key second-key", "Bearer \xfcber", "Bearer " + "x" * 8000):  # fmt: skip
+        status, headers, body = locked.ask("POST", "/v1/completions", b"no JSON", Authorization=given)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer"), given
+        assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+        assert b"first" not in body
+
+
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(served):
     with served.serve() as server:
@@ -326,10 +362,16 @@ def test_sigterm_waits_no_longer_than_it_was_told(served):
         (["--checkpoint=small", "--host=256.1.1.1"], "cannot listen on 256.1.1.1:8000"),
         (["--checkpoint=bare", "--port=0"], "give its tokenizer.model or dataset with --tokenizer"),
         (["--checkpoint=none", "--port=0"], "none holds no exported model"),
+        (["--checkpoint=small", "--api-key-file=none.txt"], "--api-key-file=none.txt cannot be read: No such file"),
+        (["--checkpoint=small", "--api-key-file=blank.txt"], "--api-key-file=blank.txt has no key; write one a line"),
+        (["--checkpoint=small", "--api-key-file=two.txt"], "two.txt, line 2: a key is of ASCII characters without"),
+        (["--checkpoint=small", "--api-key-file=small/model.safetensors"], "cannot be read: no text"),
     ],
 )  # fmt: skip
 def test_a_command_with_a_mistake_says_so_in_a_line(served, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(served.folder)
+    (served.folder / "blank.txt").write_text("\n \n")
+    (served.folder / "two.txt").write_text("one\ntwo in a line\n")
     with pytest.raises(SystemExit) as ended:
         main(["serve", *arguments])
     assert ended.value.code == 2
