@@ -124,17 +124,20 @@ def decoding_table(plans: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def decoding_kernel(command: str) -> str:
+def under_a_line(command: str) -> str:
     """The table that the command prints under a line of its own."""
     return _output(command).partition("\n")[2]
 
 
 TABLES: dict[str, Callable[[str], str]] = {
     KERNELS: kernels,
-    "python benchmarks/tpu_kernels.py --decode": decoding_kernel,
+    "python benchmarks/tpu_kernels.py --decode": under_a_line,
+    "python benchmarks/tpu_eviction.py --policies selective,tova,h2o": under_a_line,
     PLAN: printed,
+    f"{DECODE}d12,n2048 --batch=128 --cache-dtype=int8": decoding,
     f"{DECODE}d12,n2048": decoding,
     f"{DECODE}d12,n2048 --batch=128": decoding,
+    f"{DECODE}d28,n2048": decoding,
     f"{DECODE}d28,n2048 --batch=128": decoding,
     f"{PLAN} --topology=v4-16 --sweep": printed,
     f"{PLAN} --topology=v4-8,v4-32,v4-128,v4-512,v4-2048": printed,
