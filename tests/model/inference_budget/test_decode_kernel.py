@@ -135,6 +135,7 @@ def test_many_blocks_of_slots_and_rows_are_what_xla_computes(policy, budget, dty
     item = jnp.dtype(dtype).itemsize
     monkeypatch.setattr(kernel, "BLOCK_BYTES", 2 * 128 * 128 * item)  # two rows of 128 slots
     monkeypatch.setattr(kernel, "LEAST_STEPS", 1)
+    monkeypatch.setattr(kernel, "LEAST_STEPS_INT8", 1)
     config = make_config()
     plan = kernel.make_plan(
         jax.ShapeDtypeStruct((4, 1, 4, WIDTH), jnp.float32),

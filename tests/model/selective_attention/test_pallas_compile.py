@@ -89,9 +89,9 @@ def test_decoding_is_quicker_than_paged_attention_and_than_fetching_the_cache(sl
         assert ours["schedule"] < 0.75 * ours["hbm"]
 
 
-# The same with int8 keys and values; measured were 2,745, 3,870 and 4,201 bundles, of which a step has more rows or
-# slots from 512 slots on, and 2.23, 1.52 and 1.55 times the fetches.
-INT8 = [(128, 2800, 2.3), (512, 3950, 1.6), (2048, 4290, 1.6)]
+# The same with int8 keys and values; measured were 4,588, 3,870 and 4,201 bundles of a step, which has more rows or
+# slots, and 2.15, 1.52 and 1.55 times the fetches.
+INT8 = [(128, 4680, 2.2), (512, 3950, 1.6), (2048, 4290, 1.6)]
 
 
 @pytest.mark.parametrize(("slots", "most", "over_hbm"), INT8)
@@ -99,7 +99,7 @@ def test_int8_is_sooner_than_bfloat16(slots, most, over_hbm):
     rows = measure_decoding(slots)
     assert rows["int8"]["bundles"] < most
     assert rows["int8"]["together"] < over_hbm * rows["int8"]["hbm"]
-    assert rows["int8"]["together"] < rows["selective"]["together"]  # 0.98 times at 128 slots, 0.79 at 2,048
+    assert rows["int8"]["together"] < rows["selective"]["together"]  # 0.95 times at 128 slots, 0.79 at 2,048
 
 
 @pytest.mark.parametrize("program", ["selective", "int8"])

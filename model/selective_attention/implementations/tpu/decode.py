@@ -38,6 +38,7 @@ CACHES, STATE = ("k", "v", "k_sel"), ("position", "f", "scale")  # of slots
 BLOCK_BYTES = 1 * MIB  # of keys that a grid step works on, at most
 MOST_ROWS = 8  # of the batch that it works on
 LEAST_STEPS = 8  # over which the batch is spread, if it is large enough: the first block's fetch is waited for
+LEAST_STEPS_INT8 = 4  # this is fetched sooner, and more rows together hide more of the longer work's latencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ def make_plan(q: Array, k: Array, num_slots: int, num_kv_heads: int, selection: 
     if padded_slots * slot_bytes > BLOCK_BYTES:
         blocks = pl.cdiv(padded_slots * slot_bytes, BLOCK_BYTES)
         block = min(round_up(pl.cdiv(padded_slots, blocks), LANES), padded_slots)
-    most = min(MOST_ROWS, batch // LEAST_STEPS, BLOCK_BYTES // (block * slot_bytes))
+    least = LEAST_STEPS_INT8 if k.dtype == jnp.int8 else LEAST_STEPS
+    most = min(MOST_ROWS, batch // least, BLOCK_BYTES // (block * slot_bytes))
     tokens = batch if batch % TILE else TILE
     rows = max(n for n in range(1, max(most, 1) + 1) if tokens % n == 0)
     return DecodePlan(num_heads, num_kv_heads, head_dim, num_slots, tokens, rows, block, selection, adds)
