@@ -102,12 +102,12 @@ def decoding(command: str) -> str:
 
 
 def decoding_table(plans: list[dict[str, Any]]) -> str:
-    """The first of the plans is what the others are compared with."""
+    """The first of the plans is what the others are compared with; where chips talk, a column says how long."""
     baseline = plans[0]["tokens_per_second_per_chip"]
-    lines = [
-        "| cache | slots a layer | batch | ms a step | HBM allows | tokens/s of a chip | | million tokens a dollar |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    talk = any(plan["step_ms_by_part"]["collectives"] for plan in plans)
+    names = ["cache", "slots a layer", "batch", "ms a step", *["of which collectives"] * talk, "HBM allows"]
+    names += ["tokens/s of a chip", "", "million tokens a dollar"]
+    lines = ["|".join(["", *(f" {name} " if name else " " for name in names), ""]), "|---" * len(names) + "|"]
     for plan in plans:
         speed = plan["tokens_per_second_per_chip"]
         cells = (
@@ -115,6 +115,7 @@ def decoding_table(plans: list[dict[str, Any]]) -> str:
             f"{sum(plan['budgets']) / len(plan['budgets']):,.0f}",
             f"{plan['batch_size']:,}",
             f"{plan['step_ms']:.2f}",
+            *[f"{plan['step_ms_by_part']['collectives']:.2f}"] * talk,
             f"{plan['hbm_limit_ms']:.2f}",
             f"{speed:,.0f}",
             f"{speed / baseline:.1f}x",
@@ -139,6 +140,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     f"{DECODE}d12,n2048 --batch=128": decoding,
     f"{DECODE}d28,n2048": decoding,
     f"{DECODE}d28,n2048 --batch=128": decoding,
+    f"{DECODE}d28,n2048 --mesh=tensor=4": decoding,
     f"{PLAN} --topology=v4-16 --sweep": printed,
     f"{PLAN} --topology=v4-8,v4-32,v4-128,v4-512,v4-2048": printed,
 }
