@@ -111,7 +111,7 @@ def take_chunk(
       graph, parameters: the model.
       lane: what holds the tokens before them, None if they are the first; donated.
       tokens_1T: the tokens; what follows the prompt's end is padding.
-      length_1: tokens of the prompt so far, these included.
+      length_1: tokens of the whole prompt, of a first chunk's at most T.
       next_1T: the token after each of them, whose scores are given.
       scored: bool, whether they are wanted; else they are zeros.
     """
