@@ -3,7 +3,7 @@
     make results [ONLY=WORD]    # WORD: part of the command above a table, such as sweep
 
 A table follows a line that names its command and commit. So are the plans of the paper's experiments, which
-`python -m configs.list` prints: those that are not in configs/plans.json yet. Takes three hours on two cores, of which
+`python -m configs.list` prints: those that are not in configs/plans.json yet. Takes four hours on two cores, of which
 the experiments (ONLY=--json) take two; no TPU is needed. Stopped, it goes on with the experiment where it was.
 """
 
@@ -136,6 +136,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "python benchmarks/tpu_eviction.py --policies selective,tova,h2o": under_a_line,
     PLAN: printed,
     f"{DECODE}d12,n2048 --batch=128 --cache-dtype=int8": decoding,
+    f"{DECODE}d12,n2048 --cache-dtype=int8": decoding,
     f"{DECODE}d12,n2048": decoding,
     f"{DECODE}d12,n2048 --batch=128": decoding,
     f"{DECODE}d28,n2048": decoding,
