@@ -15,7 +15,7 @@ import sys
 import jax
 
 from data import Dataset, open_dataset
-from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, Forgotten, model_fingerprint
+from inference_budget import POLICIES, Budgets, Decoder, Evaluator, EvictionPolicy, model_fingerprint
 from inference_budget.interchange import budgets_of, read_budgets_file
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from selective_attention import Transformer
@@ -60,7 +60,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     print(f"{len(windows)} windows of {windows.length} tokens of {options.split}, <BOS> first, each token once")
     print(f"{content['policy']}, {budgets.memory_factor:.2f}x fewer tokens: perplexity {pruned.perplexity:.6f}")
     print(cache_size(model, budgets, policy, options.cache_dtype))
-    if isinstance(policy, Forgotten):
+    if policy.shrinks:
         held_LWN = evaluator.tokens_held(budgets)
         mean, most = held_LWN.mean(axis=(1, 2)), held_LWN.max(axis=(1, 2))
         for layer, budget in enumerate(budgets.tokens):

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import EvalBatches
-from inference_budget import Evaluator, Forgotten, Scorer
+from inference_budget import Evaluator, Scorer
 from launch.budgets.inputs import check_output, read_windows
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from selective_attention.quantised import CACHE_DTYPES
@@ -137,7 +137,7 @@ def _perplexity(
     (losses,) = evaluator.losses([cache.budgets])
     of_windows = {"nats": losses.windows, "nats_last_quarter": losses.last_quarter}
     totals: dict[str, tuple[float, float | None]] = {"perplexity": (losses.perplexity, None)}
-    if isinstance(cache.policy, Forgotten):
+    if cache.policy is not None and cache.policy.shrinks:
         held_LWN = evaluator.tokens_held(cache.budgets)
         of_windows["tokens_held"] = held_LWN.mean(axis=(0, 2))
         totals["most_tokens_held"] = held_LWN.max(axis=(1, 2)).mean(), None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import Dataset, Tokenizer, load_tokenizer, open_dataset
 from data.manifest import TOKENIZER_JSON
-from inference_budget import Budgets, EvictionPolicy, Forgotten, Scorer, find_policy, model_fingerprint, policy_name
+from inference_budget import Budgets, EvictionPolicy, Scorer, find_policy, model_fingerprint, policy_name
 from inference_budget.budgets import check_budgets
 from inference_budget.interchange import budgets_of, read_budgets_file
 from inference_budget.policies import check_policy
@@ -92,7 +92,7 @@ def load_subject(
       InputError, DataError, BudgetsError: what cannot be used.
     """
     given = [find_policy(name) for name in policies]
-    if not (files or factors or all(isinstance(policy, Forgotten) for policy in given)):
+    if not (files or factors or all(policy.shrinks for policy in given)):
         raise InputError("--policy is of a cache that is not full; give --memory-factor or --budgets")
     contents = [read_budgets_file(path, UsableFile) for path in files]
     if not (checkpoint or contents):
@@ -110,7 +110,7 @@ def load_subject(
             f"--context={context}: the model has been made for {config.max_length} tokens; give at most that"
         )
     for policy in given or [find_policy("selective")]:
-        for factor in [1.0, *factors] if isinstance(policy, Forgotten) else factors:
+        for factor in [1.0, *factors] if policy.shrinks else factors:
             total = round(config.num_layers * length / factor)
             caches.append(CacheSize(Budgets.uniform(config.num_layers, length, total), policy))
     for cache in caches:

@@ -19,6 +19,7 @@ from .policies import (
     SinksAndWindow,
     find_policy,
     policy_for,
+    policy_for_plan,
     policy_name,
 )
 from .prefill import prefill
@@ -66,6 +67,7 @@ __all__ = [
     "memory_factor",
     "model_fingerprint",
     "policy_for",
+    "policy_for_plan",
     "policy_name",
     "prefill",
     "save_budgets",

@@ -40,7 +40,7 @@ from .eviction import (
     protected,
     victim,
 )
-from .policies import EvictionPolicy, Forgotten, Held, check_policy
+from .policies import EvictionPolicy, Held, check_policy
 
 LEAST_SLOTS = 128  # that a block of tokens attends to, where fewer are used; below, nothing is saved
 
@@ -169,7 +169,7 @@ def _attend_one(
     now_B = jnp.repeat(position_B, groups)
     position_BM, f_BM, score_BM = _state_rows(cache.position), _state_rows(cache.f), _state_rows(cache.score)
     held = Held(position_BM, f_BM, score_BM, now_B[:, None], cache.budget, cache.layer)
-    if isinstance(cache.policy, Forgotten):
+    if cache.policy.shrinks:
         position_BM = jnp.where(cache.policy.forgets(held), -1, position_BM)
     slot_B = victim(protected(cache.policy.priority(held), position_BM), position_BM)
     rows = Projections(
@@ -218,7 +218,7 @@ def _take_in(
         out, columns, _ = attend_evicting(cache.policy, cache.config, held, new, arriving, heads_axis)
         return out, _gathered(cache, columns, kept)
 
-    if empty or not isinstance(cache.policy, Forgotten):
+    if empty or not cache.policy.shrinks:
         return after_first(0 if empty else cache.budget)
     # Free slots cost as much as others: of a few sizes the smallest that has all which are not.
     sizes = sorted({max(cache.budget // part, min(LEAST_SLOTS, cache.budget)) for part in (1, 2, 8)})

@@ -25,7 +25,7 @@ from selective_attention.selection import HIDDEN, Keys, Projections, Queries, Ru
 
 from . import eviction_kernel, weights_kernel
 from .eviction_kernel import NEVER
-from .policies import FIXED, H2O, TOVA, EvictionPolicy, Forgotten, Held, Selective
+from .policies import FIXED, H2O, TOVA, EvictionPolicy, Held, Selective
 
 QUERIES = 32  # whose logits are in memory at a time
 
@@ -287,7 +287,7 @@ class _Scan:
         here_BM = (evict_at_BM == NEVER) & (columns.position >= 0) & (column_M < column)
         held = Held(columns.position, f_BM, score_BM, now_B1, budget_B1, arriving.layer)
         full_B1 = now_B1 >= budget_B1  # before position i, i tokens have come
-        if isinstance(self.policy, Forgotten):
+        if self.policy.shrinks:
             forgotten_BM = here_BM & real_B1 & self.policy.forgets(held)
             evict_at_BM, here_BM = jnp.where(forgotten_BM, column, evict_at_BM), here_BM & ~forgotten_BM
             full_B1 = jnp.sum(here_BM, axis=1, keepdims=True) >= budget_B1

@@ -24,7 +24,7 @@ from selective_attention.quantised import as_held, check_cache_dtype, selecting_
 
 from .budgets import Budgets, BudgetsError, check_budgets
 from .eviction import Arriving, Projections, attend_evicting
-from .policies import EvictionPolicy, Forgotten, policy_for
+from .policies import EvictionPolicy, policy_for
 
 TOKENS_PER_PASS = 8_192  # rows times positions that a layer takes at once
 CANDIDATES_PER_PASS = 8
@@ -199,7 +199,7 @@ class Evaluator:
                 x_BNE = jnp.concatenate([inputs[prefix[:-1]] for prefix in group])
                 budget_B = np.repeat(np.array([prefix[-1] for prefix in group], np.int32), self._rows)
                 binding = any(prefix[-1] < self.windows.length for prefix in group)
-                policy = self.policy if binding or isinstance(self.policy, Forgotten) else None
+                policy = self.policy if self.policy and (binding or self.policy.shrinks) else None
                 options = {"policy": policy, "cache_dtype": self._cache_dtype}
                 after, _ = layer_pass(self._graph, self._parameters, x_BNE, layer - 1, budget_B, **options)
                 outputs |= dict(zip(group, jnp.split(after, len(group)), strict=True))

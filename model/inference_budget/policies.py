@@ -4,7 +4,7 @@ One convention for all: a token arrives, a full layer evicts one of those it hol
 them, and only then does the token's query attend. So a query sees at most as many tokens as the budget says, itself
 included. <BOS> and the current token never leave, ties go to the oldest. The published H2O, TOVA and StreamingLLM
 attend before they evict (their queries see one more), and protect <BOS> only by chance or as a sink; here they all get
-the same cache. `Forgotten` alone lets tokens leave a layer that is not full.
+the same cache. `Forgotten` alone lets tokens leave a layer that is not full (`shrinks`).
 
 Shape letters: README.md. A policy that evicts per head has a row for each key/value head of a sequence.
 """
@@ -57,8 +57,17 @@ class EvictionPolicy(Protocol):
         """Whether every key/value head evicts for itself."""
         ...
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether tokens leave a layer that is not full, as `forgets` says."""
+        ...
+
     def priority(self, held: Held) -> Array:
         """Float32 [B, M]: of the tokens that are held, the one with the largest value leaves; -inf protects."""
+        ...
+
+    def forgets(self, held: Held) -> Array:
+        """Bool [B, M]: who leaves, whether the layer is full or not; asked only of a policy that shrinks."""
         ...
 
     def observe(self, score_BM: Array, weights_BM: Array) -> Array:
@@ -66,7 +75,14 @@ class EvictionPolicy(Protocol):
         ...
 
 
-class _Unscored:
+class _StaysFull:
+    shrinks: ClassVar[bool] = False
+
+    def forgets(self, held: Held) -> Array:
+        raise NotImplementedError("this policy never shrinks")
+
+
+class _Unscored(_StaysFull):
     keeps_score: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
 
@@ -100,6 +116,7 @@ class Forgotten(Selective):
     """
 
     above: tuple[float, ...] | None = None
+    shrinks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for nats in self.above or ():
@@ -112,7 +129,6 @@ class Forgotten(Selective):
         return "-".join([_FORGOTTEN, *numbers])
 
     def forgets(self, held: Held) -> Array:
-        """Bool [B, M]: who leaves, whether the layer is full or not."""
         if self.above is None:
             raise BudgetsError("policy 'forgotten' has no threshold yet; take policy_for(policy, model)")
         assert held.f is not None
@@ -122,7 +138,7 @@ class Forgotten(Selective):
 
 
 @dataclasses.dataclass(frozen=True)
-class H2O:
+class H2O(_StaysFull):
     """Heavy hitters: the smallest sum of attention weights leaves, among those older than the recent half.
 
     `normalise` divides the sum by the number of queries that could see the token, which the original does not; its sums
@@ -149,7 +165,7 @@ class H2O:
 
 
 @dataclasses.dataclass(frozen=True)
-class TOVA:
+class TOVA(_StaysFull):
     """The smallest weight in the last query's attention, averaged over all heads, leaves."""
 
     name: ClassVar[str] = "tova"
@@ -224,7 +240,7 @@ _ALL: tuple[EvictionPolicy, ...] = (
     Forgotten(),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
-_MEMBERS = ("name", "keeps_score", "per_head", "priority", "observe")  # of an EvictionPolicy
+_MEMBERS = ("name", "keeps_score", "per_head", "shrinks", "priority", "forgets", "observe")  # of an EvictionPolicy
 
 
 def find_policy(name: str) -> EvictionPolicy:
@@ -317,6 +333,11 @@ def policy_for(policy: EvictionPolicy, model: Transformer) -> EvictionPolicy:
     if not isinstance(policy, Forgotten) or policy.above is not None:
         return policy
     return dataclasses.replace(policy, above=tuple(map(float, _exact_thresholds(model))))
+
+
+def policy_for_plan(policy: EvictionPolicy) -> EvictionPolicy:
+    """A policy of the same cost that takes nothing from a model's parameters, where there are none."""
+    return Forgotten((0.0,)) if isinstance(policy, Forgotten) else policy
 
 
 @jax.jit

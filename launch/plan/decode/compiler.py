@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from configs import base
-from inference_budget import Budgets, Forgotten, find_policy, init_pruned_cache
+from inference_budget import Budgets, find_policy, init_pruned_cache, policy_for_plan
 from inference_budget.generation import CHUNK, Sampling, decode
 from launch.plan import times
 from launch.plan.collectives import Network
@@ -154,9 +154,7 @@ def _empty(choice: CacheChoice, rows: int, place: Slice) -> Cache:
     """
     if choice.name == STANDARD and place.tensor == 1:
         return init_cache(choice.config, rows, choice.budgets.context_length, choice.dtype)
-    policy = find_policy(choice.policy)
-    if isinstance(policy, Forgotten):  # a step costs the same whatever the threshold, and weights there are none
-        policy = Forgotten((0.0,))
+    policy = policy_for_plan(find_policy(choice.policy))
     return init_pruned_cache(choice.config, rows, choice.budgets, policy, choice.dtype)
 
 

@@ -149,7 +149,7 @@ def test_a_policy_that_no_name_stands_for_is_not_saved_as_another(policy, tmp_pa
         (":Class", "':Class': .*; run from the module's folder, or name that in PYTHONPATH"),
         ("newest_first:Newest", "newest_first has no class 'Newest'; name one as module:Class"),
         ("newest_first:OWN", "newest_first has no class 'OWN'; name one as module:Class"),
-        ("newest_first:Nothing", "is no EvictionPolicy: it lacks name, keeps_score, per_head, priority, observe; add"),
+        ("newest_first:Nothing", "it lacks name, keeps_score, per_head, shrinks, priority, forgets, observe; add"),
         ("newest_first:Thawed", "unhashable type: 'Thawed'; write a frozen dataclass whose fields all have defaults"),
         ("newest_first:Asking", "'sinks'; write a frozen dataclass whose fields all have defaults"),
     ],
