@@ -15,14 +15,25 @@ text that are computed with the keys dropped in every layer:
 
 Shares are means over windows, of each layer. `--context` is for models with rotary positions. `--rounds` times how a
 prompt is taken in, too.
+
+    python benchmarks/tpu_kernels.py --length 2048 --programs selective,standard --json > v4.json
+    python benchmarks/forgotten.py --workdir RUN --tpu v4.json [--longer 8192]
+
+What the TPU kernels make of the keys that float32 cannot see, in a wider model (d = 12) that forgets as this one does:
+of every 128 keys against a block of queries that are all dead they compute nothing. Cycles of attention in each layer
+by the kernels' schedules, over those of standard attention: with no key dead, and with the dead left out. A forward
+tile that is left out still costs the time of fetching its keys and values, at the published bandwidth. `--longer` goes
+on beyond the context with as many living keys as the second half of it has.
 """
 
 import argparse
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -45,10 +56,12 @@ from launch import charts
 from launch.budgets.inputs import check_output, check_vocabulary, load_model, read_windows
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from launch.evaluate.caches import data_of_run
+from launch.slices import GENERATIONS
 from selective_attention import Transformer
 
 DEMO = Path("runs/demo/selective")
 BLOCKS, TILE = (128, 256, 512), 64
+PART = 128  # keys that a TPU kernel leaves out together
 BFLOAT16 = 16 * math.log(2)  # nats by which its bound is below float32's: its significand has 16 bits less
 
 
@@ -90,6 +103,72 @@ class Dropped:
         dead = last[..., None, :] <= np.arange(tiles)[:, None] * TILE  # [L, W, tiles of queries, tiles of keys]
         below = np.tri(tiles, k=-1, dtype=bool)
         return (dead & below).mean(axis=1).sum(axis=(1, 2)) / max(below.sum(), 1)
+
+
+class Kernel(NamedTuple):
+    """Cycles of a TPU kernel of one sequence and group of heads."""
+
+    side: int  # of a tile, in positions
+    whole: int
+    diagonal: int
+    part: int  # of a tile against `PART` keys
+    ends: int  # of a block of queries or keys
+    step: int  # of the grid
+    skipped: float  # of fetching what is then left out
+
+    @classmethod
+    def read(cls, row: dict) -> "Kernel":
+        """From a row of `benchmarks/tpu_kernels.py --json`."""
+        whole, diagonal, *rare = row["tiles"]
+        fetches = row["kernel"].endswith("forward")  # the backward kernel knows beforehand what it leaves out
+        chip = GENERATIONS[row["generation"]]
+        bytes_fetched = fetches * row["block"] * (2 * row["heads"] + 1) * row["width"] * 2
+        cycles = bytes_fetched * chip.cores / chip.hbm_bandwidth * chip.clock
+        ends, step = row["bundles_ends"], row["bundles_other"]
+        return cls(row["block"], whole, diagonal, rare[0] if rare else whole, ends, step, max(0.0, cycles - step))
+
+    def cycles(self, hidden_at: np.ndarray, length: int) -> np.ndarray:
+        """Of each layer [L], at this length, where keys are hidden as `Dropped` says."""
+        layers, windows, given = hidden_at.shape
+        parts, given = self.side // PART, given // self.side
+        last = hidden_at[..., : given * self.side].reshape(layers, windows, given * parts, PART).max(axis=-1)
+        starts = self.side * np.arange(given)[:, None]
+        alive = (last[..., None, :] > starts).reshape(layers, windows, given, given, parts).sum(axis=-1)
+        alive *= np.tri(given, k=-1, dtype=int)
+        cost = np.where(alive == parts, self.whole, np.maximum(self.part * alive, self.skipped)) * (alive > 0)
+        of_rows, tiles = cost.sum(axis=-1).mean(axis=1), (alive > 0).sum(axis=-1).mean(axis=1)  # [L, blocks of queries]
+        blocks = length // self.side
+
+        def longer(x: np.ndarray) -> np.ndarray:
+            return np.concatenate(
+                [x, np.repeat(x[:, given // 2 :].mean(axis=1), blocks - given).reshape(layers, -1)], 1
+            )
+
+        skipped = self.skipped * (np.arange(blocks) - longer(tiles))
+        fixed = blocks * (self.diagonal + self.ends) + blocks**2 * self.step
+        return (longer(of_rows) + skipped).sum(axis=1) + fixed
+
+
+def tpu_table(schedules: Sequence[dict], hidden_at: np.ndarray, longer: Sequence[int]) -> Iterator[str]:
+    """The lines of what `--tpu` prints."""
+    length = hidden_at.shape[-1]
+    everything = np.full_like(hidden_at, length + 1)
+    made = {
+        program: [Kernel.read(row) for row in schedules if row["program"] == program]
+        for program in ("selective", "standard")
+    }
+    shape = "{generation}, {heads} heads of {width}".format(**schedules[0])
+    yield f"{shape}, of standard attention's cycles: forward, backward, both"
+    yield "      N  layer    no key dead              the dead left out"
+    for n in (length, *longer):
+        standard = [kernel.cycles(everything, n) for kernel in made["standard"]]
+        rows = []
+        for hidden in (everything, hidden_at):
+            cycles = [kernel.cycles(hidden, n) for kernel in made["selective"]]
+            rows.append([a / b for a, b in zip([*cycles, sum(cycles)], [*standard, sum(standard)], strict=True)])
+        for layer in [*range(hidden_at.shape[0]), None]:
+            cells = ("".join(f"{x.mean() if layer is None else x[layer]:7.2f}x" for x in row) for row in rows)
+            yield f"{n:7,}  {'mean' if layer is None else layer:>5}" + "  ".join(cells)
 
 
 def policies(model: Transformer, looser: Sequence[float]) -> Iterator[tuple[str, Forgotten]]:
@@ -211,6 +290,9 @@ def run(options: argparse.Namespace) -> None:
             f"a prompt of {windows.length:,} tokens, {BLOCK} at a time: {times[0]:,.0f} ms into a full cache, "
             f"{times[1]:,.0f} ms into one of as many slots without what {all_dropped[0].name} forgets"
         )
+    if options.tpu:
+        for line in tpu_table(json.loads(Path(options.tpu).read_text()), all_dropped[0].hidden_at, options.longer):
+            print(line)
     if options.plot:
         plot(options.plot, all_dropped)
         print(options.plot)
@@ -229,6 +311,13 @@ def main() -> None:
     add("--thresholds", type=_thresholds, default=[16.0, 8.0, 4.0], metavar="F,...", help="looser ones, in nats")
     add("--windows", type=positive, default=32, help="of held-out text (default: %(default)s)")
     add("--rounds", type=int, default=0, help="time taking in a prompt, the fastest of so many (default: %(default)s)")
+    add("--tpu", metavar="JSON", help="estimate what TPU kernels of these schedules make of it")
+    add(
+        "--longer",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[],
+        help="contexts beyond it, for --tpu",
+    )
     add("--plot", help="PNG to write")
     options = parser.parse_args()
     run_to_the_end(lambda: run(options), "the same command begins anew")

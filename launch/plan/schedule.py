@@ -39,6 +39,7 @@ class Schedule:
     diagonal: Region
     ends: int  # bundles of the starts and ends of blocks, each of which runs once a block of queries or of keys
     other: int  # bundles of a grid step outside of all these, at most: its pipeline
+    rare: tuple[Region, ...] = ()  # what else uses the MXU, in program order: tiles of which only a part runs, first
 
     def cycles(self, query_blocks: int, key_blocks: int, start_blocks: float = 0.0) -> float:
         """Of the grid of one sequence and head group, causal, one core.
@@ -129,7 +130,7 @@ def read_schedule(folder: Path, kernel: str, name: str) -> Schedule:
     if "tile" not in tiles:
         raise ValueError(f"the schedule of {kernel} has {len(regions)} regions that use the MXU; no tile among them")
     other = total - sum(region.bundles for region in regions) - ends
-    return Schedule(tiles["tile"], tiles.get("diagonal", tiles["tile"]), ends, other)
+    return Schedule(tiles["tile"], tiles.get("diagonal", tiles["tile"]), ends, other, tuple(regions[len(tiles) :]))
 
 
 def _files(folder: Path, kernel: str) -> tuple[Path, Path]:

@@ -53,8 +53,11 @@ class Layout(NamedTuple):
         return (block_J < self.listed) | (block_J >= self.taken)
 
 
-def reach(projections: Projections, seen: Seen, rule: Rule) -> Array | None:
-    """float32 [B], the F above which keys are forgotten for good; None where there can be none."""
+def reach(projections: Projections, seen: Seen, rule: Rule, *, by_bound: bool = False) -> Array | None:
+    """float32 [B], the F above which keys are forgotten for good; None where there can be none.
+
+    With `by_bound` from the rule's `logit_bound`, if it has one, which costs no pass over q and k and is looser.
+    """
     q, k, _ = projections[:3]
     batch, num_keys = k.shape[:2]
     if rule.selection in (Selection.OFF, Selection.LEAKY):  # F does not grow
@@ -65,7 +68,11 @@ def reach(projections: Projections, seen: Seen, rule: Rule) -> Array | None:
     if isinstance(rule.logit_bound, float) and math.isinf(rule.logit_bound):
         return None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    most_B = jax.lax.stop_gradient(_most_above_own_key(q.astype(dtype), k.astype(dtype), seen.offset, rule.scale))
+    if by_bound and rule.logit_bound is not None:
+        most_B = jnp.broadcast_to(2 * jnp.asarray(rule.logit_bound, dtype), batch)
+    else:
+        most_B = _most_above_own_key(q.astype(dtype), k.astype(dtype), seen.offset, rule.scale)
+    most_B = jax.lax.stop_gradient(most_B)
     reach_B = forgotten_above(most_B / 2, num_keys, dtype=dtype)
     if rule.tau is not None:
         reach_B = jnp.maximum(reach_B, rule.tau)

@@ -173,11 +173,16 @@ def test_without_its_model_s_threshold_it_cannot_be_used(long_model):
         layer.policy.forgets(None)
 
 
-def test_the_benchmark_counts_living_keys_flops_and_dead_tiles_as_the_mask_says():
+@pytest.fixture
+def benchmark():
     path = pathlib.Path(__file__).parents[3] / "benchmarks" / "forgotten.py"
     spec = importlib.util.spec_from_file_location("forgotten_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_counts_living_keys_flops_and_dead_tiles_as_the_mask_says(benchmark):
     length, rng = 320, np.random.default_rng(0)
     hidden_at = np.arange(length) + 1 + rng.integers(0, 90, (2, 3, length))
     hidden_at[:, :, 0] = hidden_at[1, :, 7] = length  # <BOS>, and one that stays
@@ -194,3 +199,21 @@ def test_the_benchmark_counts_living_keys_flops_and_dead_tiles_as_the_mask_says(
     below = np.tri(5, k=-1, dtype=bool)
     np.testing.assert_allclose(dropped.dead_tiles(), (~tiles)[..., below].mean(axis=(1, 2)))
     assert dropped.dead_tiles()[0] > 0
+
+
+def test_the_benchmark_counts_a_tpu_kernels_tiles_by_the_keys_that_live(benchmark):
+    kernel = benchmark.Kernel(side=256, whole=1000, diagonal=600, part=550, ends=10, step=5, skipped=100.0)
+    length, rng = 1024, np.random.default_rng(0)
+    hidden_at = np.arange(length) + 1 + rng.integers(0, 300, (2, 3, length))
+    hidden_at[..., 0] = length
+    expected, tiles = np.zeros((2, 4)), np.zeros((2, 4))
+    for layer, window, i in np.ndindex(2, 3, 4):
+        for j in range(i):
+            last = [hidden_at[layer, window, key : key + 128].max() for key in (256 * j, 256 * j + 128)]
+            living = sum(end > 256 * i for end in last)
+            expected[layer, i] += (100, 550, 1000)[living] / 3
+            tiles[layer, i] += (living > 0) / 3
+    fixed = 4 * (600 + 10) + 16 * 5
+    np.testing.assert_allclose(kernel.cycles(hidden_at, length), expected.sum(axis=1) + fixed)
+    longer = expected.sum(axis=1) + expected[:, 2:].mean(axis=1) + 100 * (4 - np.mean([2, 3])) + 5 * 610 + 25 * 5
+    np.testing.assert_allclose(kernel.cycles(hidden_at, 1280), longer)

@@ -19,6 +19,7 @@ from jax import Array
 from ...remat import keep
 from ...selection import Projections, Rule, Seen, Selection
 from ..blockwise import column_sums
+from ..living import reach
 from .backward import backward
 from .columns import LANES, from_columns, pad, shuffle, to_columns
 from .forward import forward
@@ -45,14 +46,11 @@ def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> 
     for name, array in (("q, k", q), ("v", v), ("q_sel, k_sel", q if q_sel is None else q_sel)):
         if array.shape[-1] > LANES:
             raise ValueError(f"the TPU kernel takes heads of up to 128; {name} have width {array.shape[-1]}")
-    plan = make_plan(
-        *(q, k, v, q if q_sel is None else q_sel),
-        evict=seen.evict_at is not None,
-        scale=rule.scale,
-        selection=rule.selection,
-        tau=rule.tau,
-    )
+    reach_B = reach(projections, seen, rule, by_bound=True)
+    evict, drops = seen.evict_at is not None, reach_B is not None
+    plan = make_plan(q, k, v, q if q_sel is None else q_sel, evict=evict, drops=drops, rule=rule)
     integers = {"offset": jnp.asarray(seen.offset, jnp.int32).reshape(1)}
+    scalars = {"reach": jnp.full(k.shape[:1], jnp.inf) if reach_B is None else LOG2_E * reach_B}
     if seen.q_segment_ids is not None and seen.kv_segment_ids is not None:
         integers |= _segment_rows(plan, seen.q_segment_ids, seen.kv_segment_ids)
     if seen.evict_at is not None:
@@ -76,7 +74,8 @@ def attend(projections: Projections, f_start: Array, seen: Seen, rule: Rule) -> 
         bounded = jnp.broadcast_to(_bounds(plan, jnp.asarray(rule.logit_bound, jnp.float32)), k.shape[:1])
     if seen.evict_at is not None:
         bounded *= _sees_first(rule.selection, seen, f_start, q.shape[1])
-    out, forgotten = _attend(plan, integers | {"bounded": bounded}, protected, columns, f_start)
+    scalars = scalars | {"bounded": bounded}
+    out, forgotten = _attend(plan, integers | scalars, protected, columns, f_start)
     out = from_columns(out, plan.value_dim, (*q.shape[:3], v.shape[3]))
     return out, None if rule.tau is None else forgotten[:, : q.shape[1]]
 
@@ -90,7 +89,7 @@ def _attend_forward(plan: KernelPlan, integers, protected, columns, f_start):
     operands = _operands(plan, integers, protected, columns)
     if plan.selection is not Selection.OFF:
         operands["f_start"] = f_start
-    scalars = (integers["offset"], integers["bounded"])
+    scalars = (integers["offset"], integers["bounded"], integers["reach"])
     made = jax.tree.map(keep, on_platform(functools.partial(forward, plan), operands, scalars))
     forgotten = made["forgotten"][:, 0, 0] if "forgotten" in made else jnp.zeros(columns["q"].shape[::2], jnp.float32)
     residuals = (integers, protected, columns, made["out"], made["log_sum"], made.get("f_blocks"))
@@ -113,7 +112,7 @@ def _attend_backward(plan: KernelPlan, residuals, cotangents):
         operands["f_blocks"] = f_blocks
         if plan.tau is not None:
             operands["d_forgotten"] = d_forgotten[:, None]
-    made = _backward_in_chunks(plan, operands, integers["offset"], columns["k"].dtype)
+    made = _backward_in_chunks(plan, operands, integers["offset"], integers["reach"], columns["k"].dtype)
     d_columns = {name: made[f"d{name}"].astype(columns[name].dtype) for name in ("q", "k", "v")}
     if plan.selection is Selection.OFF:
         return None, None, d_columns, jnp.zeros_like(log_sum, shape=(out.shape[0], 1, columns["k"].shape[2]))
@@ -140,11 +139,11 @@ def _operands(plan: KernelPlan, integers, protected, columns) -> dict[str, Array
         k_sel = columns.get("k_sel", columns["k"][:, : plan.select_dim])
         # A key of zeros is never selected, which is all that protects the first token of a segment.
         operands["k_sel"] = k_sel if protected is None else jnp.where(protected, 0, k_sel)
-    return operands | {name: rows for name, rows in integers.items() if name not in ("offset", "bounded")}
+    return operands | {name: rows for name, rows in integers.items() if name not in ("offset", "bounded", "reach")}
 
 
 def _backward_in_chunks(
-    plan: KernelPlan, operands: dict[str, Array], offset: Array, dtype: jnp.dtype
+    plan: KernelPlan, operands: dict[str, Array], offset: Array, reach_B: Array, dtype: jnp.dtype
 ) -> dict[str, Array]:
     """The backward kernel over chunks of queries, the last one first: a chunk's gradient of q has to fit into VMEM."""
     batch, num_keys = operands["k"].shape[0], operands["k"].shape[2]
@@ -158,7 +157,8 @@ def _backward_in_chunks(
 
     def run(offset, later, operands, key_dtype):
         operands = operands | ({"later": later} if selecting else {})
-        return on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, offset)
+        ends = _forgotten_from(plan, operands["f_blocks"], reach_B, offset) if plan.drops else ()
+        return on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, (offset, *ends))
 
     if chunks == 1:
         return run(offset, later, operands, dtype)
@@ -184,6 +184,19 @@ def _backward_in_chunks(
     (sums, later), of_queries = jax.lax.scan(step, (zeros, later), (starts, of_queries), reverse=True)
     joined = {name: _join(x, QUERY_AXES[name]) for name, x in of_queries.items()}
     return joined | sums | {"df_start": -later}
+
+
+def _forgotten_from(plan: KernelPlan, f_blocks: Array, reach_B: Array, offset: Array) -> tuple[Array, Array]:
+    """Int32: the last block of queries that has not forgotten a block of keys for good [B * nk], and the first, if any,
+    that has forgotten 128 keys [B * M / 128].
+    """
+    f_BIJL = f_blocks[:, 0, :: plan.columns, 0].reshape(f_blocks.shape[0], -1, f_blocks.shape[4] // LANES, LANES)
+    dead_BIJ = (f_BIJL > reach_B[:, None, None, None]).all(axis=-1)
+    num_blocks, parts = dead_BIJ.shape[1:]
+    first_query_I1 = offset + plan.block_q * jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
+    earlier_IJ = LANES * jnp.arange(1, parts + 1, dtype=jnp.int32) <= first_query_I1  # of the others F is not written
+    ends_J = (num_blocks - jnp.sum(dead_BIJ & earlier_IJ, axis=1, dtype=jnp.int32)).reshape(-1)
+    return jnp.maximum(ends_J.reshape(-1, plan.parts).max(axis=1) - 1, 0), ends_J
 
 
 def _split(x: Array, axis: int, chunks: int) -> Array:

@@ -14,6 +14,7 @@ The tile itself: `tile.py`; its units, and why they are interleaved: `pipeline.p
 
 import functools
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +36,22 @@ SELECTION_LAGS = (0, 1, 3)  # units from a square's last heads to the stages of 
 
 
 def backward(
-    plan: KernelPlan, operands: dict[str, Array], offset: Array, *, key_dtype: jnp.dtype, interpret: bool
+    plan: KernelPlan, operands: dict[str, Array], scalars: tuple[Array, ...], *, key_dtype: jnp.dtype, interpret: bool
 ) -> dict[str, Array]:
-    """Runs the kernel. Gradients come back in the layout of what they belong to: dk, dv in `key_dtype`, dq in q's
-    dtype, those of the selecting head and of F in float32.
+    """Runs the kernel; `scalars`: the first position [1] and, if the plan drops keys, the last block of queries that
+    has not forgotten a block of keys [B * nk], and the first that has forgotten 128 keys [B * M / 128]. Gradients come
+    back in the layout of what they belong to: dk, dv in `key_dtype`, dq in q's dtype, those of the selecting head and
+    of F in float32.
     """
     batch, groups, heads = operands["q"].shape[0], plan.head_groups, plan.group_heads
     nq, nk = operands["q"].shape[2] // plan.block_q, operands["k"].shape[2] // plan.block_k
 
-    def query_block(j, r, offset):
+    def query_block(b, j, r, offset, *ends):
         # Nothing is fetched for a tile that is skipped.
-        return jnp.maximum(nq - 1 - r, jnp.minimum(plan.first_block_q(j, offset[0]), nq - 1))
+        i = jnp.minimum(nq - 1 - r, ends[0][b * nk + j]) if plan.drops else nq - 1 - r
+        return jnp.maximum(i, jnp.minimum(plan.first_block_q(j, offset[0]), nq - 1))
 
-    def last_block_q(j, r, _):
+    def last_block_q(j, r, *_):
         return jnp.where(j == nk - 1, nq - 1 - r, nq - 1)  # written in the last pass, when all keys have added theirs
 
     def of_heads(rows: int, dtype: jnp.dtype, block: int, blocks: int, index) -> Result:
@@ -59,10 +63,10 @@ def backward(
         return Result(window, jax.ShapeDtypeStruct((batch, groups, rows, blocks * block), jnp.float32))
 
     queries, keys = (plan.block_q, nq, last_block_q), (plan.block_k, nk, lambda j, *_: j)
-    windows = input_windows(plan, query_block, keys[2])
+    windows = input_windows(plan, query_block, lambda b, j, *_: j)
     row, f_shape = (1, 1, heads, plan.block_q), (1, 1, plan.columns, 1, plan.block_k)
-    windows["log_sum"] = windows["delta"] = pl.BlockSpec(row, lambda b, g, *grid: (b, g, 0, query_block(*grid)))
-    windows["f_blocks"] = pl.BlockSpec(f_shape, lambda b, g, j, *grid: (b, g, query_block(j, *grid), 0, j))
+    windows["log_sum"] = windows["delta"] = pl.BlockSpec(row, lambda b, g, *grid: (b, g, 0, query_block(b, *grid)))
+    windows["f_blocks"] = pl.BlockSpec(f_shape, lambda b, g, j, *grid: (b, g, query_block(b, j, *grid), 0, j))
     windows["later"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, *_: (b, g, 0, j))
     results = {
         "dq": of_heads(heads * plan.head_dim, operands["q"].dtype, *queries),
@@ -75,7 +79,7 @@ def backward(
         results["df_start"] = of_groups(1, *keys)
     scratch = _scratch(plan, operands, nq)
     program = Program("selective_attention_backward", (batch, groups, nk, nq), windows, results, scratch)
-    return program.run(functools.partial(_kernel, plan, nq, nk), (offset,), operands, plan.vmem, interpret)
+    return program.run(functools.partial(_kernel, plan, nq, nk), scalars, operands, plan.vmem, interpret)
 
 
 def _scratch(plan: KernelPlan, operands: dict[str, Array], nq: int) -> dict[str, pl.MemoryRef]:
@@ -99,8 +103,9 @@ def _scratch(plan: KernelPlan, operands: dict[str, Array], nq: int) -> dict[str,
     return scratch
 
 
-def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, ref) -> None:
-    j, r = pl.program_id(2), pl.program_id(3)
+def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, *scalars_and_ref) -> None:
+    *_, ends_ref, ref = (None, *scalars_and_ref)
+    b, j, r = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     i = nq - 1 - r
     offset = offset_ref[0]
 
@@ -127,9 +132,19 @@ def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, ref) -> None:
     def _diagonal_tile():
         _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=True))
 
-    @pl.when((i >= plan.first_block_q(j, offset)) & ~diagonal)
+    below = (i >= plan.first_block_q(j, offset)) & ~diagonal
+    alive = [i < ends_ref[(b * nk + j) * plan.parts + part] for part in range(plan.parts)] if plan.drops else [True]
+    all_alive = functools.reduce(operator.and_, alive)
+
+    @pl.when(below & all_alive)
     def _tile():
         _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=False))
+
+    for part in range(plan.parts) if plan.drops and plan.parts > 1 else ():
+
+        @pl.when(below & alive[part] & ~all_alive)
+        def _part_of_tile(part=part):
+            _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=False, parts=[part]))
 
     @pl.when(r == nq - 1)
     def _end_of_key_block():
@@ -166,7 +181,7 @@ def _mask_chores(ref, tile: Tile, needed: dict[Square, int]) -> list[Line]:
 
 def _selection_chores(plan: KernelPlan, ref, i, tile: Tile, done: dict[Square, int]) -> list[Line]:
     """Gradients of the selecting head, from the sum over heads of the logits' gradients, at a step for each square."""
-    later = {keys: ref.later_sum[:, lanes(keys)] for keys in range(plan.block_k // LANES)}
+    later = {part: ref.later_sum[:, lanes(part)] for part in tile.parts}
 
     def turn(square):
         d_logits = ref.d_logits_sum[square.at]
@@ -191,7 +206,8 @@ def _selection_chores(plan: KernelPlan, ref, i, tile: Tile, done: dict[Square, i
         ref.dk_sel[0, 0, :, keys] += dot(ref.q_sel_columns[:, queries], d_selecting, (1, 0))
 
     def keep_later(_):
-        ref.later_sum[...] = jnp.concatenate([later[keys] for keys in sorted(later)], axis=1)
+        for part, row in later.items():
+            ref.later_sum[:, lanes(part)] = row
 
     stages = (turn, sum_over_queries, multiply)
     chores = [Line(square, stages, [step + lag for lag in SELECTION_LAGS]) for square, step in done.items()]

@@ -5,13 +5,16 @@ of a chip share out; i and j run in order. Scratch, all in VMEM, lives across gr
 
 - F's carry [key blocks, 1, Bk]: F of each key at the start of query block i, from all blocks before it. F at every
   128th query is also an output, [B, groups, N / 128, 1, M]: the backward pass runs through the queries in reverse.
-- per head the running maximum, the sum and the output of the softmax, over the key blocks j.
+- per head the running maximum, the sum and the output of the softmax, over the key blocks j;
+- in SMEM, for every 128 keys, whether any of them lives at the start of query block i: below the diagonal nothing is
+  computed for those that are forgotten for good. They are fetched, since a step's windows are known before its F.
 
 All inputs are columns [B, R, N], positions along lanes, as the projections can write them without a copy. What
 a matmul needs as rows [T, Bk, 128], heads side by side in T tiles of 128 lanes, is turned here, when it is first used.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -33,29 +36,31 @@ MASK_LEADS = (30, 24, 18)  # units from the stages of a square's F to its first 
 
 
 def forward(
-    plan: KernelPlan, operands: dict[str, Array], scalars: tuple[Array, Array], interpret: bool
+    plan: KernelPlan, operands: dict[str, Array], scalars: tuple[Array, ...], interpret: bool
 ) -> dict[str, Array]:
-    """Runs the kernel; `scalars`: the first position [1] and, per sequence, whether logits are bounded [B]."""
+    """Runs the kernel; `scalars`: the first position [1] and, per sequence, whether logits are bounded [B] and the F in
+    base 2 above which keys are forgotten [B].
+    """
     batch, _, num_queries = operands["q"].shape
     num_keys, dtype = operands["k"].shape[2], operands["k"].dtype
     nq, nk = num_queries // plan.block_q, num_keys // plan.block_k
     heads, groups = plan.group_heads, plan.head_groups
 
-    def key_block(i, j, offset, _):
+    def key_block(_, i, j, offset, *scalars):
         return jnp.minimum(j, plan.last_block_k(i, offset[0]))  # nothing is fetched for a tile that is skipped
 
     def of_queries(rows: int) -> Result:
         window = pl.BlockSpec((1, 1, rows, plan.block_q), lambda b, g, i, j, *_: (b, g, 0, i))
         return Result(window, jax.ShapeDtypeStruct((batch, groups, rows, num_queries), jnp.float32))
 
-    windows = input_windows(plan, lambda i, *_: i, key_block)
+    windows = input_windows(plan, lambda b, i, *_: i, key_block)
     windows["f_start"] = pl.BlockSpec((1, 1, plan.block_k), lambda b, g, i, j, *_: (b, 0, jnp.where(i == 0, j, nk - 1)))
     out_window = pl.BlockSpec((1, heads * plan.value_dim, plan.block_q), lambda b, g, i, j, *_: (b, g, i))
     out = jax.ShapeDtypeStruct((batch, plan.num_heads * plan.value_dim, num_queries), operands["q"].dtype)
     results = {"out": Result(out_window, out), "log_sum": of_queries(heads)}
     if plan.selects:
         f_shape = (1, 1, plan.columns, 1, plan.block_k)
-        f_window = pl.BlockSpec(f_shape, lambda b, g, i, *grid: (b, g, i, 0, key_block(i, *grid)))
+        f_window = pl.BlockSpec(f_shape, lambda b, g, i, *grid: (b, g, i, 0, key_block(b, i, *grid)))
         f_blocks = jax.ShapeDtypeStruct((batch, groups, num_queries // LANES, 1, num_keys), jnp.float32)
         results["f_blocks"] = Result(f_window, f_blocks)
     if plan.tau is not None:
@@ -70,17 +75,19 @@ def forward(
         "total": pltpu.VMEM((heads, plan.block_q), jnp.float32),
         "sum": pltpu.VMEM((plan.columns, heads * plan.value_dim, LANES), jnp.float32),
     }
+    if plan.drops:
+        scratch["alive"] = pltpu.SMEM((nk * plan.parts,), jnp.int32)
     if plan.selects:
         scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands["q_sel"].dtype)
     program = Program("selective_attention_forward", (batch, groups, nq, nk), windows, results, scratch)
     return program.run(functools.partial(_kernel, plan, nk), scalars, operands, plan.vmem, interpret)
 
 
-def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, ref) -> None:
+def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, reach_ref, ref) -> None:
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     offset = offset_ref[0]
     last_j = jnp.minimum(plan.last_block_k(i, offset), nk - 1)
-    bounded = bounded_ref[b] != 0
+    bounded, reach = bounded_ref[b] != 0, reach_ref[b]
 
     @pl.when(j == 0)
     def _start_of_query_block():
@@ -99,12 +106,16 @@ def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, ref) -> None:
 
         @pl.when(i == 0)
         def _start_of_sequence():
-            ref.carry[j] = ref.f_start[0] * LOG2_E
+            ref.carry[j] = f_start = ref.f_start[0] * LOG2_E
+            for part in range(plan.parts):
+                _note_whether_alive(plan, ref, j, part, f_start[:, lanes(part)], reach)
 
+    alive = [ref.alive[j * plan.parts + part] != 0 for part in range(plan.parts)] if plan.drops else [True]
+    any_alive, all_alive = functools.reduce(operator.or_, alive), functools.reduce(operator.and_, alive)
     kept = ref.k_rows.shape[0] == nk
     ref.k_rows = ref.k_rows.at[j if kept else 0]
 
-    @pl.when((j <= last_j) & ((i == plan.first_block_q(j, offset)) | (not kept)))
+    @pl.when((j <= last_j) & any_alive & ((i == plan.first_block_q(j, offset)) | (not kept)))
     def _first_use_of_keys():
         store_rows(ref.k_rows, ref.k)
 
@@ -113,15 +124,27 @@ def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, ref) -> None:
 
     @pl.when(bounded & diagonal)
     def _diagonal_tile():
-        _bounded_softmax(plan, ref, j, Tile(plan, ref, first_query, first_key, diagonal=True))
+        _bounded_softmax(plan, ref, j, reach, Tile(plan, ref, first_query, first_key, diagonal=True))
 
-    @pl.when(bounded & (j <= last_j) & ~diagonal)
+    @pl.when(bounded & (j <= last_j) & ~diagonal & all_alive)
     def _tile():
-        _bounded_softmax(plan, ref, j, Tile(plan, ref, first_query, first_key, diagonal=False))
+        _bounded_softmax(plan, ref, j, reach, Tile(plan, ref, first_query, first_key, diagonal=False))
 
-    @pl.when(~bounded & (j <= last_j))
+    for part in range(plan.parts) if plan.drops else ():
+        of_part = functools.partial(Tile, plan, ref, first_query, first_key, diagonal=False, parts=[part])
+        below = (j <= last_j) & ~diagonal & ~all_alive
+
+        @pl.when(bounded & below & alive[part])
+        def _part_of_tile(of_part=of_part):
+            _bounded_softmax(plan, ref, j, reach, of_part())
+
+        @pl.when(below & ~alive[part] & (bounded | ~any_alive))
+        def _forgotten_part(of_part=of_part):
+            _skip(plan, ref, j, of_part())
+
+    @pl.when(~bounded & (j <= last_j) & (diagonal | any_alive))
     def _tile_of_unbounded_logits():
-        _online_softmax(plan, ref, j, Tile(plan, ref, first_query, first_key, diagonal=False))
+        _online_softmax(plan, ref, j, reach, Tile(plan, ref, first_query, first_key, diagonal=False))
 
     @pl.when(j == last_j)
     def _end_of_query_block():
@@ -137,7 +160,24 @@ def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, ref) -> None:
                 ref.out[0, rows, lanes(c)] = scaled.astype(ref.out.dtype)
 
 
-def _mask_chores(plan: KernelPlan, ref, j, tile: Tile, needed: dict[Square, int], end: int) -> list[Line]:
+def _note_whether_alive(plan: KernelPlan, ref, j, part: int, f: Array, reach: Array) -> None:
+    """Of 128 keys and F at the next query, [1, 128]. What is no number lives, and is seen."""
+    if plan.drops:
+        ref.alive[j * plan.parts + part] = jnp.max(jnp.where(f > reach, 0, 1))
+
+
+def _skip(plan: KernelPlan, ref, j, tile: Tile) -> None:
+    """Does what is left to do for keys that are forgotten: tells the backward pass, and counts them."""
+    for part in tile.parts:
+        for c in range(plan.columns):
+            ref.f_blocks[0, 0, c, :, lanes(part)] = ref.carry[j, :, lanes(part)]
+            if plan.tau is not None:
+                hidden = tile.hide(Square(c, part), jnp.zeros((LANES, LANES), jnp.float32))
+                count = jnp.sum(jnp.where(hidden < HIDDEN, 1.0, 0.0), axis=0, keepdims=True)
+                ref.forgotten[0, 0, :, lanes(c)] += count
+
+
+def _mask_chores(plan: KernelPlan, ref, j, reach, tile: Tile, needed: dict[Square, int]) -> list[Line]:
     """Makes ref.f, what is subtracted from every head's logits: for each square by the step when it is `needed`."""
 
     def mask(square, s):
@@ -151,13 +191,15 @@ def _mask_chores(plan: KernelPlan, ref, j, tile: Tile, needed: dict[Square, int]
             clipped = jnp.where(hidden_f < HIDDEN, jnp.minimum(hidden_f, tau), 0.0)
             ref.forgotten[0, 0, :, lanes(square.queries)] += jnp.sum(clipped, axis=0, keepdims=True) * (1 / tau)
 
-    def keep_carry(_):
-        ref.carry[j] = jnp.concatenate([tile.carry[keys] for keys in sorted(tile.carry)], axis=1)
+    def keep_carry(part):
+        ref.carry[j, :, lanes(part)] = tile.carry[part]
+        _note_whether_alive(plan, ref, j, part, tile.carry[part], reach)
 
     chores = tile.mask_chores(needed, MASK_LEADS, tile.select, mask, store)
     if plan.selects:
         tile.start(ref.carry[j])
-        chores.append(Line(None, [keep_carry], [end]))
+        last = {square.keys: step - MASK_LEADS[1] + 1 for square, step in needed.items()}
+        chores += [Line(part, [keep_carry], [step]) for part, step in last.items()]
     return chores
 
 
@@ -177,7 +219,7 @@ def _weighted_values(plan: KernelPlan, ref, head: int, blocks: Sequence[int], we
     return result[: plan.value_dim], result[plan.value_dim : plan.value_dim + 1]
 
 
-def _bounded_softmax(plan: KernelPlan, ref, j, tile: Tile) -> None:
+def _bounded_softmax(plan: KernelPlan, ref, j, reach, tile: Tile) -> None:
     """All heads of a tile whose logits cannot overflow exp2."""
     units = [(square, head) for square in tile.squares() for head in range(plan.group_heads)]
 
@@ -196,13 +238,13 @@ def _bounded_softmax(plan: KernelPlan, ref, j, tile: Tile) -> None:
         ref.total[head : head + 1, lanes(square.queries)] += total
 
     needed = {square: n * plan.group_heads + DELAYS[1] for n, square in enumerate(tile.squares())}
-    chores = _mask_chores(plan, ref, j, tile, needed, len(units))
+    chores = _mask_chores(plan, ref, j, reach, tile, needed)
     software_pipeline(units, [scores, weights, accumulate], DELAYS, chores)
 
 
-def _online_softmax(plan: KernelPlan, ref, j, tile: Tile) -> None:
+def _online_softmax(plan: KernelPlan, ref, j, reach, tile: Tile) -> None:
     """All heads of a tile, with a running maximum: any logits, at a higher price."""
-    software_pipeline([], [], [], _mask_chores(plan, ref, j, tile, dict.fromkeys(tile.squares(), 0), 0))
+    software_pipeline([], [], [], _mask_chores(plan, ref, j, reach, tile, dict.fromkeys(tile.squares(), 0)))
     units = [(c, head) for c in range(plan.columns) for head in range(plan.group_heads)]
 
     def scores(unit):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from ...selection import Selection
+from ...selection import Rule, Selection
 from .columns import LANES, round_up
 
 MIB = 2**20
@@ -60,6 +60,7 @@ class KernelPlan:
     selection: Selection
     tau: float | None
     evict: bool
+    drops: bool  # whether the kernels leave out what is forgotten for good
 
     @property
     def selects(self) -> bool:
@@ -72,6 +73,11 @@ class KernelPlan:
     @property
     def group_kv_heads(self) -> int:
         return self.num_kv_heads // self.head_groups
+
+    @property
+    def parts(self) -> int:
+        """Of 128 keys each, that a block of keys is forgotten by."""
+        return self.block_k // LANES
 
     @property
     def columns(self) -> int:
@@ -90,9 +96,7 @@ class KernelPlan:
         return jax.lax.div(jnp.maximum(block_k_index * self.block_k - offset, 0), self.block_q)
 
 
-def make_plan(
-    q: Array, k: Array, v: Array, q_sel: Array, *, evict: bool, scale: float, selection: Selection, tau: float | None
-) -> KernelPlan:
+def make_plan(q: Array, k: Array, v: Array, q_sel: Array, *, evict: bool, drops: bool, rule: Rule) -> KernelPlan:
     """Pads heads to whole lane tiles and lengths to whole blocks, and chooses the blocks."""
     head_dim, value_dim, select_dim = (64 if x.shape[-1] <= 64 else 128 for x in (q, v, q_sel))
     tiling = tiling_here()
@@ -108,10 +112,11 @@ def make_plan(
         block_k=forward,
         backward_block=backward,
         vmem=tiling.vmem,
-        scale=scale,
-        selection=selection,
-        tau=tau if selection is not Selection.OFF else None,
+        scale=rule.scale,
+        selection=rule.selection,
+        tau=rule.tau if rule.selection is not Selection.OFF else None,
         evict=evict,
+        drops=drops and rule.selection not in (Selection.OFF, Selection.LEAKY),
     )
     groups = _head_groups(plan, q.shape[0], round_up(q.shape[1], forward), q.dtype)
     return dataclasses.replace(plan, head_groups=groups)

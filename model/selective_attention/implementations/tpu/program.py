@@ -76,13 +76,15 @@ def on_platform(kernel, operands, scalars):
 def input_windows(
     plan: KernelPlan, query_block: Callable[..., Any], key_block: Callable[..., Any]
 ) -> dict[str, Window]:
-    """On what both kernels read; the block of queries and of keys are functions of the grid's last two and scalars."""
+    """On what both kernels read; the block of queries and of keys are functions of the sequence, of the grid's last two
+    and of scalars.
+    """
 
     def of_group(block):
-        return lambda b, g, *grid: (b, g, block(*grid))
+        return lambda b, g, *grid: (b, g, block(b, *grid))
 
     def of_sequence(block):
-        return lambda b, g, *grid: (b, 0, block(*grid))
+        return lambda b, g, *grid: (b, 0, block(b, *grid))
 
     query_row = pl.BlockSpec((1, 1, plan.block_q), of_sequence(query_block))
     key_row = pl.BlockSpec((1, 1, plan.block_k), of_sequence(key_block))

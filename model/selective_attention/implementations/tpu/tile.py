@@ -69,9 +69,18 @@ class Tile:
     are left out.
     """
 
-    def __init__(self, plan: KernelPlan, refs: Any, first_query: Array, first_key: Array, diagonal: bool):
+    def __init__(
+        self,
+        plan: KernelPlan,
+        refs: Any,
+        first_query: Array,
+        first_key: Array,
+        diagonal: bool,
+        parts: Sequence[int] | None = None,
+    ):
         self.plan, self.refs, self.diagonal = plan, refs, diagonal
         self.first_query, self.first_key = first_query, first_key
+        self.parts = range(plan.parts) if parts is None else parts  # the blocks of 128 keys that are worked on
         row, self.key = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
         self.query = (row & 7) * 16 + (row >> 3)
         self.segments = hasattr(refs, "q_segment")
@@ -79,7 +88,7 @@ class Tile:
 
     def squares(self) -> list[Square]:
         """All that are worked on, a key's squares in the order of queries."""
-        every = [Square(c, k) for c in range(self.plan.columns) for k in range(self.plan.block_k // LANES)]
+        every = [Square(c, k) for c in range(self.plan.columns) for k in self.parts]
         return [square for square in every if square.keys <= square.queries or not self.diagonal]
 
     def mask_chores(self, needed: dict[Square, int], leads: Sequence[int], *stages: Callable[..., Any]) -> list[Line]:
@@ -90,7 +99,7 @@ class Tile:
 
     def start(self, row: Array) -> None:
         """Takes F at the tile's first query, [1, Bk]."""
-        self.carry = {block: row[:, lanes(block)] for block in range(self.plan.block_k // LANES)}
+        self.carry = {part: row[:, lanes(part)] for part in self.parts}
 
     def select(self, square: Square) -> Array:
         """S in base 2, [128 shuffled queries, 128 keys]."""
