@@ -127,6 +127,11 @@ class Kernel(NamedTuple):
         ends, step = row["bundles_ends"], row["bundles_other"]
         return cls(row["block"], whole, diagonal, rare[0] if rare else whole, ends, step, max(0.0, cycles - step))
 
+    def all_cycles(self, length: int) -> float:
+        """At this length, with no key dead."""
+        blocks = length // self.side
+        return self._fixed(blocks) + blocks * (blocks - 1) / 2 * self.whole
+
     def cycles(self, hidden_at: np.ndarray, length: int) -> np.ndarray:
         """Of each layer [L], at this length, where keys are hidden as `Dropped` says."""
         layers, windows, given = hidden_at.shape
@@ -140,19 +145,19 @@ class Kernel(NamedTuple):
         blocks = length // self.side
 
         def longer(x: np.ndarray) -> np.ndarray:
-            return np.concatenate(
-                [x, np.repeat(x[:, given // 2 :].mean(axis=1), blocks - given).reshape(layers, -1)], 1
-            )
+            more = np.repeat(x[:, given // 2 :].mean(axis=1), blocks - given)
+            return np.concatenate([x, more.reshape(layers, -1)], axis=1)
 
         skipped = self.skipped * (np.arange(blocks) - longer(tiles))
-        fixed = blocks * (self.diagonal + self.ends) + blocks**2 * self.step
-        return (longer(of_rows) + skipped).sum(axis=1) + fixed
+        return (longer(of_rows) + skipped).sum(axis=1) + self._fixed(blocks)
+
+    def _fixed(self, blocks: int) -> float:
+        return blocks * (self.diagonal + self.ends) + blocks**2 * self.step
 
 
 def tpu_table(schedules: Sequence[dict], hidden_at: np.ndarray, longer: Sequence[int]) -> Iterator[str]:
     """The lines of what `--tpu` prints."""
     length = hidden_at.shape[-1]
-    everything = np.full_like(hidden_at, length + 1)
     made = {
         program: [Kernel.read(row) for row in schedules if row["program"] == program]
         for program in ("selective", "standard")
@@ -160,14 +165,15 @@ def tpu_table(schedules: Sequence[dict], hidden_at: np.ndarray, longer: Sequence
     shape = "{generation}, {heads} heads of {width}".format(**schedules[0])
     yield f"{shape}, of standard attention's cycles: forward, backward, both"
     yield "      N  layer    no key dead              the dead left out"
+    layers = [*range(hidden_at.shape[0]), None]
     for n in (length, *longer):
-        standard = [kernel.cycles(everything, n) for kernel in made["standard"]]
-        rows = []
-        for hidden in (everything, hidden_at):
-            cycles = [kernel.cycles(hidden, n) for kernel in made["selective"]]
-            rows.append([a / b for a, b in zip([*cycles, sum(cycles)], [*standard, sum(standard)], strict=True)])
-        for layer in [*range(hidden_at.shape[0]), None]:
-            cells = ("".join(f"{x.mean() if layer is None else x[layer]:7.2f}x" for x in row) for row in rows)
+        standard = np.array([kernel.all_cycles(n) for kernel in made["standard"]])
+        everything = np.array([kernel.all_cycles(n) for kernel in made["selective"]])
+        living = np.array([kernel.cycles(hidden_at, n) for kernel in made["selective"]])  # [2, L]
+        for layer in layers:
+            of_layer = living.mean(axis=1) if layer is None else living[:, layer]
+            rows = [[*(cycles / standard), cycles.sum() / standard.sum()] for cycles in (everything, of_layer)]
+            cells = ("".join(f"{x:7.2f}x" for x in row) for row in rows)
             yield f"{n:7,}  {'mean' if layer is None else layer:>5}" + "  ".join(cells)
 
 

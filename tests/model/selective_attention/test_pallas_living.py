@@ -85,7 +85,7 @@ def test_nothing_of_forgotten_keys_is_read(monkeypatch):
 
 CASES = {
     "grouped heads": ({"length": 400, "heads": 4, "kv_heads": 2}, (128, 128)),
-    "parts of tiles": ({"length": 768, "batch": 1}, (256, 256)),
+    "parts of tiles": ({"length": 768, "batch": 1, "heads": 1}, (256, 256)),
     "packed documents": ({"length": 400, "q_segment_ids": segments(400), "kv_segment_ids": segments(400)}, (128, 128)),
     "a late tau": ({"length": 400, "tau": 60.0}, (128, 128)),
     "any key may go": ({"length": 400, "selection": Selection.UNPROTECTED_BOS}, (128, 128)),
@@ -111,9 +111,8 @@ def test_forgotten_keys_are_missed_by_nobody(case, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("selection", [Selection.PAPER, Selection.LEAKY])
-def test_where_nothing_is_forgotten_every_bit_is_the_same(selection, monkeypatch):
-    arrays, options = make(300, selection=selection)
+def test_where_nothing_is_forgotten_every_bit_is_the_same(monkeypatch):
+    arrays, options = make(300, selection=Selection.PAPER)
     arrays[3], arrays[4] = arrays[0][:, :, 0], arrays[1][:, :, 0]
     made = value_and_gradients(pallas_tpu, arrays, options, jnp.float32)
     monkeypatch.setattr(pallas_tpu, "reach", lambda *args, **kwargs: None)
