@@ -23,18 +23,10 @@ $(STAMP): constraints.txt $(PROJECTS)
 train: setup
 	@$(RUN) -m launch.demo --workdir runs/demo --report report
 
-# Budgets for the models of make train, and for one with the memory loss: every policy, then one page about all.
-POLICIES := tova oldest h2o sinks random
-SEARCHES := $(foreach model,selective memory,$(addprefix $(model)-,selective $(POLICIES))) \
-            $(addprefix standard-,h2o-per-head $(POLICIES))
-study: train
-	@NPROC=32 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m trainer --config=configs/demo.py \
-	    --workdir=runs/demo/memory --config.data.path=runs/demo/data --config.memory_loss.epsilon=0.1
-	@for search in $(SEARCHES); do test ! -e runs/demo/$$search.json || continue; echo "== $$search"; JAX_PLATFORMS=cpu $(RUN) -m launch.budgets search \
-	    --checkpoint runs/demo/$${search%%-*} --data runs/demo/data --policy $${search#*-} \
-	    --target-checkpoint runs/demo/standard --windows 32 --first-step 32 --step 1 \
-	    --output runs/demo/$$search.json || exit 1; done
-	@$(RUN) -m launch.budgets report $(SEARCHES:%=runs/demo/%.json) --output report/budgets.html
+# The paper at small scale, in pieces: run it again, it goes on. PRESET=full takes hours.
+PRESET := small
+study: setup
+	@$(RUN) -m launch.study --preset=$(PRESET)
 
 # Each process begins with one half of the tests in their order, so that it makes what a file's tests share once.
 PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
