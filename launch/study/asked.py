@@ -4,9 +4,8 @@ from statistics import median
 
 from launch.evaluate.results import Mean
 from launch.study import figures
-from launch.study.losses import SELECTIVE
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
-from launch.study.record import MadeUp, Record, RunRecord
+from launch.study.record import SELECTIVE, MadeUp, Record, RunRecord
 from launch.study.statistics import summary
 
 SOLVED = 0.99  # share of right answers from which a task counts as solved

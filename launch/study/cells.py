@@ -54,7 +54,7 @@ class Preset:
       vocab_size, record_length: Of its dataset.
       cells: In the order of their worth, since a study may be stopped at any time.
       search: Options of `python -m launch.budgets search`.
-      questions: Of needle and of variables.
+      questions: Of needle and of variables; with 0 none is asked, since a context may be too short for one.
       windows: That a model is measured on.
     """
 
@@ -105,7 +105,7 @@ PRESETS = {
         128,
         (*_family("toy", "", (1, 2), ("memory", "heads2x")), *_made_up("assignment", (1, 2), (0.003,), 4)),
         ("--windows=4", "--validation-windows=4", "--first-step=32", "--step=16"),
-        4,
+        0,
         6,
     ),
     "small": Preset(

@@ -13,7 +13,7 @@ from launch.study.statistics import Summary
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, LEFT, RIGHT, ROW = 720, 210, 24, 34  # pixels
+WIDTH, LEFT, RIGHT, ROW = 720, 250, 24, 34  # pixels
 _LINES_HEIGHT, _LINES_LEFT = 320, 68
 _MOST_POINTS = 200  # of a line
 

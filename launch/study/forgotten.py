@@ -4,10 +4,9 @@ import numpy as np
 
 from launch.study import figures
 from launch.study.kinds import KINDS
-from launch.study.losses import STANDARD
 from launch.study.measure import FORGOTTEN, LATER
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
-from launch.study.record import Families, Record
+from launch.study.record import STANDARD, Families, Record
 
 
 def forgotten_blocks(record: Record) -> list[Block]:

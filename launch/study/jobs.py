@@ -66,7 +66,7 @@ def jobs(preset: Preset, workdir: Path) -> list[Job]:
             found += _made_up(cell, seed, workdir)
     found += [job for cell in text for job in _searches(cell, preset, workdir, first=True)]
     found += [job for cell in paired for job in _transfers(cell, workdir)]
-    found += [_tasks(cell, preset, workdir) for cell in text if cell.tasks]
+    found += [_tasks(cell, preset, workdir) for cell in text if cell.tasks and preset.questions]
     return found
 
 

@@ -6,11 +6,9 @@ import numpy as np
 
 from launch.study import figures
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
-from launch.study.record import Families, Record, RunRecord
+from launch.study.record import HEADS, MEMORY, SELECTIVE, STANDARD, Families, Record, RunRecord
 from launch.study.statistics import Summary, paired_windows, summary
 
-STANDARD, SELECTIVE, MEMORY = "standard", "selective", "selective + memory loss"
-HEADS = "standard, 2x heads"
 _BIN = 16  # positions
 BySeed = Mapping[int, RunRecord]
 Variants = Mapping[str, BySeed]
@@ -151,9 +149,9 @@ def context_blocks(record: Record) -> list[Block]:
                 lines.append((name, (np.arange(len(binned)) * _BIN + _BIN / 2).tolist(), binned.tolist()))
             quarter = len(loss_N) // 4
             third, last = loss_N[2 * quarter : 3 * quarter].mean(), loss_N[3 * quarter :].mean()
-            worth = [np.mean(one["half_context"]) - np.mean(one["last_quarter"]) for one in measured]
+            worth = worths(by_seed)
             error = paired_windows(measured[0]["half_context"], measured[0]["last_quarter"])[1]
-            cells = [f"{third:.4f}", f"{last:.4f}", *spread(summary(list(map(float, worth)))), f"{error:.4f}"]
+            cells = [f"{third:.4f}", f"{last:.4f}", *spread(summary(worth)), f"{error:.4f}"]
             rows.append([f"{name}, N = {len(loss_N):,}, {family.split(', ')[1]}", *cells])
         if lines:
             says = f"Loss by position, means of {_BIN} positions, over windows and seeds: {family}"
@@ -166,6 +164,12 @@ def context_blocks(record: Record) -> list[Block]:
         "se over windows, first seed",
     ]  # fmt: skip
     return [*blocks, Table(headings, rows), Command("python -m launch.study.measure RUN")]
+
+
+def worths(by_seed: BySeed) -> list[float]:
+    """Of each seed that was measured, what the context's first half is worth in the last quarter, nats."""
+    measured = [run["measured"] for _, run in sorted(by_seed.items()) if run["measured"]]
+    return [float(np.mean(one["half_context"]) - np.mean(one["last_quarter"])) for one in measured]
 
 
 def lasting_blocks(record: Record) -> list[Block]:

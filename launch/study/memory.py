@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from launch.study import figures
-from launch.study.losses import STANDARD, Variants, spread
+from launch.study.losses import Variants, spread
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
-from launch.study.record import Families, Record, Search
+from launch.study.record import STANDARD, Families, Record, Search
 from launch.study.statistics import Summary, summary
 
 POLICY_NAMES = {"h2o": "H2O", "tova": "TOVA", "sinks": "sinks and window", "oldest": "window", "selective": "selective"}

@@ -37,6 +37,7 @@ class Table:
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    is_prose: bool = False  # whether its cells are sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +60,17 @@ svg { display: block; width: 100%; min-width: 560px } text { fill: var(--soft) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }
 th, td { text-align: right; padding: 6px 0 6px 16px; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td.words { text-align: left; min-width: 15rem }
+.prose th, .prose td { text-align: left; min-width: 7rem }
+@media (max-width: 40rem) {
+  .prose, .prose tbody, .prose tr, .prose td { display: block; padding-left: 0; border: 0 }
+  .prose tr { border-bottom: 1px solid var(--line); padding: 8px 0 } .prose tr:first-child { display: none }
+  .prose td { padding: 2px 0 } .prose td:first-child { font-weight: 600 }
+  .prose td:nth-child(n + 3) { color: var(--soft) } }
 figure { margin: 14px 0 } figcaption { color: var(--soft); font-size: 14px }
 code, pre { font: 13px/1.5 ui-monospace, monospace } code { overflow-wrap: anywhere }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); margin: 8px 0 }
 """
 _CODE, _LINK = re.compile("`([^`]*)`"), re.compile(r"\[([^]]*)\]\([^)]*\)")
-_WORDS = 40  # characters of a cell that is read as a text
 
 
 def as_html(title: str, blocks: Sequence[Block]) -> str:
@@ -91,14 +96,11 @@ def _html(block: Block) -> str:
             return f"<pre>{escape(text)}</pre>"
         case Figure(_, says, svg):
             return f"<figure><figcaption>{escape(says)}</figcaption><div class=scroll>{svg}</div></figure>"
-        case Table(headings, rows):
+        case Table(headings, rows, is_prose):
             head = "".join(f"<th>{escape(heading)}" for heading in headings)
-            body = "".join(f"<tr>{''.join(map(_cell, row))}" for row in rows)
-            return f"<div class=scroll><table><tr>{head}{body}</table></div>"
-
-
-def _cell(text: str) -> str:
-    return f"<td{' class=words' if len(text) > _WORDS else ''}>{escape(text)}"
+            body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in rows)
+            css = " class=prose" if is_prose else ""
+            return f"<div class=scroll><table{css}><tr>{head}{body}</table></div>"
 
 
 def as_markdown(title: str, blocks: Sequence[Block], folder: str) -> str:
@@ -116,7 +118,7 @@ def _markdown(block: Block, folder: str) -> str:
             return f"```sh\n{text}\n```"
         case Figure(name, says, _):
             return f"![{says}]({folder}/{name}.svg)\n\n*{says}*"
-        case Table(headings, rows):
+        case Table(headings, rows, _):
             lines = [[cell.replace("|", "/").replace("*", r"\*") for cell in row] for row in (headings, *rows)]
             lines.insert(1, ["---"] * len(headings))
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)

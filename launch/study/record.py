@@ -21,6 +21,7 @@ from launch.study.measure import FOLDER, MEASURED, TRANSFER, Measured, Transferr
 from trainer.metrics.json_lines import METRICS_FILE
 
 FORMAT = "launch.study/1"
+STANDARD, SELECTIVE, MEMORY, HEADS = "standard", "selective", "selective + memory loss", "standard, 2x heads"
 Field = Callable[[str], Any]  # a field of a run's config, by its name with dots
 
 
@@ -192,14 +193,19 @@ def variant(field: Field) -> str:
     heads, head_dim = field("model.num_heads") or field("model.width") or 0, field("model.head_dim") or 0
     d_model = field("model.d_model") or 64 * (field("model.width") or 0)
     if not field("model.selective"):
-        name = "standard"
+        name = STANDARD
     else:
-        name = {"paper": "selective"}.get(field("model.selection"), str(field("model.selection")))
+        name = {"paper": SELECTIVE}.get(field("model.selection"), str(field("model.selection")))
     if (field("memory_loss.epsilon") or 0) > 0:
         name += " + memory loss"
     if d_model and heads * head_dim > d_model:
         name += f", {heads * head_dim / d_model:g}x heads"
     return name
+
+
+def counted(number: int, thing: str) -> str:
+    """Such as 1 layer, 2 layers."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def family(field: Field, fingerprint: str) -> str:
@@ -209,7 +215,7 @@ def family(field: Field, fingerprint: str) -> str:
     layers = field("model.num_layers") or width
     parts = [
         task or f"dataset {fingerprint[:8] or 'unknown'}",
-        f"{layers} layers of {field('model.d_model') or 64 * width}",
+        f"{counted(layers, 'layer')} of {field('model.d_model') or 64 * width}",
         f"N = {field('context_length') or 0:,}",
         f"vocabulary {field('model.vocab_size') or 0:,}",
         f"{field('steps') or 0:,} steps of {field('batch_size') or 0:,}",
@@ -272,7 +278,7 @@ class Families:
     """A record's finished runs, as they are compared.
 
     Attributes:
-      runs: By family, by variant, by seed.
+      runs: By family, by variant, those that are named above first, and by seed.
     """
 
     runs: dict[str, dict[str, dict[int, RunRecord]]]
@@ -284,4 +290,7 @@ class Families:
         for run in record["runs"]:
             if run["task"] == task and run["loss"] is not None:
                 found.setdefault(run["family"], {}).setdefault(run["variant"], {})[run["seed"]] = run
+        places = {name: place for place, name in enumerate((STANDARD, SELECTIVE, MEMORY, HEADS))}
+        for family, variants in found.items():
+            found[family] = dict(sorted(variants.items(), key=lambda of: (places.get(of[0], len(places)), of[0])))
         return cls(found)

@@ -98,10 +98,10 @@ def _shown(job: Job) -> str:
 
 
 def _remaining(missing: Sequence[Job], workdir: Path) -> str:
-    """How long is left, by what jobs of the same kind have taken, else by the mean of all."""
+    """How long is left, by what jobs of the same kind have taken, else by the mean of all jobs."""
     times: dict[str, list[float]] = {}
     for line in read_times(workdir):
-        if line["done"]:
+        if line["done"] and line["kind"] != "dataset":
             times.setdefault(str(line["kind"]), []).append(float(str(line["seconds"])))
     everything = [seconds for of_kind in times.values() for seconds in of_kind]
     if not everything:

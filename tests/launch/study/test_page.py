@@ -13,6 +13,7 @@ from launch.study import __main__ as study
 from launch.study.cells import PRESETS, paper_runs
 from launch.study.claims import NOT_SHOWN, NOT_TESTABLE, SHOWN, verdicts
 from launch.study.losses import context_blocks, loss_blocks
+from launch.study.measure import write_json
 from launch.study.memory import memory_blocks
 from launch.study.page import Figure, Table
 from launch.study.record import collect
@@ -95,9 +96,16 @@ def test_verdicts_follow_from_the_numbers(tmp_path):
     memory = "At the standard model's perplexity it needs"
     assert verdict(memory) == NOT_TESTABLE
     for ours, theirs, above, expected in ((8, 2, 0.0, SHOWN), (2, 8, 0.0, NOT_SHOWN), (8, 2, 0.01, NOT_SHOWN)):
+        for run in runs["standard"]:
+            measured = run["measured"] | {"half_context": [5.0, 5.0], "last_quarter": [4.0, 4.0]}
+            write_json(run["workdir"] / "study/measured.json", measured)
         write_search(runs["selective"][0]["workdir"], "selective", ours, above)
         write_search(runs["standard"][0]["workdir"], "tova", theirs, 0.0)
         assert verdict(memory) == expected
+    measured |= {"half_context": [3.0, 3.0]}
+    for run in runs["standard"]:
+        write_json(run["workdir"] / "study/measured.json", measured)
+    assert verdict(memory) == NOT_TESTABLE  # a model that does not look back needs no memory
     assert verdict("In parity") == NOT_TESTABLE
 
 
