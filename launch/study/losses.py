@@ -42,7 +42,7 @@ def loss_blocks(record: Record) -> list[Block]:
         blocks += [Heading(family, small=True), _runs(variants)]
         blocks += _differences(variants, f"loss-{number}")
     blocks += _against_parameters(found)
-    return [*blocks, Command("python -m trainer --config=CONFIG --workdir=RUN --config.seed=SEED")]
+    return [*blocks, Command("python -m trainer --config=configs/study.py:... --workdir=RUN --config.seed=SEED")]
 
 
 def _runs(variants: Variants) -> Table:

@@ -113,15 +113,20 @@ def _markdown(block: Block, folder: str) -> str:
         case Heading(text, small):
             return f"{'###' if small else '##'} {text}"
         case Text(text):
-            return text.replace("<", "&lt;").replace("*", r"\*")
+            return _plain(text)
         case Command(text):
             return f"```sh\n{text}\n```"
         case Figure(name, says, _):
             return f"![{says}]({folder}/{name}.svg)\n\n*{says}*"
         case Table(headings, rows, _):
-            lines = [[cell.replace("|", "/").replace("*", r"\*") for cell in row] for row in (headings, *rows)]
+            lines = [[_plain(cell) for cell in row] for row in (headings, *rows)]
             lines.insert(1, ["---"] * len(headings))
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """What Markdown shows as this text, in a table too."""
+    return text.replace("<", "&lt;").replace("*", r"\*").replace("|", r"\|")
 
 
 def write_html(path: Path, title: str, blocks: Sequence[Block]) -> None:

@@ -8,7 +8,7 @@ from launch.study.forgotten import forgotten_blocks
 from launch.study.losses import context_blocks, lasting_blocks, loss_blocks
 from launch.study.memory import memory_blocks
 from launch.study.page import Block, Command, Heading, Text, write_html, write_markdown
-from launch.study.record import Record
+from launch.study.record import Record, counted
 
 TITLE = "The paper at small scale"
 
@@ -53,14 +53,14 @@ def _about(record: Record) -> list[Block]:
     finished = [run for run in record["runs"] if run["loss"] is not None]
     searches = sum(len(run["searches"]) + len(run["unreached"]) for run in finished)
     commit = f" at commit {record['commit']}" if record.get("commit") else ""
+    searched = "1 search" if searches == 1 else f"{searches:,} searches"
+    made_of = f"{counted(len(finished), 'finished run')} and {searched}"
     blocks: list[Block] = [
         Text(
             "Selective attention (Leviathan, Kalman and Matias, ICLR 2025) beside the standard transformer, in "
             "models "
             "that this repository trains on a laptop's processor. Everything below is computed from the runs' "
-            "files by one "
-            f"command; nothing is typed by hand. Made of {len(finished)} finished runs and {searches} "
-            f"searches{commit}."
+            f"files by one command; nothing is typed by hand. Made of {made_of}{commit}."
         ),
         Command(record["command"]),
     ]
