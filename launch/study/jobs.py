@@ -49,22 +49,24 @@ def search_file(workdir: Path, policy: str) -> Path:
 
 
 def jobs(preset: Preset, workdir: Path) -> list[Job]:
-    """All of a study's, in the order of their worth: pairs of runs, what they forget, the rest."""
+    """All of a study's, in the order of their worth: pairs of runs and their budgets, seed by seed, then the rest."""
     text = [cell for cell in preset.cells if not cell.made_up]
     made_up = [cell for cell in preset.cells if cell.made_up]
     paired = [cell for cell in text if len(cell.seeds) > 1]
     alone = [cell for cell in text if len(cell.seeds) == 1]
     found: list[Job] = []
     for seed in sorted({seed for cell in paired for seed in cell.seeds}):
-        for cell in paired:
-            found += _run(cell, seed, preset, workdir)
-    found += [job for cell in paired for job in _searches(cell, preset, workdir, first=False)]
-    found += [job for cell in alone for job in _run(cell, cell.seeds[0], preset, workdir)]
-    found += [job for cell in alone for job in _searches(cell, preset, workdir, first=False)]
+        of_seed = [cell for cell in paired if seed in cell.seeds]
+        found += [job for cell in of_seed for job in _run(cell, seed, preset, workdir)]
+        found += [job for cell in of_seed for job in _searches(cell, seed, cell.policies, preset, workdir)]
+    for cell in alone:
+        found += [*_run(cell, cell.seeds[0], preset, workdir)]
+        found += [*_searches(cell, cell.seeds[0], cell.policies, preset, workdir)]
     for cell in made_up:
         for seed in cell.seeds:
             found += _made_up(cell, seed, workdir)
-    found += [job for cell in text for job in _searches(cell, preset, workdir, first=True)]
+    for cell in text:
+        found += _searches(cell, cell.seeds[0], cell.first_policies, preset, workdir)
     found += [job for cell in paired for job in _transfers(cell, workdir)]
     found += [_tasks(cell, preset, workdir) for cell in text if cell.tasks and preset.questions]
     return found
@@ -91,18 +93,16 @@ def _run(cell: Cell, seed: int, preset: Preset, workdir: Path) -> Iterator[Job]:
     yield Job("measuring", f"measuring {run.name}", "launch.study.measure", arguments, measured, (train.output,))
 
 
-def _searches(cell: Cell, preset: Preset, workdir: Path, *, first: bool) -> Iterator[Job]:
-    """Those of every seed, or what the first one has beside these."""
-    for seed in cell.seeds[:1] if first else cell.seeds:
-        run, target = workdir / f"{cell.name}-{seed}", workdir / f"{cell.target}-{seed}"
-        for policy in cell.first_policies if first else cell.policies:
-            output = search_file(run, policy)
-            arguments = (
-                "search", f"--checkpoint={run}", f"--data={workdir / 'data'}", f"--policy={policy}",
-                f"--target-checkpoint={target}", f"--output={output}", *preset.search,
-            )  # fmt: skip
-            needs = (run / FOLDER / MEASURED, target / "result.json")  # the first makes the folder
-            yield Job("search", f"budgets of {run.name}, {policy}", "launch.budgets", arguments, output, needs, True)
+def _searches(cell: Cell, seed: int, policies: tuple[str, ...], preset: Preset, workdir: Path) -> Iterator[Job]:
+    run, target = workdir / f"{cell.name}-{seed}", workdir / f"{cell.target}-{seed}"
+    for policy in policies:
+        output = search_file(run, policy)
+        arguments = (
+            "search", f"--checkpoint={run}", f"--data={workdir / 'data'}", f"--policy={policy}",
+            f"--target-checkpoint={target}", f"--output={output}", *preset.search,
+        )  # fmt: skip
+        needs = (run / FOLDER / MEASURED, target / "result.json")  # the first makes the folder
+        yield Job("search", f"budgets of {run.name}, {policy}", "launch.budgets", arguments, output, needs, True)
 
 
 def _transfers(cell: Cell, workdir: Path) -> Iterator[Job]:
