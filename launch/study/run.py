@@ -4,14 +4,16 @@ import json
 import os
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.commands import InputError
+from launch.commands import EXIT_INTERRUPTED, InputError
 from launch.study.jobs import Job, unreached
+from trainer.hosts.interrupt import EXIT_PREEMPTED
 
 TIMES_FILE = "times.jsonl"  # within the study's folder: what each job took
 EXIT_UNREACHED = 2
@@ -22,7 +24,8 @@ def run_jobs(jobs: Sequence[Job], workdir: Path) -> list[str]:
     """Runs those that are not done. Returns what failed; the others are done.
 
     Raises:
-      KeyboardInterrupt: interrupted; the trainer saves and a search keeps its journal, so the same command goes on.
+      KeyboardInterrupt: interrupted, by SIGTERM too. The trainer saves, a search keeps its journal, and the same
+        command goes on.
     """
     failed = []
     for number, job in enumerate(jobs, 1):
@@ -75,14 +78,26 @@ def _run(job: Job, workdir: Path) -> str:
     began, processor = time.monotonic(), processor_seconds()
     command = [sys.executable, "-m", job.module, *job.arguments]
     errors = subprocess.PIPE if job.may_miss else None
+    started: list[subprocess.Popen[str]] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in started:
+            process.send_signal(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=errors, text=True)
+    started.append(process)
     try:
         _, said = process.communicate()
-    except KeyboardInterrupt:  # the process got it too
+    except KeyboardInterrupt:  # a terminal's Ctrl-C reached the process, too
         process.wait()
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         note_time(workdir, job.name, job.kind, began, processor, done=process.returncode == 0)
+    if process.returncode in (EXIT_PREEMPTED, EXIT_INTERRUPTED):  # a signal that it alone got
+        raise KeyboardInterrupt
     if process.returncode == 0:
         return "" if job.output.exists() else f"it ended without {job.output}"
     line = (said or "").strip().splitlines()[-1:]

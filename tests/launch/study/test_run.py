@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import signal
+import threading
 
 import pytest
 
@@ -40,6 +43,31 @@ def test_a_target_that_is_out_of_reach_is_a_result(tmp_path):
     assert run_jobs([search], tmp_path) == []
     assert "out of reach" in unreached(search.output).read_text()
     assert search.done and not search.output.exists()
+
+
+def test_sigterm_reaches_the_command_and_the_same_start_goes_on(tmp_path):
+    output = tmp_path / "made"
+    # Reads a pipe that nobody writes to: at work until it is ended.
+    os.mkfifo(tmp_path / "pipe")
+    job = Job("json", "waits", "json.tool", (str(tmp_path / "pipe"), str(output)), output)
+
+    def end() -> None:
+        with (tmp_path / "pipe").open("wb"):  # opens when the command reads
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.wait(60)
+
+    ended = threading.Event()
+    thread = threading.Thread(target=end)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job], tmp_path)
+    ended.set()
+    thread.join()
+    assert [line["done"] for line in read_times(tmp_path)] == [False]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    (tmp_path / "pipe").unlink()
+    (tmp_path / "pipe").write_text("{}")
+    assert run_jobs([job], tmp_path) == [] and output.exists()
 
 
 def test_half_a_line_of_times_is_passed_over(tmp_path):
