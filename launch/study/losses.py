@@ -90,7 +90,7 @@ def spread(of: Summary, digits: int = 4) -> list[str]:
     """All values, mean, sd and interval, as cells."""
     values = ", ".join(f"{value:+.{digits}f}" for value in of.values)
     if len(of.values) < 2:
-        return [values, f"{of.mean:+.{digits}f}", "", "one pair"]
+        return [values, f"{of.mean:+.{digits}f}", "", "one value"]
     return [values, f"{of.mean:+.{digits}f}", f"{of.sd:.{digits}f}", f"{of.low:+.{digits}f} to {of.high:+.{digits}f}"]
 
 

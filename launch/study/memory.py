@@ -8,7 +8,7 @@ from launch.study import figures
 from launch.study.losses import Variants, spread
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
 from launch.study.record import STANDARD, Families, Record, Search
-from launch.study.statistics import Summary, summary
+from launch.study.statistics import Summary, factor_summary, summary
 
 POLICY_NAMES = {"h2o": "H2O", "tova": "TOVA", "sinks": "sinks and window", "oldest": "window", "selective": "selective"}
 
@@ -56,12 +56,14 @@ def memory_blocks(record: Record) -> list[Block]:
         return [*blocks, Text("No budgets have been searched for.")]
     for number, (family, variants) in enumerate(found.items()):
         pairs = searched(variants)
-        shown = [(_name(variant, policy), summary(factors(variants, variant, policy))) for variant, policy in pairs]
+        shown = [
+            (_name(variant, policy), factor_summary(factors(variants, variant, policy))) for variant, policy in pairs
+        ]
         blocks += [
             Heading(family, small=True),
             Figure(
                 f"factors-{number}",
-                "Memory factor at the standard model's perplexity: every seed, mean, 95%",
+                "Memory factor at the standard model's perplexity: every seed, geometric mean, 95%",
                 figures.points(shown, "memory factor", "Memory factors by policy", factors=True),
             ),
             _table(variants, pairs, shown),
@@ -96,7 +98,7 @@ def _table(variants: Variants, pairs: Sequence[tuple[str, str]], shown: Sequence
         cells = [each, f"{of.mean:.2f}", interval, differences]
         rows.append([name, *cells, f"{np.mean(last):+.4f}" if searches else ""])
     headings = [
-        "model: policy", "factor, each seed", "mean", "95%", "held out, minus target: nats ± se, each seed",
+        "model: policy", "factor, each seed", "geometric mean", "95%", "held out, minus target: nats ± se, each seed",
         "the same in the last quarter of positions, mean",
     ]  # fmt: skip
     return Table(headings, rows)

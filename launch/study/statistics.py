@@ -46,6 +46,12 @@ def summary(values: Sequence[float]) -> Summary:
     return Summary(tuple(values), mean, sd, mean - half, mean + half)
 
 
+def factor_summary(values: Sequence[float]) -> Summary:
+    """Of factors, which multiply: the geometric mean and its interval; `sd` is that of their logarithms."""
+    of = summary([math.log(value) for value in values])
+    return Summary(tuple(values), math.exp(of.mean), of.sd, math.exp(of.low), math.exp(of.high))
+
+
 def paired_windows(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """The mean of `one` minus `other`, and its standard error, from pairs of windows of the same text."""
     differences = np.subtract(one, other)

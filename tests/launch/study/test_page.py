@@ -72,7 +72,11 @@ def test_memory_factors_are_those_of_the_searches_and_1_where_the_target_is_out_
     (workdir / "budgets-selective.json").unlink()
     (workdir / "budgets-selective.json.unreached").write_text("the target is out of reach\n")
     rows = _rows(memory_blocks(_record(tmp_path / "runs")))
-    assert rows["selective"][:2] == ["8.00, 16.00", "12.00"]
+    assert rows["selective"][:2] == ["8.00, 16.00", "11.31"]  # the root of 128
+    half = t.ppf(0.975, 1) * math.log(2) / 2
+    assert _numbers(rows["selective"][2]) == pytest.approx(
+        [11.3137 / math.exp(half), 11.3137 * math.exp(half)], abs=0.01
+    )
     assert rows["selective + memory loss"][0] == "16.00, 1.00"
     assert rows["standard: window"][0] == "2.00, 4.00"
     assert rows["selective"][3] == "-0.0100 ± 0.0010, -0.0200 ± 0.0010"
