@@ -5,7 +5,7 @@
 
 Run again after an interruption, it goes on where it was. With --collect nothing is trained: the page is made of the
 runs that are there, of any size, and says which of the preset's are missing. Exit codes: 0 done, 1 something failed
-(listed at the end), 2 a mistake, which one line names, 130 interrupted.
+(the last lines say what), 2 a mistake, which one line names, 130 interrupted.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def _run(options: argparse.Namespace) -> int:
     preset = options.preset or "small"
     workdir = options.workdir or Path("runs/study") / preset
     failed = work(preset, workdir)
-    _write(options, [str(workdir)])
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
+    _write(options, [str(workdir)])
     return 1 if failed else 0
 
 

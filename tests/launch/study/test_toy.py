@@ -1,6 +1,7 @@
 """The study from its dataset to its page, with the real commands, at a size of seconds a command."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ def test_two_runs_of_each_cell_are_trained_measured_searched_and_on_the_page(
     )
     search = ("--windows=2", "--validation-windows=2", "--step=32")
     monkeypatch.setitem(PRESETS, "toy", Preset(300, 64, cells, search, 0, 2))
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
     shutil.copytree(dataset_path, tmp_path / "runs/data")
     arguments = ["--preset=toy", f"--workdir={tmp_path / 'runs'}", f"--report={tmp_path}"]
     for _ in range(2):  # the second time there is nothing to do
