@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import study
+from configs import study, synthetic
 from launch.study.measure import write_json
 from trainer.metrics.json_lines import METRICS_FILE, JsonLinesWriter
 from trainer.settings import flat, read_settings
@@ -20,7 +20,8 @@ VARIANTS = {"standard": "toy,standard", "selective": "toy", "memory": "toy,memor
 def write_run(folder: Path, name: str, variant: str, seed: int, *, finished: bool = True) -> dict:
     """A run, and what was measured of it; returns its numbers."""
     rng = np.random.default_rng([seed, len(name), len(variant)])
-    config = study.get_config(variant)
+    file = synthetic if variant.startswith(synthetic.TASKS) else study
+    config = file.get_config(variant)
     config.seed = seed
     workdir = folder / f"{name}-{seed}"
     (workdir / "study").mkdir(parents=True)
