@@ -17,7 +17,7 @@ def forgotten_blocks(record: Record) -> list[Block]:
             f"On held-out text, the share of earlier tokens whose F exceeds {FORGOTTEN:g} nat, so that at most "
             "about a "
             "third of their weight is left: by how far back they are, and by kind of word, "
-            f"{LATER} tokens later (half the context, if that is less). Kinds go by simple rules "
+            f"{LATER} tokens later. Kinds go by simple rules "
             "(`launch/study/kinds.py`); repeated is a word that the window has had before. Means over seeds; ± is "
             "their sd."
         ),

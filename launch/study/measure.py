@@ -35,7 +35,7 @@ from trainer.hosts.compilation_cache import open_shared_cache
 FOLDER, MEASURED, TRANSFER = "study", "measured.json", "transfer.json"  # within a workdir
 FORGOTTEN = 1.0  # nats of F from which a token counts as forgotten: the memory loss's tau
 DISTANCES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # lower edges, tokens between query and key
-LATER = 64  # tokens after which kinds of tokens are looked at
+LATER = 8  # tokens after which kinds of tokens are looked at: in small models soon, or all is forgotten
 _MASK_WINDOWS = 48
 _TOKENS = 8_192  # that pass through the model at a time
 

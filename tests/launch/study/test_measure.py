@@ -8,7 +8,7 @@ from flax import nnx
 from data import open_dataset
 from launch.budgets.inputs import read_windows
 from launch.study.kinds import KINDS, kinds_of
-from launch.study.measure import FORGOTTEN, measure
+from launch.study.measure import FORGOTTEN, LATER, measure
 from launch.study.text import by_module
 from selective_attention import Transformer, TransformerConfig
 
@@ -55,10 +55,10 @@ def test_shares_of_what_is_forgotten_by_distance_and_kind(model, dataset):
             assert found["by_distance"][layer][place] == pytest.approx(share)
     kinds = [kinds_of(dataset.tokenizer(), row) for row in tokens_WN]
     for number, kind in enumerate(KINDS):
-        of_kind = [(w, j) for w in range(3) for j in range(1, 16) if kinds[w][j] == number]
+        of_kind = [(w, j) for w in range(3) for j in range(1, 32 - LATER) if kinds[w][j] == number]
         assert found["kinds"][kind] == len(of_kind)
         if of_kind:
-            shares = [np.mean([masked_LWNN[layer][w, j + 16, j] for w, j in of_kind]) for layer in range(2)]
+            shares = [np.mean([masked_LWNN[layer][w, j + LATER, j] for w, j in of_kind]) for layer in range(2)]
             assert found["by_kind"][kind] == pytest.approx(shares)
 
 
