@@ -21,6 +21,14 @@ Free = Annotated[T, FREE]
 
 
 @dataclasses.dataclass(frozen=True)
+class Corruption:
+    """The blanks that an encoder-decoder fills; the values are T5's."""
+
+    rate: float = 0.15  # share of a window's tokens that are left out
+    mean_span: float = 3.0  # mean length of a blank, tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """Where the tokens come from."""
 
@@ -29,6 +37,7 @@ class Data:
     task_names: Positive[int] = 8  # of assignment: names that are given values
     task_values: Positive[int] = 16  # of assignment: values
     task_queries: Positive[int] = 8  # of assignment: names that are asked for, in every sequence
+    corruption: Corruption = Corruption()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,7 @@ class RotaryScaling:
 class Model:
     """What `selective_attention.TransformerConfig` is made from."""
 
+    architecture: str = "decoder"  # or "encoder_decoder", which fills blanks in its contexts (data/spans.py)
     width: int = 12  # d of the paper: d layers, d heads of width 64, d_model = 64 d
     num_layers: int = 0  # layers; 0 means width
     num_heads: int = 0  # query heads; 0 means width
@@ -53,7 +63,7 @@ class Model:
     d_model: int = 0  # width of the residual stream; 0 means 64 x width
     mlp_dim: int = 0  # hidden width of SwiGLU; 0 means 8/3 x 64 x width, rounded up to a multiple of 128
     head_dim: int = 64  # width of a head
-    vocab_size: int = 8192  # token ids; at least the dataset's
+    vocab_size: int = 8192  # token ids; at least the dataset's, and one more than blanks for an encoder-decoder
     selective: bool = True  # False trains the standard transformer, all else equal
     selection: str = "paper"  # or an ablation: unprotected_bos, unprotected_self, leaky, own_head
     positions: str = "rotary"  # or "learned"; not stated by the paper: our choice

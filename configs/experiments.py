@@ -65,6 +65,10 @@ EXPERIMENTS = {
         "Validation perplexity beside d12 in `sizes`. A reproduction had it worse without a protection and with leaky.",
         _family("c4", ("d12",), *(f",{name}" for name in c4.ABLATIONS)),
     ),
+    "encoder_decoder": Experiment(
+        "Validation loss of filling blanks, T5-style: selective below standard.",
+        _family("t5", ("d8", "d12"), "", ",standard", ",memory"),
+    ),
     "synthetic": Experiment(
         "By launch.synthetic: accuracy at longer contexts, and whether F tells what is stale.",
         _family("synthetic", synthetic.TASKS, "", ",standard"),
@@ -83,6 +87,10 @@ def load(config: str) -> ConfigDict:
 def step_key(config: ConfigDict) -> str:
     """Equal for configs whose train step is the same program."""
     content = {name: value for name, value in config.to_dict().items() if name in _OF_THE_STEP}
+    if config.model.architecture == "decoder":
+        del content["model"]["architecture"]
+    else:
+        content["corruption"] = config.data.corruption.to_dict()
     content["clips"] = config.optimizer.clip_norm > 0
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -4,6 +4,7 @@ from data.batches import EvalBatches, TrainBatches
 from data.dataset import Dataset, open_dataset
 from data.errors import DataError, UnreachableError
 from data.manifest import Manifest
+from data.spans import SpanBatches, SpanCorruption
 from data.task_batches import TaskEvalBatches, TaskTrainBatches
 from data.tasks import Task, find_task
 from data.tokenizer import Tokenizer
@@ -14,6 +15,8 @@ __all__ = [
     "Dataset",
     "EvalBatches",
     "Manifest",
+    "SpanBatches",
+    "SpanCorruption",
     "Task",
     "TaskEvalBatches",
     "TaskTrainBatches",

@@ -1,8 +1,9 @@
 """Host rows to global arrays: each host reads only the rows of its devices, ahead of time, in threads."""
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict, cast
 
 import grain
 import jax
@@ -16,6 +17,7 @@ from selective_attention import partition_spec
 class Batch(TypedDict):
     """Global arrays, rows sharded over `data` and `fsdp`, positions over `context`."""
 
+    encoder_inputs: NotRequired[Array]  # int32 [B, M], what an encoder-decoder reads; the pad id is no token
     inputs: Array  # int32 [B, N]
     targets: Array  # int32 [B, N]; the pad id is no token, and one below 0 is not to be predicted
     bytes: Array  # int32 [B], of text that a row's targets are
@@ -25,7 +27,6 @@ class Rows(Protocol):
     """What `data.TrainBatches` and `data.EvalBatches` have in common."""
 
     batch_size: int
-    context_length: int
 
     def rows(self, step: int, rows: range) -> dict[str, np.ndarray]: ...
 
@@ -35,7 +36,7 @@ class RemainingBatches:
 
     def __init__(self, source: Rows, windows: Sequence[tuple[int, int]]) -> None:
         """`windows`: ranges [start, stop) of the source's batches, disjoint."""
-        self.batch_size, self.context_length = source.batch_size, source.context_length
+        self.batch_size = source.batch_size
         self._source, self._windows = source, sorted(windows)
 
     def index(self, step: int) -> int:
@@ -65,21 +66,20 @@ def rows_sharding(sharding: NamedSharding) -> NamedSharding:
 
 def global_batch(source: Rows, step: int, sharding: NamedSharding) -> Batch:
     """The batch of a step as global arrays; reads the rows that this host's devices hold, once each."""
-    shape = (source.batch_size, source.context_length)
     blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def local(index: tuple[slice, ...] | None, name: str) -> np.ndarray:
         assert index is not None
-        start, stop, _ = index[0].indices(shape[0])
+        start, stop, _ = index[0].indices(source.batch_size)
         if (start, stop) not in blocks:
             blocks[start, stop] = source.rows(step, range(start, stop))
         return blocks[start, stop][name][(slice(None), *index[1:])]
 
-    return Batch(
-        inputs=jax.make_array_from_callback(shape, sharding, lambda index: local(index, "inputs")),
-        targets=jax.make_array_from_callback(shape, sharding, lambda index: local(index, "targets")),
-        bytes=jax.make_array_from_callback(shape[:1], rows_sharding(sharding), lambda index: local(index, "bytes")),
-    )
+    arrays = {}
+    for name, none in source.rows(step, range(0)).items():  # which says what there is, and how long
+        shape, layout = (source.batch_size, *none.shape[1:]), sharding if none.ndim > 1 else rows_sharding(sharding)
+        arrays[name] = jax.make_array_from_callback(shape, layout, functools.partial(local, name=name))
+    return cast(Batch, arrays)
 
 
 def prefetch(source: Rows, steps: range, sharding: NamedSharding, depth: int = 2) -> Iterator[tuple[Batch, float]]:

@@ -34,6 +34,11 @@ def first_state(settings: Settings, init_from: str = "") -> TrainState:
     state = jax.jit(lambda: init_state(settings))()
     if not init_from:
         return state
+    if settings.corruption is not None:
+        raise ConfigError(
+            f"--init_from={init_from}: what is exported is a decoder, and this run trains an encoder-decoder; "
+            "leave the flag out"
+        )
     values = trained_values(settings.transformer, init_from)
 
     def placed(path: tuple[Any, ...], parameter: nnx.Param) -> nnx.Variable:

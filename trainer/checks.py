@@ -17,6 +17,13 @@ def check_dataset(settings: Settings, manifest: Manifest) -> None:
             f"the dataset in {settings.data.path} has {manifest.vocab_size} token ids, the model "
             f"{settings.model.vocab_size}; set --config.model.vocab_size={manifest.vocab_size}"
         )
+    if settings.corruption is not None:
+        sentinels = settings.corruption.sizes(settings.context_length).sentinels
+        if (needed := manifest.vocab_size + sentinels) > settings.model.vocab_size:
+            raise ConfigError(
+                f"the dataset in {settings.data.path} has {manifest.vocab_size} token ids, and blanks in contexts of "
+                f"{settings.context_length} need {sentinels} more; set --config.model.vocab_size={needed}"
+            )
     if manifest.record_length % settings.context_length:
         raise ConfigError(
             f"--config.context_length={settings.context_length} does not divide the dataset's record length "
@@ -32,6 +39,11 @@ def check_batch(settings: Settings, shape: Mapping[str, int]) -> None:
         raise ConfigError(
             f"--config.batch_size={settings.batch_size} cannot be divided into data={shape['data']} x "
             f"fsdp={shape['fsdp']} x accumulation={settings.accumulation} = {rows} parts; choose a multiple of {rows}"
+        )
+    if settings.corruption is not None and shape["context"] > 1:
+        raise ConfigError(
+            f"mesh context={shape['context']}: an encoder-decoder's sequences are not split; set "
+            "--config.mesh.context=1, and use fsdp or tensor"
         )
     # Context parallelism pairs an early and a late chunk of the sequence on each device.
     chunks = 2 * shape["context"] if shape["context"] > 1 else 1

@@ -17,7 +17,7 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -29,17 +29,27 @@ from trainer.checkpoints.checksums import DamagedError, check_files, read_seal
 from trainer.checkpoints.folder import checkpoint_folder, list_steps, load_state, read_metadata
 from trainer.errors import ConfigError, ResumeError, StorageError
 from trainer.settings import Settings, read_saved
-from trainer.state import TrainState, init_state, model_graph
+from trainer.state import ARCHITECTURES, Model, TrainState, init_state, model_graph
 
 logger = logging.getLogger("trainer")
+M = TypeVar("M", bound=Model)
 
 
 def load_model(workdir: str) -> tuple[Transformer, Settings, int]:
+    """The decoder of a run, as `load`.
+
+    Raises:
+      ResumeError: also where the run trains an encoder-decoder.
+    """
+    return load(workdir, Transformer)
+
+
+def load(workdir: str, kind: type[M]) -> tuple[M, Settings, int]:
     """The model of a workdir's newest whole checkpoint, on this process's first device: (model, the run's settings,
     step). It is what its export would be: how the run's machines computed is left out. Changes nothing in the workdir.
 
     Raises:
-      ResumeError: there is no checkpoint, none is whole, or it is not one of this trainer.
+      ResumeError: there is no checkpoint, none is whole, it is not one of this trainer, or its model is no `kind`.
       OSError, StorageError: storage does not give one.
     """
     reasons = []
@@ -51,15 +61,28 @@ def load_model(workdir: str) -> tuple[Transformer, Settings, int]:
                 check_files(folder, seal)
             metadata = read_metadata(folder)
             settings = read_saved(metadata["config"])
+            _check_kind(workdir, settings, kind)
             params = load_state(folder, metadata, _on_one_device(settings), sealed=seal is not None).params
         except DamagedError as error:
             logger.warning("checkpoint %d is damaged and was passed over: %s", step, error)
             reasons.append(f"{step}: {error}")
             continue
-        return nnx.merge(model_graph(_on_any_machine(settings.transformer)), params), settings, step
+        graph = model_graph(_on_any_machine(settings.transformer), settings.model.architecture)
+        return nnx.merge(graph, params), settings, step
     if reasons:
         raise ResumeError(f"no checkpoint in {workdir}/checkpoints is whole ({'; '.join(reasons)})")
     raise ResumeError(f"there is no checkpoint in {workdir}/checkpoints")
+
+
+def _check_kind(workdir: str, settings: Settings, kind: object) -> None:
+    if ARCHITECTURES[settings.model.architecture] is kind:
+        return
+    if kind is Transformer:
+        raise ResumeError(
+            f"{workdir} trains an encoder-decoder, and this command takes decoders; see what it writes with "
+            f"python -m launch.spans {workdir}"
+        )
+    raise ResumeError(f"{workdir} trains a decoder, which fills no blanks; give a run of configs/t5.py")
 
 
 def _on_any_machine(config: TransformerConfig) -> TransformerConfig:

@@ -88,7 +88,7 @@ def open_job(
     goodput.add("start_up", time.monotonic() - started_at)
     checkpoints = Checkpoints(workdir, settings, source.fingerprint, override_resume, lease.confirm)
     if is_main:
-        counts = settings.transformer.parameter_counts()
+        counts = settings.parameter_counts()
         logger.info("mesh %s over %d devices", dict(mesh.shape), mesh.size)
         if (unused := settings.model.vocab_size - source.vocab_size) > 0:
             logger.info("the model has %s token ids that the data does not have", f"{unused:,}")

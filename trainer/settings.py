@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from configs import base
-from selective_attention import Selection, TransformerConfig
+from data import DataError, SpanCorruption
+from selective_attention import EncoderDecoder, Selection, TransformerConfig
 from trainer.errors import ConfigError
 
 Group = TypeVar("Group")
@@ -41,6 +42,42 @@ class Settings(base.Config):
         except ValueError as error:
             raise ConfigError(f"config.model: {error}") from error
 
+    @functools.cached_property
+    def corruption(self) -> SpanCorruption | None:
+        """The blanks that an encoder-decoder fills; None for a decoder, which predicts every token of a context.
+
+        Raises:
+          ConfigError: as `transformer`.
+        """
+        if self.model.architecture == "decoder":
+            return None
+        if self.model.architecture != "encoder_decoder":
+            raise ConfigError(
+                f"--config.model.architecture must be decoder or encoder_decoder, got {self.model.architecture!r}"
+            )
+        if self.data.task:
+            raise ConfigError(
+                f"an encoder-decoder fills blanks in a dataset's text; leave out --config.data.task={self.data.task}"
+            )
+        try:
+            return SpanCorruption(**vars(self.data.corruption))
+        except DataError as error:
+            raise ConfigError(f"--config.data.corruption: {error}") from error
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The positions of each of a batch's arrays of tokens."""
+        if self.corruption is None:
+            return {"inputs": self.context_length, "targets": self.context_length}
+        inputs, outputs, _ = self.corruption.sizes(self.context_length)
+        return {"encoder_inputs": inputs, "inputs": outputs, "targets": outputs}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """By part, and their total: as `TransformerConfig.parameter_counts`."""
+        if self.corruption is None:
+            return self.transformer.parameter_counts()
+        return EncoderDecoder.parameter_counts(self.transformer)
+
 
 def read_settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
     """The settings of a config; fields that it lacks are at their defaults.
@@ -49,7 +86,7 @@ def read_settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
       ConfigError: a key that no field has, or a value that no run can have.
     """
     settings = _read(Settings, config)
-    _ = settings.transformer  # raises
+    _ = settings.transformer, settings.corruption  # raise
     return settings
 
 

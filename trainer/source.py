@@ -4,13 +4,27 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
-from data import EvalBatches, Task, TaskEvalBatches, TaskTrainBatches, TrainBatches, find_task, open_dataset
+from data import (
+    EvalBatches,
+    Manifest,
+    SpanBatches,
+    SpanCorruption,
+    Task,
+    TaskEvalBatches,
+    TaskTrainBatches,
+    TrainBatches,
+    find_task,
+    open_dataset,
+)
+from data.spans import Windows
 from data.tasks import PAD, fingerprint
 from data.tokenizer import legible
 from trainer.batches import Rows
 from trainer.checks import check_dataset
 from trainer.errors import ConfigError
 from trainer.settings import Settings
+
+VALIDATION = "validation"  # the stream of the blanks in held-out windows, which do not depend on the seed
 
 
 class EvalRows(Rows, Protocol):
@@ -45,17 +59,33 @@ def open_source(settings: Settings) -> Source:
     dataset = open_dataset(settings.data.path, settings.faults.storage_retry_seconds)
     manifest = dataset.manifest
     check_dataset(settings, manifest)
-    tokenizer = dataset.tokenizer()
-    return Source(
+    tokenizer, known = dataset.tokenizer(), manifest.vocab_size
+    train = TrainBatches(dataset, context_length=length, batch_size=batch_size, seed=settings.seed)
+    validation = EvalBatches(dataset, context_length=length, batch_size=batch_size)
+    source = Source(
         name=settings.data.path,
         fingerprint=manifest.fingerprint,
-        vocab_size=manifest.vocab_size,
+        vocab_size=known,
         pad_id=manifest.tokenizer.pad_id,
-        train=TrainBatches(dataset, context_length=length, batch_size=batch_size, seed=settings.seed),
-        validation=EvalBatches(dataset, context_length=length, batch_size=batch_size),
-        piece=lambda token: legible(tokenizer.piece(token)),
+        train=train,
+        validation=validation,
+        piece=lambda token: legible(tokenizer.piece(token)) if token < known else f"<{token - known}>",
         has_answers=False,
     )
+    if settings.corruption is None:
+        return source
+    return dataclasses.replace(
+        source,
+        vocab_size=known + settings.corruption.sizes(length).sentinels,
+        train=with_blanks(train, settings.corruption, manifest, f"training, seed {settings.seed}"),
+        validation=with_blanks(validation, settings.corruption, manifest, VALIDATION),
+    )
+
+
+def with_blanks(windows: Windows, corruption: SpanCorruption, manifest: Manifest, stream: str) -> SpanBatches:
+    """The windows of a dataset of this manifest for an encoder-decoder; another stream makes other blanks."""
+    bos_id, pad_id = manifest.tokenizer.bos_id, manifest.tokenizer.pad_id
+    return SpanBatches(windows, corruption, stream, first_sentinel=manifest.vocab_size, bos_id=bos_id, pad_id=pad_id)
 
 
 def _task(settings: Settings) -> Source:

@@ -10,8 +10,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from selective_attention import Transformer, TransformerConfig
+from selective_attention import EncoderDecoder, Transformer, TransformerConfig
 from trainer.settings import Settings
+
+Model = Transformer | EncoderDecoder
+ARCHITECTURES: dict[str, type[Model]] = {"decoder": Transformer, "encoder_decoder": EncoderDecoder}
 
 
 class Health(NamedTuple):
@@ -77,7 +80,7 @@ def _is_param(leaf: object) -> bool:
 
 def init_state(settings: Settings) -> TrainState:
     """The state of step 0; traced under a mesh, every array is made with its sharding."""
-    model = Transformer(settings.transformer, rngs=nnx.Rngs(params=settings.seed))
+    model = ARCHITECTURES[settings.model.architecture](settings.transformer, rngs=nnx.Rngs(params=settings.seed))
     params = nnx.state(model, nnx.Param)
     health = Health(jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, jnp.float32))
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(settings).init(params), health)
@@ -95,6 +98,6 @@ def abstract_state(settings: Settings, mesh: Mesh) -> TrainState:
 
 
 @functools.cache
-def model_graph(config: TransformerConfig) -> nnx.GraphDef:
+def model_graph(config: TransformerConfig, architecture: str = "decoder") -> nnx.GraphDef:
     """The model's structure, which `nnx.merge` joins with parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: ARCHITECTURES[architecture](config, rngs=nnx.Rngs(params=0))))[0]

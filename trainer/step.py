@@ -17,13 +17,13 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from selective_attention import TransformerConfig, lm_loss, memory_loss, reshard, selection_statistics
+from selective_attention import EncoderDecoder, TransformerConfig, lm_loss, memory_loss, reshard, selection_statistics
 from trainer.batches import Batch, batch_sharding, rows_sharding
 from trainer.compiler_options import OPTIONS
 from trainer.hosts.requests import Request, request_sharding
 from trainer.metrics.norms import norms_by_layer
 from trainer.settings import Settings
-from trainer.state import Health, TrainState, learning_rate, make_optimizer, model_graph
+from trainer.state import Health, Model, TrainState, learning_rate, make_optimizer, model_graph
 
 logger = logging.getLogger("trainer")
 
@@ -47,13 +47,13 @@ def make_train_step(settings: Settings, pad_id: int) -> TrainStep:
     `norms`, of the gradient before clipping as `norms_by_layer`; and requests.
     """
     optimizer, schedule = make_optimizer(settings), learning_rate(settings)
-    graph = model_graph(settings.transformer)
+    graph = model_graph(settings.transformer, settings.model.architecture)
     epsilon, tau = settings.memory_loss.epsilon, settings.memory_loss.tau
 
     def loss_fn(params: nnx.State, part: Batch, num_tokens: Array) -> tuple[Array, Metrics]:
         model = nnx.merge(graph, params)
         weights_BN = _weights(part, pad_id)
-        hidden_BNE, forgotten_LBN = model.hidden(part["inputs"], memory_tau=tau if epsilon else None)
+        hidden_BNE, forgotten_LBN = model.hidden(**_seen(model, part, pad_id), memory_tau=tau if epsilon else None)
         with jax.named_scope("loss"):
             nll, _ = lm_loss(model.logits(hidden_BNE), part["targets"], weights_BN)
         loss = nll / num_tokens
@@ -100,35 +100,41 @@ def _in_parts(gradient: Callable[..., Any], params: nnx.State, batch: Batch, par
         return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
     # Row r goes to part r mod A: every device splits its own rows, none move.
-    tokens = {"inputs": batch["inputs"], "targets": batch["targets"]}
+    tokens = {name: x for name, x in batch.items() if name != "bytes"}
     zeros = jax.tree.map(jnp.zeros_like, params), {"loss": jnp.zeros(()), "memory_loss": jnp.zeros(())}
     return jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split_rows(x, parts), tokens))[0]
 
 
 def compile_train_step(settings: Settings, pad_id: int, state_shape: TrainState, mesh: Mesh) -> jax.stages.Compiled:
     """The train step compiled for exactly these shapes and shardings, its state donated."""
-    shape, sharding = (settings.batch_size, settings.context_length), batch_sharding(mesh)
-    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    rows: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows_sharding(sharding))
+    rows, sharding = settings.batch_size, batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
+        for name, length in settings.lengths.items()
+    }
+    batch["bytes"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=rows_sharding(sharding))
     requests = jax.ShapeDtypeStruct((mesh.size, len(Request)), jnp.int32, sharding=request_sharding(mesh))
     start = time.monotonic()
     with jax.set_mesh(mesh):  # of this thread
         step = jax.jit(make_train_step(settings, pad_id), donate_argnums=0)
-        lowered = step.lower(state_shape, Batch(inputs=tokens, targets=tokens, bytes=rows), requests)
+        lowered = step.lower(state_shape, batch, requests)
         compiled = lowered.compile(compiler_options=OPTIONS.get(mesh.devices.flat[0].device_kind))
     if jax.process_index() == 0:
         logger.info("compiled the train step in %.1f s", time.monotonic() - start)
     return compiled
 
 
-def make_eval_step(model: TransformerConfig, pad_id: int, has_answers: bool = False) -> EvalStep:
+def make_eval_step(
+    config: TransformerConfig, pad_id: int, has_answers: bool = False, architecture: str = "decoder"
+) -> EvalStep:
     """`eval_step(params, batch, requests) -> {"nll": summed nats, "tokens", "bytes", "requests"}`, as above; with
     answers also "correct": how many tokens were more likely than all others.
     """
-    graph = model_graph(dataclasses.replace(model, scan_layers=True))  # which without a gradient stacks nothing
+    graph = model_graph(_scanned(config), architecture)
 
     def eval_step(params: nnx.State, batch: Batch, requests: Array) -> Metrics:
-        logits_BNV = nnx.merge(graph, params)(batch["inputs"])
+        model = nnx.merge(graph, params)
+        logits_BNV = model(**_seen(model, batch, pad_id))
         weights_BN = _weights(batch, pad_id)
         nll, tokens = lm_loss(logits_BNV, batch["targets"], weights_BN)
         sums = {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["bytes"])}
@@ -139,11 +145,13 @@ def make_eval_step(model: TransformerConfig, pad_id: int, has_answers: bool = Fa
     return eval_step
 
 
-def make_selection_step(model: TransformerConfig, tau: float, pad_id: int) -> Callable[[nnx.State, Batch], Metrics]:
+def make_selection_step(
+    config: TransformerConfig, tau: float, pad_id: int, architecture: str = "decoder"
+) -> Callable[[nnx.State, Batch], Metrics]:
     """`selection_step(params, batch)` -> `selective_attention.selection_statistics` of every layer, each [L], and
     `text_f`, F of every layer over the first row's first tokens, [L, TEXT_TOKENS, TEXT_TOKENS]; `tau` in nats.
     """
-    graph = model_graph(model)
+    graph = model_graph(_scanned(config), architecture)
 
     def selection_step(params: nnx.State, batch: Batch) -> Metrics:
         def statistics(f_BNM: Array) -> Metrics:
@@ -153,9 +161,23 @@ def make_selection_step(model: TransformerConfig, tau: float, pad_id: int) -> Ca
                 "text_f": text_f
             }
 
-        return nnx.merge(graph, params).selection_masks(batch["inputs"], statistics)
+        model = nnx.merge(graph, params)
+        return model.selection_masks(**_seen(model, batch, pad_id), reduce=statistics)
 
     return selection_step
+
+
+def _scanned(config: TransformerConfig) -> TransformerConfig:
+    """Sooner compiled, and without a gradient a scan stacks nothing."""
+    return dataclasses.replace(config, scan_layers=True)
+
+
+def _seen(model: Model, batch: Batch, pad_id: int) -> dict[str, Any]:
+    """What a model is told of a batch, by the names of its arguments."""
+    if not isinstance(model, EncoderDecoder):
+        return {"tokens_BN": batch["inputs"]}
+    inputs_BM = batch["encoder_inputs"]
+    return {"inputs_BM": inputs_BM, "outputs_BN": batch["inputs"], "visible_BM": inputs_BM != pad_id}
 
 
 def _next_health(health: Health, loss: Array, good: Array) -> Health:

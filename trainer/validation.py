@@ -26,14 +26,13 @@ class Validation:
         self._batches = job.source.validation
         self._sharding, self._phases, self._is_main = batch_sharding(job.mesh), job.phases, job.is_main
         self._writer, self._requests = writer, requests
-        self._eval_step = jax.jit(make_eval_step(settings.transformer, job.pad_id, job.source.has_answers))
+        model, architecture, tau = settings.transformer, settings.model.architecture, settings.memory_loss.tau
+        self._eval_step = jax.jit(make_eval_step(model, job.pad_id, job.source.has_answers, architecture))
         self._workdir, self._every_steps, self._draws = job.workdir, settings.eval.every_steps, settings.eval.pictures
         inputs_BN = self._batches.rows(0, range(1))["inputs"]
         self._tokens = [job.source.piece(token) for token in inputs_BN[0]]  # of the text of the pictures
         self._selection_step = (
-            jax.jit(make_selection_step(settings.transformer, settings.memory_loss.tau, job.pad_id))
-            if settings.model.selective
-            else None
+            jax.jit(make_selection_step(model, tau, job.pad_id, architecture)) if settings.model.selective else None
         )
 
     def __call__(self, name: str, step: int, params: nnx.State, num_batches: int | None = None) -> Evaluation | None:

@@ -120,8 +120,10 @@ def _run_decode(topology: Topology, mesh: dict[str, int]) -> int:
     """Plans decoding as the flags ask for, writes and prints it; the exit code."""
     dollars, date = (PRICE.value, "") if PRICE.value else topology.list_price
     asked = Asked(BUDGETS.value, FACTORS.value, BATCH.value, mesh, dollars, CACHE_DTYPE.value)
-    config = None if CONFIG.value is None else read_settings(CONFIG.value).transformer
-    made = plan_decoding(config, topology, asked, date)
+    config = None if CONFIG.value is None else read_settings(CONFIG.value)
+    if config is not None and config.corruption is not None:
+        raise ConfigError("--decode plans decoders; leave it out to plan the training of an encoder-decoder")
+    made = plan_decoding(None if config is None else config.transformer, topology, asked, date)
     _write(made.to_json())
     if PNG.value:
         made.draw(PNG.value)

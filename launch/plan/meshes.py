@@ -22,9 +22,10 @@ def sensible_meshes(config: Settings, topology: Topology, slices: int, fixed: di
       ConfigError: there is none.
     """
     model, chips = config.transformer, topology.num_chips * slices
+    longest = config.context_length if config.corruption is None else 1  # an encoder-decoder's are not split
     choices = {
         "fsdp": [n for n in _divisors(chips // slices) if model.d_model % n == 0],
-        "context": [n for n in _divisors(chips) if n == 1 or config.context_length // n >= TOKENS_OF_CONTEXT],
+        "context": [n for n in _divisors(chips) if n == 1 or longest // n >= TOKENS_OF_CONTEXT],
         "tensor": [n for n in _divisors(chips) if n <= LARGEST_TENSOR and model.num_kv_heads % n == 0],
     }
     choices |= {axis: [size] for axis, size in fixed.items() if axis != "data" and size > 0}

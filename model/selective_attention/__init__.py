@@ -11,7 +11,7 @@ from .selection import forgotten_above
 from .sharding import RULES, partition_spec, reshard
 from .transformer.config import RotaryScaling, TransformerConfig
 from .transformer.decoding import Cache, LayerCache, decode_step, init_cache, prefill
-from .transformer.encoder_decoder import EncoderDecoder
+from .transformer.encoder_decoder import EncoderDecoder, fill
 from .transformer.interchange import export_safetensors, import_safetensors
 from .transformer.losses import lm_loss, memory_loss, memory_per_query, selection_statistics
 from .transformer.sampling import SamplingError, sample
@@ -30,6 +30,7 @@ __all__ = [
     "TransformerConfig",
     "decode_step",
     "export_safetensors",
+    "fill",
     "forgotten_above",
     "import_safetensors",
     "init_cache",

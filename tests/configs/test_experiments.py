@@ -51,12 +51,13 @@ def first_of_each(what, of=CONFIGS) -> list[str]:
 def head_of(name: str) -> object:
     """What the loss at initialisation depends on where there is one layer."""
     model = load(name).model
-    return [model.width, model.num_heads, model.vocab_size, model.selective, model.selection, model.d_model]
+    sizes = [model.width, model.num_heads, model.vocab_size, model.d_model]
+    return [*sizes, model.selective, model.selection, model.architecture]
 
 
 def tiny_of(name: str) -> object:
     settings = tiny(name)
-    return [repr(settings.transformer), repr(settings.memory_loss), settings.context_length, settings.data.task]
+    return [repr(settings.transformer), repr(settings.memory_loss), settings.lengths, settings.data.task]
 
 
 def steps_of(settings: Settings, source, steps: int) -> tuple:
@@ -88,14 +89,18 @@ class Random:
     """Rows of random tokens."""
 
     def __init__(self, settings: Settings):
-        self.batch_size, self.context_length = settings.batch_size, settings.context_length
+        self.batch_size, self.context_length = settings.batch_size, settings.lengths["inputs"]
+        self._encoder_length = settings.lengths.get("encoder_inputs", 0)
         self._vocab_size = settings.model.vocab_size
 
     def rows(self, step, rows):
         shape = (self.batch_size, self.context_length + 1)
         tokens = np.random.default_rng(step).integers(4, self._vocab_size, shape, dtype=np.int32)[list(rows)]
         tokens[:, 0] = 2
-        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "bytes": np.ones(len(tokens), np.int32)}
+        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "bytes": np.ones(len(tokens), np.int32)}
+        if self._encoder_length:
+            batch["encoder_inputs"] = np.resize(tokens[:, 1:], (len(tokens), self._encoder_length))
+        return batch
 
 
 @pytest.mark.parametrize("name", CONFIGS)

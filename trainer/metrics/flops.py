@@ -13,17 +13,25 @@ def mfu(config: Settings, step_seconds: float, devices: int, device_kind: str) -
 
 
 def model_flops(config: Settings) -> float:
-    """FLOPs of the model in a step: 6 x parameters in matmuls x tokens, and 12 x layers x heads' width x N x N / 2 a
-    sequence for causal attention; neither the selection nor what is recomputed counts.
+    """FLOPs of the model in a step: 6 x parameters in matmuls x tokens, and 12 x layers x heads' width x pairs a
+    sequence for attention, where causal attention has N x N / 2 pairs; neither the selection nor what is recomputed
+    counts.
     """
-    model, length = config.transformer, config.context_length
-    width = model.num_heads * model.head_dim
-    return matmul_flops(config) + config.batch_size * 12 * model.num_layers * width * length**2 / 2
+    model, lengths = config.transformer, config.lengths
+    inputs, outputs = lengths.get("encoder_inputs", 0), lengths["inputs"]
+    pairs = inputs**2 + outputs**2 / 2 + inputs * outputs
+    return matmul_flops(config) + config.batch_size * 12 * model.num_layers * model.num_heads * model.head_dim * pairs
 
 
 def matmul_flops(config: Settings) -> float:
     """Of `model_flops`, what is not attention: forward and backward of the projections, SwiGLU and the logits."""
-    model = config.transformer
+    model, lengths = config.transformer, config.lengths
     counts = model.parameter_counts()
-    parameters = counts["attention"] + counts["mlp"] + model.vocab_size * model.d_model
-    return 6.0 * parameters * config.batch_size * config.context_length
+    of_tokens = (counts["attention"] + counts["mlp"] + model.vocab_size * model.d_model) * lengths["inputs"]
+    if config.corruption is not None:
+        projection = model.num_layers * model.d_model * model.head_dim  # of one head
+        inputs = lengths["encoder_inputs"]
+        of_encoder = 2 * projection * (model.num_heads + model.num_kv_heads) + counts["mlp"]
+        of_cross = 2 * projection * (model.num_heads * lengths["inputs"] + model.num_kv_heads * inputs)
+        of_tokens += of_encoder * inputs + of_cross
+    return 6.0 * of_tokens * config.batch_size

@@ -44,7 +44,7 @@ def environment(job: Job) -> dict[str, str]:
     """What the run is computed by, and how large it is."""
     devices = job.mesh.devices
     versions = {name: _version(name) for name in _PACKAGES}
-    counts = job.settings.transformer.parameter_counts()
+    counts = job.settings.parameter_counts()
     return {
         "Python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},

@@ -223,9 +223,13 @@ def _in_dtype(module: Any, dtype: Any) -> Any:
 def layers_of(model: Transformer) -> Sequence[Block]:
     if isinstance(model.blocks, nnx.List):
         return model.blocks
-    graph, parameters = nnx.split(model.blocks)
-    number_of_layers = range(model.config.num_layers)
-    return [nnx.merge(graph, jax.tree.map(lambda p, n=n: p[n], parameters)) for n in number_of_layers]
+    return unstacked(model.blocks, model.config.num_layers)
+
+
+def unstacked(stacked: Any, num_layers: int) -> list[Any]:
+    """The modules whose parameters have been stacked along a leading L."""
+    graph, parameters = nnx.split(stacked)
+    return [nnx.merge(graph, jax.tree.map(lambda p, n=n: p[n], parameters)) for n in range(num_layers)]
 
 
 def _logits(model: Transformer, x_BNE: Array) -> Array:

@@ -7,6 +7,9 @@ Shape letters: the package's; M input positions, which are the keys of cross-att
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,21 @@ from ..attention import AttentionOptions
 from ..selection import HIDDEN, Selection
 from ..sharding import reshard
 from .config import TransformerConfig
+from .decoding import Cache, init_cache, layers_of, unstacked
 from .projection import contract, rms_norm
-from .transformer import Block, Transformer, attending, each_layer, make_parameter, make_scale, permute, sequence_order
+from .sampling import check_sampling, draw
+from .transformer import (
+    Attend,
+    Block,
+    Transformer,
+    attending,
+    each_layer,
+    make_parameter,
+    make_scale,
+    masking,
+    permute,
+    sequence_order,
+)
 
 
 def full_attention(q: Array, k: Array, v: Array, visible_BM: Array) -> Array:
@@ -54,15 +70,19 @@ class CrossAttention(nnx.Module):
             self.query_norm = make_scale((layers, c.head_dim))
             self.key_norm = make_scale((layers, c.head_dim))
 
-    def __call__(self, x_BNE: Array, encoded_BME: Array, visible_BM: Array) -> Array:
-        """x + attention to `encoded_BME` where `visible_BM`."""
+    def keys_values(self, encoded_BME: Array) -> tuple[Array, Array]:
+        """What every output attends to, [B, M, K, D]."""
+        k = contract("bme,ekd->bmkd", encoded_BME, self.w_key, "batch", "sequence", "kv_heads", None)
+        v = contract("bme,ekd->bmkd", encoded_BME, self.w_value, "batch", "sequence", "kv_heads", None)
+        return rms_norm(k, self.key_norm[...], self.config.norm_epsilon) if self.config.qk_norm else k, v
+
+    def __call__(self, x_BNE: Array, k: Array, v: Array, visible_BM: Array) -> Array:
+        """x + attention to keys and values of `keys_values` where `visible_BM`."""
         epsilon = self.config.norm_epsilon
         normed_BNE = rms_norm(x_BNE, self.norm[...], epsilon)
         q = contract("bne,ehd->bnhd", normed_BNE, self.w_query, "batch", "sequence", "heads", None)
-        k = contract("bme,ekd->bmkd", encoded_BME, self.w_key, "batch", "sequence", "kv_heads", None)
-        v = contract("bme,ekd->bmkd", encoded_BME, self.w_value, "batch", "sequence", "kv_heads", None)
         if self.config.qk_norm:
-            q, k = rms_norm(q, self.query_norm[...], epsilon), rms_norm(k, self.key_norm[...], epsilon)
+            q = rms_norm(q, self.query_norm[...], epsilon)
         out_BNHD = full_attention(q, k, v, visible_BM)
         return x_BNE + contract("bnhd,hde->bne", out_BNHD, self.w_out, "batch", "sequence", None)
 
@@ -110,17 +130,119 @@ class EncoderDecoder(nnx.Module):
         memory_tau: float | None = None,
     ) -> tuple[Array, Array | None]:
         """The decoder's final states [B, N, E], and with `memory_tau` its memory statistic [L, B, N]."""
-        visible = jnp.ones_like(inputs_BM, bool) if visible_BM is None else visible_BM
-        encoded_BME = self.encode(inputs_BM, visible)
         position_N = sequence_order(outputs_BN.shape[1])
         attend = attending(self.config, AttentionOptions(memory_tau=memory_tau))
+        x_BNE, forgotten_LBN = self._decode(inputs_BM, outputs_BN, visible_BM, position_N, attend)
+        return self.decoder.finish(x_BNE, forgotten_LBN, position_N)
+
+    def logits(self, hidden_BNE: Array) -> Array:
+        """float32 [B, N, V] from the decoder's final states."""
+        return self.decoder.logits(hidden_BNE)
+
+    def selection_masks(
+        self,
+        inputs_BM: Array,
+        outputs_BN: Array,
+        *,
+        visible_BM: Array | None = None,
+        reduce: Callable[[Array], Any] = lambda f_BNM: f_BNM,
+    ) -> Any:
+        """As `Transformer.selection_masks`, of the decoder's layers."""
+        position_N = sequence_order(outputs_BN.shape[1])
+        return self._decode(inputs_BM, outputs_BN, visible_BM, position_N, masking(self.config, position_N, reduce))[1]
+
+    def _decode(
+        self, inputs_BM: Array, outputs_BN: Array, visible_BM: Array | None, position_N: np.ndarray, attend: Attend
+    ) -> tuple[Array, Any]:
+        """The last layer's output in the order of `position_N`, and what `attend` adds in each layer."""
+        visible = jnp.ones_like(inputs_BM, bool) if visible_BM is None else visible_BM
+        encoded_BME = self.encode(inputs_BM, visible)
 
         def layer(modules, x_BNE, _):
             block, cross_attention = modules
-            x_BNE, forgotten_BN = block.attention(x_BNE, position_N, attend)
-            return block.mlp(cross_attention(x_BNE, encoded_BME, visible)), forgotten_BN
+            x_BNE, extra = block.attention(x_BNE, position_N, attend)
+            return block.mlp(cross_attention(x_BNE, *cross_attention.keys_values(encoded_BME), visible)), extra
 
         x_BNE = self.decoder.embed(permute(outputs_BN, position_N), position_N)
-        modules = self.decoder.blocks, self.cross_attention
-        x_BNE, forgotten_LBN = each_layer(self.config, modules, layer, x_BNE)
-        return self.decoder.finish(x_BNE, forgotten_LBN, position_N)
+        return each_layer(self.config, (self.decoder.blocks, self.cross_attention), layer, x_BNE)
+
+    @staticmethod
+    def parameter_counts(config: TransformerConfig) -> dict[str, int]:
+        """As `TransformerConfig.parameter_counts`."""
+        decoder = config.parameter_counts()
+        encoder = dataclasses.replace(config, selection=Selection.OFF).parameter_counts()
+        norms = encoder["norms"] + config.num_layers * (config.d_model + 2 * config.head_dim * config.qk_norm)
+        added = {"attention": 2 * encoder["attention"], "mlp": encoder["mlp"], "norms": norms}
+        counts = {part: count + added.get(part, 0) for part, count in decoder.items() if part != "total"}
+        return counts | {"total": sum(counts.values())}
+
+
+class Filler:
+    """An encoder-decoder that has read its input, and writes one token after the other. No mesh."""
+
+    def __init__(self, model: EncoderDecoder, inputs_BM: Array, visible_BM: Array):
+        """Runs the encoder, and keeps what cross-attention reads of it; arguments as `EncoderDecoder` takes them."""
+        self._decoder, num_layers = model.decoder, model.config.num_layers
+        encoded_BME = model.encode(inputs_BM, visible_BM)
+        self._visible_BM = visible_BM
+        crosses = unstacked(model.cross_attention, num_layers)
+        self._layers = [
+            (block, cross, *cross.keys_values(encoded_BME))
+            for block, cross in zip(layers_of(model.decoder), crosses, strict=True)
+        ]
+
+    def step(self, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
+        """As `decode_step`: takes in one token a row, the first of which must be <BOS>."""
+        position_B1 = cache.position[:, None]
+        x_B1E, after = self._decoder.embed(tokens_B[:, None], position_B1), []
+        for (block, cross, k, v), layer in zip(self._layers, cache.layers, strict=True):
+            x_B1E, held = block.attention(x_B1E, position_B1, functools.partial(layer.attend, cache.position))
+            x_B1E = block.mlp(cross(x_B1E, k, v, self._visible_BM))
+            after.append(held)
+        logits_B1V = self._decoder.logits(self._decoder.normalised(x_B1E))
+        return logits_B1V[:, 0], Cache(cache.position + 1, tuple(after))
+
+
+def fill(
+    model: EncoderDecoder,
+    inputs_BM: Array,
+    num_tokens: int,
+    *,
+    bos_id: int,
+    key: Array,
+    visible_BM: Array | None = None,
+    temperature: float = 0.0,
+) -> Array:
+    """What the decoder writes for an input: int32 [B, num_tokens], drawn token by token behind <BOS>.
+
+    Args:
+      model: the encoder-decoder. No mesh.
+      inputs_BM, visible_BM: as `EncoderDecoder` takes them.
+      num_tokens: at most `max_length`.
+      bos_id: the id of <BOS>.
+      key: of `jax.random`.
+      temperature: divides the logits; 0 takes the likeliest token.
+
+    Raises:
+      SamplingError: a length or temperature out of range.
+    """
+    check_sampling(model.config, 0, num_tokens, temperature, None)
+    visible = jnp.ones_like(inputs_BM, bool) if visible_BM is None else visible_BM
+    graph, parameters = nnx.split(model)
+    return _fill(graph, parameters, inputs_BM, visible, key, temperature, bos_id, num_tokens=num_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="num_tokens")
+def _fill(graph, parameters, inputs_BM, visible_BM, key, temperature, bos_id, *, num_tokens: int) -> Array:
+    model = nnx.merge(graph, parameters)
+    filler = Filler(model, inputs_BM, visible_BM)
+
+    def step(carry, key):
+        cache, tokens_B = carry
+        logits_BV, cache = filler.step(cache, tokens_B)
+        tokens_B = draw(logits_BV, key, temperature)
+        return (cache, tokens_B), tokens_B
+
+    batch = inputs_BM.shape[0]
+    start = init_cache(model.config, batch, num_tokens), jnp.full(batch, bos_id, jnp.int32)
+    return jax.lax.scan(step, start, jax.random.split(key, num_tokens))[1].T

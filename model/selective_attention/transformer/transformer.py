@@ -46,6 +46,23 @@ def attending(config: TransformerConfig, options: AttentionOptions) -> Attend:
     return attend
 
 
+def masking(config: TransformerConfig, position_N: np.ndarray, reduce: Callable[[Array], Any]) -> Attend:
+    """Selective attention that adds `reduce(F)`, where F is [B, N, N] in the order of the text."""
+    back_N = np.argsort(position_N)
+
+    def whole(x_BND: Array) -> Array:
+        return reshard(permute(reshard(x_BND, "batch", "sequence", None), back_N, axis=1), "batch", None, None)
+
+    def attend(q: Array, k: Array, v: Array, q_sel: Array | None, k_sel: Array | None) -> tuple[Array, Any]:
+        out_BNHD, _ = attending(config, AttentionOptions())(q, k, v, q_sel, k_sel)
+        q_sel = reshard(q, "batch", "sequence", None, None)[:, :, 0] if q_sel is None else q_sel
+        k_sel = reshard(k, "batch", "sequence", None, None)[:, :, 0] if k_sel is None else k_sel
+        scale, selection = config.head_dim**-0.5, config.selection
+        return out_BNHD, reduce(selection_mask(whole(q_sel), whole(k_sel), scale=scale, selection=selection))
+
+    return attend
+
+
 def make_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
     """Normal float32 parameter, made where it will live: under a mesh every device draws only its own shard."""
     spec = partition_spec(axes, shape)
@@ -283,20 +300,9 @@ class Transformer(nnx.Module):
 
         For looking at the mask, not for training: one layer's whole F is in memory at a time.
         """
-        c = self.config
         position_N = sequence_order(tokens_BN.shape[1])
-        back_N = np.argsort(position_N)
+        attend = masking(self.config, position_N, reduce)
         graph, layers = nnx.split(self.blocks)
-
-        def whole(x_BND: Array) -> Array:
-            return reshard(permute(reshard(x_BND, "batch", "sequence", None), back_N, axis=1), "batch", None, None)
-
-        def attend(q, k, v, q_sel, k_sel):
-            out_BNHD, _ = attending(c, AttentionOptions())(q, k, v, q_sel, k_sel)
-            q_sel = reshard(q, "batch", "sequence", None, None)[:, :, 0] if q_sel is None else q_sel
-            k_sel = reshard(k, "batch", "sequence", None, None)[:, :, 0] if k_sel is None else k_sel
-            f_BNM = selection_mask(whole(q_sel), whole(k_sel), scale=c.head_dim**-0.5, selection=c.selection)
-            return out_BNHD, reduce(f_BNM)
 
         def layer(x_BNE, layer_parameters):
             return nnx.merge(graph, layer_parameters)(x_BNE, position_N, attend)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from selective_attention import Selection, TransformerConfig, lm_loss
-from selective_attention.transformer.encoder_decoder import EncoderDecoder, full_attention
+from selective_attention import Selection, TransformerConfig, fill, init_cache, lm_loss
+from selective_attention.transformer.encoder_decoder import EncoderDecoder, Filler, full_attention
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -69,6 +69,43 @@ def test_selection_acts_in_the_decoder(tokens):
     assert difference[3:].min() > 1e-4
     forgotten = ours.hidden(inputs, outputs, memory_tau=1.0)[1]
     assert forgotten.shape == (2, 4, 8) and float(forgotten.max()) > 0
+
+
+def test_masks_are_those_that_the_memory_statistic_sums(tokens):
+    inputs, outputs = tokens
+    visible, model = np.arange(16)[None] < np.array([16, 9, 12, 1])[:, None], make()
+    f_LBNN = np.asarray(model.selection_masks(inputs, outputs, visible_BM=visible))
+    forgotten_LBN = model.hidden(inputs, outputs, visible_BM=visible, memory_tau=1.0)[1]
+    np.testing.assert_allclose(np.minimum(f_LBNN, 1).sum(axis=-1), forgotten_LBN, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", [Selection.PAPER, pytest.param(Selection.OWN_HEAD, marks=pytest.mark.slow)])
+def test_decoding_is_the_parallel_pass(tokens, selection):
+    inputs, outputs = tokens
+    visible, model = np.arange(16)[None] < np.array([16, 9, 12, 1])[:, None], make(selection, num_kv_heads=1)
+    expected = model(inputs, outputs, visible_BM=visible)
+    filler, cache = Filler(model, inputs, visible), init_cache(model.config, 4, 8)
+    for n in range(8):
+        logits, cache = filler.step(cache, outputs[:, n])
+        np.testing.assert_allclose(logits, expected[:, n], atol=1e-5)
+
+
+def test_filling_takes_the_likeliest_token_after_those_before(tokens):
+    inputs, _ = tokens
+    visible, model = np.arange(16)[None] < np.array([16, 9, 12, 1])[:, None], make()
+    written = np.asarray(fill(model, inputs, 6, bos_id=1, key=jax.random.key(0), visible_BM=visible))
+    outputs = np.concatenate([np.ones((4, 1), np.int32), written[:, :-1]], axis=1)
+    np.testing.assert_array_equal(written, np.argmax(model(inputs, outputs, visible_BM=visible), axis=-1))
+    drawn = fill(model, inputs, 6, bos_id=1, key=jax.random.key(0), visible_BM=visible, temperature=3.0)
+    assert np.any(drawn != written)
+
+
+def test_parameters_are_counted_by_part():
+    for changes in ({}, {"selection": Selection.OWN_HEAD, "num_kv_heads": 1}, {"qk_norm": False, "selection": "off"}):
+        model = make(**changes)
+        total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        counts = EncoderDecoder.parameter_counts(model.config)
+        assert counts["total"] == total == sum(n for part, n in counts.items() if part != "total")
 
 
 @pytest.mark.slow
