@@ -12,6 +12,7 @@ import pytest
 
 from configs import t5
 from data import EvalBatches, open_dataset
+from launch.report.__main__ import write_report
 from launch.spans import blanks_of, right, write
 from launch.status import main as status
 from selective_attention import EncoderDecoder
@@ -147,6 +148,13 @@ def test_commands_show_blanks_or_say_what_does(run, dataset_path, tmp_path, modu
     else:
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "takes decoders; see what it writes with python -m launch.spans" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_report_has_the_run_and_says_why_there_is_no_sample(run, dataset_path, tmp_path):
+    write_report({"t5": str(run[0])}, tmp_path, dataset_path=dataset_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "What is masked" in page and "takes decoders" in page
 
 
 def test_a_decoder_s_commands_refuse_the_run(run):
