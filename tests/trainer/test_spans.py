@@ -132,7 +132,9 @@ def test_what_a_run_writes_is_compared_with_the_windows_themselves(run, dataset_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["launch.spans", "trainer.export", "launch.synthetic", "launch.budgets search"])
+@pytest.mark.parametrize(
+    "module", ["launch.spans", "trainer.export", "launch.synthetic", "launch.evaluate", "launch.budgets search"]
+)
 def test_commands_show_blanks_or_say_what_does(run, dataset_path, tmp_path, module):
     workdir, _ = run
     flags = {"launch.spans": [str(workdir), "--windows=3", "--show=1"]}
@@ -140,7 +142,9 @@ def test_commands_show_blanks_or_say_what_does(run, dataset_path, tmp_path, modu
         f"--checkpoint={workdir}",
         f"--data={dataset_path}",
         f"--output={tmp_path}/b.json",
+        "--target-perplexity=9",
     ]
+    flags["launch.evaluate"] = [f"--checkpoint={workdir}", "--tasks=perplexity"]
     command = [sys.executable, "-m", *module.split(), *flags.get(module, [str(workdir)])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if module == "launch.spans":
