@@ -67,7 +67,7 @@ EXPERIMENTS = {
     ),
     "encoder_decoder": Experiment(
         "Validation loss of filling blanks, T5-style: selective below standard.",
-        _family("t5", ("d8", "d12"), "", ",standard", ",memory"),
+        _family("t5", ("d12",), "", ",standard", ",memory"),
     ),
     "synthetic": Experiment(
         "By launch.synthetic: accuracy at longer contexts, and whether F tells what is stale.",

@@ -81,7 +81,9 @@ def first_loss(settings: Settings, source) -> float:
     with jax.set_mesh(mesh):
         params = jax.jit(lambda: init_state(settings).params)()
         batch = global_batch(source, 0, batch_sharding(mesh))
-        sums = jax.jit(make_eval_step(settings.transformer, pad_id=0))(params, batch, requests)
+        sums = jax.jit(make_eval_step(settings.transformer, 0, architecture=settings.model.architecture))(
+            params, batch, requests
+        )
         return float(sums["nll"] / sums["tokens"])
 
 
