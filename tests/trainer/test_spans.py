@@ -112,6 +112,7 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(run, tmp_path):
     assert_same_run(tmp_path / "disturbed", workdir)
 
 
+@pytest.mark.slow
 def test_what_a_run_writes_is_compared_with_the_windows_themselves(run, dataset_path):
     workdir, settings = run
     model, _, _ = load(str(workdir), EncoderDecoder)
@@ -159,6 +160,7 @@ def test_the_report_has_the_run_and_says_why_there_is_no_sample(run, dataset_pat
     assert "What is masked" in page and "takes decoders" in page
 
 
+@pytest.mark.slow
 def test_a_decoder_s_commands_refuse_the_run(run):
     with pytest.raises(ResumeError, match="trains an encoder-decoder, and this command takes decoders"):
         load_model(str(run[0]))
