@@ -8,9 +8,8 @@ MXU loads every key and value once.
 Of int8 keys and values no scale is multiplied with W numbers of a slot: those of keys are with logits, those of values
 with weights, [H, M] as both are, each head's spread from its key/value head's by a small matmul.
 
-Grid: (windows of tokens, blocks of rows of the batch in each, blocks of slots). Rows are independent, and windows are
-what the two cores of a chip share out. Blocks of slots run in order, with a running maximum, sum and output; those
-without a token are not fetched.
+Grid: (windows of tokens, blocks of rows in each, blocks of slots). A chip's two cores share out the windows. Blocks of
+slots run in order, with a running maximum, sum and output; those without a token are not fetched.
 
 Shape letters: as in `columns.py`; M slots, P the same with padding to whole tiles, W = K * D, G = H / K query heads of
 a key/value head, R rows of the batch in a block, S rows of scales. Indices: i block of rows, u the same within its
