@@ -1,25 +1,30 @@
 """Trains and measures the paper's comparisons at small scale, and makes one page of them.
 
-    python -m launch.study [--preset=small] [--workdir=runs/study/small] [--report=report] [--markdown=docs/study.md]
+    python -m launch.study [--preset=small] [--jobs=2] [--workdir=runs/study/small] [--report=report]
+        [--markdown=docs/study.md]
     python -m launch.study --collect=gs://my-bucket/runs [--collect=DIR ...] [--preset=paper]
 
-Run again after an interruption, it goes on where it was. With --collect nothing is trained: the page is made of the
-runs that are there, of any size, and says which of the preset's are missing. Exit codes: 0 done, 1 something failed
-(the last lines say what), 2 a mistake, which one line names, 130 interrupted.
+As many commands are at work at once as this process may use cores, each with its share of them; what they say is in
+the workdir's `logs`. Run again after an interruption, it goes on where it was. With --collect nothing is trained: the
+page is made of the runs that are there, of any size, and says which of the preset's are missing. Exit codes: 0 done,
+1 something failed (the last lines say what), 2 a mistake, which one line names, 130 interrupted.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from launch.commands import InputError, Parser, run_to_the_end
+from launch.commands import InputError, Parser, positive, run_to_the_end
 from launch.study.cells import PRESETS, paper_runs
+from launch.study.crew import processor_seconds
 from launch.study.measure import write_json
-from launch.study.run import check_workdir, note_time, processor_seconds, read_times, run_jobs
+from launch.study.run import check_workdir, default_at_once, run_jobs
+from launch.study.times import DATASET, Time, note_time, read_times
 
 PAPER = "paper"
 
@@ -34,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         choices=presets,
         help=f"which runs; {PAPER}, only with --collect, are configs.list's (default: small)",
     )
+    add("--jobs", type=positive, metavar="N", help="commands at work at once (default: one for each core)")
     add("--workdir", type=Path, help="dataset and runs (default: runs/study/PRESET)")
     add("--report", type=Path, default=Path("report"), help="folder of study.html and budgets.html (default: report)")
     add(
@@ -57,23 +63,26 @@ def _run(options: argparse.Namespace) -> int:
     if options.markdown and not options.markdown.parent.is_dir():
         raise InputError(f"--markdown={options.markdown}: there is no folder {options.markdown.parent}; make it")
     if options.collect:
-        if options.workdir:
-            raise InputError("--workdir is of runs to train; --collect alone says where runs are")
+        for name in ("workdir", "jobs"):
+            if getattr(options, name):
+                raise InputError(f"--{name} is of runs to train; --collect alone says where runs are")
         _write(options, options.collect)
         return 0
     if options.preset == PAPER:
         raise InputError("--preset=paper is trained on slices (docs/reproduce.md); give --collect with its runs")
     preset = options.preset or "small"
     workdir = options.workdir or Path("runs/study") / preset
-    failed = work(preset, workdir)
+    failed = work(preset, workdir, options.jobs or default_at_once())
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     _write(options, [str(workdir)])
     return 1 if failed else 0
 
 
-def work(preset: str, workdir: Path) -> list[str]:
-    """Makes the dataset, the runs and what is measured of them, as far as they are missing; returns what failed."""
+def work(preset: str, workdir: Path, at_once: int) -> list[str]:
+    """Makes the dataset, the runs and what is measured of them, as far as they are missing, so many commands at once;
+    returns what failed.
+    """
     from launch.study.jobs import jobs  # what follows imports JAX
     from launch.study.text import prepare_dataset
 
@@ -81,10 +90,21 @@ def work(preset: str, workdir: Path) -> list[str]:
     study = PRESETS[preset]
     if not (workdir / "data" / "manifest.json").exists():
         print("== The dataset: what each module's documentation says", flush=True)
-        began, processor = time.monotonic(), processor_seconds()
+        began, before = time.time(), _processor_seconds()
         prepare_dataset(workdir, study.vocab_size, study.record_length)
-        note_time(workdir, "dataset", "dataset", began, processor, done=True)
-    return run_jobs(jobs(study, workdir), workdir)
+        line: Time = {
+            "job": DATASET, "kind": DATASET, "began": began, "seconds": time.time() - began,
+            "processor_seconds": _processor_seconds() - before, "done": True,
+        }  # fmt: skip
+        note_time(workdir, line)
+    todo = jobs(study, workdir)
+    print(f"== {sum(not job.done for job in todo)} of {len(todo)} commands are left, {at_once} at once", flush=True)
+    return run_jobs(todo, workdir, at_once)
+
+
+def _processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(processor_seconds(resource.getrusage(who)) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _write(options: argparse.Namespace, folders: list[str]) -> None:

@@ -18,6 +18,7 @@ from launch.evaluate.results import CacheResult
 from launch.report.run import ReportError, read_run
 from launch.study.jobs import MADE_UP_FILE, TASKS_FILE, UNREACHED
 from launch.study.measure import FOLDER, MEASURED, TRANSFER, Measured, Transferred
+from launch.study.times import Time, clock_seconds, most_at_once
 from trainer.metrics.json_lines import METRICS_FILE
 
 FORMAT = "launch.study/1"
@@ -87,19 +88,20 @@ class Record(TypedDict):
     command: str  # that makes what is missing
     expected: list[str]  # names of runs
     runs: list[RunRecord]
-    seconds: float  # that all of it took, by the clock, as far as it was noted
-    processor_seconds: float
+    seconds: float  # by the clock, in which any command was at work, as far as it was noted
+    processor_seconds: float  # of all commands
+    at_once: int  # commands at work at once, at most
     commit: NotRequired[str]
 
 
-def collect(folders: Iterable[str], expected: Sequence[str], command: str, times: Iterable[dict[str, Any]]) -> Record:
+def collect(folders: Iterable[str], expected: Sequence[str], command: str, times: Iterable[Time]) -> Record:
     """The record of all runs in the folders, which may be buckets'.
 
     Args:
       folders: Paths or URLs such as gs://bucket/runs.
       expected: Names of the runs that there should be.
       command: That would make them.
-      times: As `run.read_times`.
+      times: As `times.read_times`.
 
     Raises:
       InputError: a folder is not there, has no run, or two runs have one name.
@@ -116,8 +118,9 @@ def collect(folders: Iterable[str], expected: Sequence[str], command: str, times
         "command": command,
         "expected": list(expected),
         "runs": [runs[name] for name in sorted(runs)],
-        "seconds": sum(float(line["seconds"]) for line in noted),
-        "processor_seconds": sum(float(line["processor_seconds"]) for line in noted),
+        "seconds": clock_seconds(noted),
+        "processor_seconds": sum(time["processor_seconds"] for time in noted),
+        "at_once": most_at_once(noted),
     }
 
 

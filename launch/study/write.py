@@ -67,8 +67,9 @@ def _about(record: Record) -> list[Block]:
     if record["seconds"]:
         blocks.append(
             Text(
-                f"All commands together took {record['seconds'] / 60:.1f} minutes by the clock and "
-                f"{record['processor_seconds'] / 60:.1f} minutes of processor time, what was interrupted included."
+                f"All commands together took {record['seconds'] / 60:.1f} minutes by the clock, up to "
+                f"{record['at_once']} of them at once, and {record['processor_seconds'] / 60:.1f} minutes of "
+                "processor time, what was interrupted included."
             )
         )
     if gaps := missing(record):

@@ -154,10 +154,12 @@ def test_html_and_markdown_have_the_same_tables_and_figures(written, tmp_path):
         (["--collect=DIR"], "no folder in"),
         (["--preset=paper"], "is trained on slices"),
         (["--collect=DIR", "--workdir=DIR"], "--workdir is of runs to train"),
+        (["--collect=DIR", "--jobs=2"], "--jobs is of runs to train"),
+        (["--jobs=0"], "must be at least 1"),
         (["--markdown=DIR/none/study.md"], "there is no folder"),
         (["--preset=large"], "invalid choice"),
     ],
-    ids=["no folder", "no runs", "paper", "both", "markdown", "preset"],
+    ids=["no folder", "no runs", "paper", "both", "jobs", "no jobs", "markdown", "preset"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
