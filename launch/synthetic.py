@@ -1,13 +1,15 @@
 """How well runs of configs/synthetic.py solve their task, at the length they were trained on and others, and what they
 forget meanwhile.
 
-    python -m launch.synthetic WORKDIR... [--lengths=64,128,256] [--sequences=2048] [--held=4,8,16 [--policy=selective]]
-        [--json=OUT]
+    python -m launch.synthetic WORKDIR... [--lengths=64,128,256] [--sequences=2048]
+        [--held=4,8,16 [--policy=selective,oldest]] [--json=OUT]
 
 Sequences are those of validation, which no training had. `masked` is the share of tokens whose F is above 1 where the
 first answer (in parity the last) is to be given: of the stale ones, which a perfect memory would forget, and of those
-alive; AUC is how well F tells the one from the other, 0.5 is blind. With `--held` that answer is also given by caches
-that hold so many tokens in each layer, <BOS> and the current one included.
+alive; AUC is how well F tells the one from the other, 0.5 is blind. Beside it stands the AUC of age alone, and of F
+before training: what is older is more likely to be stale, and has had more time to be selected. With `--held` all
+answers of the first length are also given by caches that hold so many tokens in each layer, <BOS> and the current one
+included.
 
 Shape letters: L layers, R rows, N positions of the context, T = N - 1 tokens that are behind BOS in it.
 """
@@ -25,12 +27,13 @@ from flax import nnx
 from jax import Array
 
 from data import Task, TaskEvalBatches
-from data.tasks import BOS, PAD
-from inference_budget import Budgets, Request, Scorer, find_policy
+from data.tasks import PAD
+from inference_budget import Budgets, eviction_times, find_policy
 from launch.budgets.inputs import check_output
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from selective_attention import Selection, Transformer
 from trainer.errors import ResumeError, StorageError
+from trainer.hosts.compilation_cache import open_shared_cache
 from trainer.settings import Settings
 from trainer.source import task_of
 from trainer.state import model_graph
@@ -47,11 +50,12 @@ class Forgetting:
     auc: float  # of F as a detector of stale tokens; nan where there are none, or all are
     stale_masked: float  # share of the stale tokens that are masked
     alive_masked: float  # share of the others that are
+    stale_masked_after: dict[str, float]  # share of the stale tokens behind this one, in assignment a name, that are
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """One answer a sequence, by a cache that holds so many tokens in each layer."""
+    """All answers, by a cache that holds so many tokens in each layer."""
 
     tokens: int
     policy: str
@@ -69,6 +73,7 @@ class Accuracy:
     sequences: int
     wrong_sequences: int  # of which an answer is wrong
     layers: list[Forgetting]  # none of a model without selection
+    age_auc: float  # of how far back a token is as a detector of stale ones
     ideal: float  # tokens that a perfect memory holds above the first layer: <BOS>, what is alive, and the current one
 
 
@@ -81,7 +86,7 @@ def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accu
     graph, params = nnx.split(_of_length(model, length))
     source = TaskEvalBatches(task, context_length=length, batch_size=_ROWS)
     look = jax.jit(lambda params, inputs, targets, row: _look(nnx.merge(graph, params), inputs, targets, row))
-    totals, f_LK, stale_K = np.zeros(5, np.int64), [], []
+    totals, f_LK, chosen = np.zeros(5, np.int64), [], []
     for first in range(0, sequences, _ROWS):
         batch = source.read(np.arange(first, min(first + _ROWS, sequences)))
         tokens_RN, targets_RN = _tokens(batch), batch["targets"]
@@ -90,29 +95,43 @@ def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accu
         asked_RN, wrong_RN = targets_RN > PAD, (targets_RN > PAD) & ~np.asarray(right_RN)
         totals += [asked_RN.sum(), wrong_RN.sum(), len(row_R), wrong_RN.any(axis=1).sum(), alive_RN.sum()]
         chosen_RT = (stale_RN | alive_RN)[:, :-1]
+        age_RT = (row_R[:, None] - np.arange(length - 1)).astype(float)
+        before_RT = batch["inputs"][:, :-1]
+        chosen.append([of_RT[chosen_RT] for of_RT in (stale_RN[:, :-1], age_RT, before_RT)])
         if f_LRN is not None:
             f_LK.append(np.asarray(f_LRN)[:, :, 1:][:, chosen_RT])
-            stale_K.append(stale_RN[:, :-1][chosen_RT])
-    layers = [_forgetting(f_K, np.concatenate(stale_K)) for f_K in np.concatenate(f_LK, axis=1)] if f_LK else []
+    stale_K, age_K, before_K = (np.concatenate(of) for of in zip(*chosen, strict=True))
+    names_K = np.array(task.pieces)[before_K]
+    layers = [_forgetting(f_K, stale_K, names_K) for f_K in np.concatenate(f_LK, axis=1)] if f_LK else []
     answers, wrong, measured, wrong_sequences, alive = map(int, totals)
-    return Accuracy(length, answers, wrong, measured, wrong_sequences, layers, 2 + alive / measured)
+    counts = (length, answers, wrong, measured, wrong_sequences)
+    return Accuracy(*counts, layers, auc(age_K, stale_K), 2 + alive / measured)
+
+
+def untrained(model: Transformer, task: Task, length: int, sequences: int, seed: int) -> list[Forgetting]:
+    """What the same model forgets with a run's first values."""
+    if model.config.selection is Selection.OFF:
+        return []
+    return measure(Transformer(model.config, rngs=nnx.Rngs(params=seed)), task, length, sequences).layers
 
 
 def measure_held(model: Transformer, task: Task, length: int, sequences: int, tokens: int, policy: str) -> Held:
-    """One answer of each sequence, when every layer holds so many tokens and the policy says who leaves.
+    """All answers, when every layer holds so many tokens and the policy says who leaves.
 
     Raises:
       BudgetsError: no such policy, none for this model, or no such budgets.
     """
-    batch = TaskEvalBatches(task, context_length=length, batch_size=1).read(np.arange(sequences))
-    tokens_RN = _tokens(batch)
-    requests = [
-        Request([BOS, *row_N[: last + 1].tolist()], [int(row_N[last + 1])])
-        for row_N, last in zip(tokens_RN, task.stale(tokens_RN)[0], strict=True)
-    ]
-    budgets = Budgets((tokens,) * model.config.num_layers, length)
-    scores = Scorer(_of_length(model, length), budgets, find_policy(policy), bos_id=BOS).score(requests)
-    return Held(tokens, policy, len(scores), sum(not score.greedy for score in scores))
+    of_length, source = _of_length(model, length), TaskEvalBatches(task, context_length=length, batch_size=_ROWS)
+    budgets, answers, wrong = Budgets((tokens,) * model.config.num_layers, length), 0, 0
+    for first in range(0, sequences, _ROWS):
+        rows = min(_ROWS, sequences - first)
+        batch = source.read(np.resize(np.arange(first, first + rows), _ROWS))  # one shape, so one program
+        inputs_RN, targets_RN = jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
+        _, logits_RNV = eviction_times(of_length, inputs_RN, budgets, find_policy(policy))
+        asked_RN, right_RN = (batch["targets"] > PAD)[:rows], np.asarray(is_correct(logits_RNV, targets_RN))[:rows]
+        answers += int(asked_RN.sum())
+        wrong += int((asked_RN & ~right_RN).sum())
+    return Held(tokens, policy, answers, wrong)
 
 
 def _of_length(model: Transformer, length: int) -> Transformer:
@@ -135,10 +154,11 @@ def _look(model: Transformer, inputs_RN: Array, targets_RN: Array, row_R: Array)
     return right_RN, model.selection_masks(inputs_RN, lambda f_RNM: f_RNM[jnp.arange(len(row_R)), row_R])
 
 
-def _forgetting(f_K: np.ndarray, stale_K: np.ndarray) -> Forgetting:
+def _forgetting(f_K: np.ndarray, stale_K: np.ndarray, names_K: np.ndarray) -> Forgetting:
     masked_K = f_K > MASKED
     stale, alive = (float(masked_K[of].mean()) if of.any() else float("nan") for of in (stale_K, ~stale_K))
-    return Forgetting(auc(f_K, stale_K), stale, alive)
+    after = {str(name): float(masked_K[stale_K & (names_K == name)].mean()) for name in np.unique(names_K[stale_K])}
+    return Forgetting(auc(f_K, stale_K), stale, alive, after)
 
 
 def auc(scores_K: np.ndarray, positive_K: np.ndarray) -> float:
@@ -164,17 +184,21 @@ def table(at: Accuracy, caches: Sequence[Held]) -> str:
         f"  context {at.length:,}: {at.wrong:,} of {at.answers:,} answers wrong, {accuracy:.2%} right, "
         f"{whole:.2%} of sequences without a mistake"
     ]
+    if at.layers:
+        lines.append(f"    age alone: AUC {at.age_auc:.3f}")
     for number, layer in enumerate(at.layers):
-        lines.append(
-            f"    layer {number}: AUC {layer.auc:.3f}, masked {layer.stale_masked:.1%} of the stale, "
-            f"{layer.alive_masked:.1%} of the others"
-        )
+        after = ", ".join(f"{name} {share:.0%}" for name, share in layer.stale_masked_after.items())
+        lines.append(f"    layer {number}: {_said(layer)}; of the stale behind {after}")
     for held in caches:
         lines.append(
             f"    {held.tokens:,} tokens a layer held ({held.policy}): {held.wrong:,} of {held.answers:,} wrong, "
             f"{1 - held.wrong / held.answers:.2%} right; a perfect memory holds {at.ideal:.1f}"
         )
     return "\n".join(lines)
+
+
+def _said(layer: Forgetting) -> str:
+    return f"AUC {layer.auc:.3f}, masked {layer.stale_masked:.1%} of the stale, {layer.alive_masked:.1%} of the others"
 
 
 def main() -> None:
@@ -184,8 +208,8 @@ def main() -> None:
     add("workdirs", nargs="+", metavar="WORKDIR", help="of a run of configs/synthetic.py")
     add("--lengths", metavar="N,N", help="contexts, tokens; by default that of training, twice and four times that")
     add("--sequences", type=positive, default=2048, help="of validation (default: %(default)s)")
-    add("--held", metavar="K,K", help="also by caches that hold so many tokens in each layer")
-    add("--policy", default="selective", help="who leaves such a cache (default: %(default)s)")
+    add("--held", metavar="K,K", help="also by caches that hold so many tokens in each layer, at the first length")
+    add("--policy", default="selective", metavar="P,P", help="who leaves such a cache (default: %(default)s)")
     add("--json", metavar="OUT", help="file for the same as JSON")
     options = parser.parse_args()
     run_to_the_end(lambda: _run(options), "nothing was written")
@@ -203,12 +227,17 @@ def _run(options: argparse.Namespace) -> None:
         at_lengths = []
         for length in lengths:
             found = measure(model, task, length, options.sequences)
-            caches = [measure_held(model, task, length, options.sequences, k, options.policy) for k in held]
+            here = [(k, policy) for k in held for policy in options.policy.split(",")] if length == lengths[0] else []
+            caches = [measure_held(model, task, length, options.sequences, k, policy) for k, policy in here]
             print(table(found, caches), flush=True)
             at_lengths.append(dataclasses.asdict(found) | {"held": [dataclasses.asdict(cache) for cache in caches]})
+        before = untrained(model, task, lengths[0], options.sequences, settings.seed)
+        for number, layer in enumerate(before):
+            print(f"  before training, layer {number}: {_said(layer)}")
         results[workdir] = {
             "task": task.name,
             "trained_length": settings.context_length,
+            "untrained": [dataclasses.asdict(layer) for layer in before],
             "lengths": at_lengths,
         }
     if options.json:
@@ -244,4 +273,5 @@ def _numbers(option: str, given: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    open_shared_cache()
     main()

@@ -4,6 +4,7 @@ from statistics import median
 
 from launch.evaluate.results import Mean
 from launch.study import figures
+from launch.study.memory import POLICY_NAMES
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
 from launch.study.record import SELECTIVE, MadeUp, Record, RunRecord
 from launch.study.statistics import summary
@@ -50,17 +51,16 @@ def _mean(found: Mean | None, sign: str = "") -> str:
 
 
 def made_up_blocks(record: Record) -> list[Block]:
-    """Accuracy by length of every seed at every rate, and what is masked."""
+    """Accuracy of every seed at every rate by length and by tokens held, and what is masked."""
     blocks: list[Block] = [
         Heading("6. Made-up tasks"),
         Text(
             "Variable assignment and parity (`data/tasks.py`), trained at the shortest length. Solved: "
-            f"{SOLVED:.0%} of "
-            "answers right there. Every variant got the same rates and steps. Models solve such a task or do not, "
-            "so a mean "
-            "over seeds says little: below are the share of seeds that solve it, and the median. AUC is how well F "
-            "tells "
-            "stale values from live ones in the layer that does it best, 0.5 is blind."
+            f"{SOLVED:.0%} of answers right there. Every variant got the same rates and steps. Models solve such a "
+            "task or do not, so a mean over seeds says little: below are the share of seeds that solve it, and the "
+            "median. AUC is how well F tells stale tokens from live ones in the layer that does it best; 0.5 is "
+            "blind, but what is older is more often stale, so it stands beside that of age alone and of F before "
+            "training. Masked are tokens whose F exceeds 1 nat."
         ),
     ]
     found = False
@@ -70,26 +70,93 @@ def made_up_blocks(record: Record) -> list[Block]:
             blocks.append(Text(f"{task}: no run has been measured."))
             continue
         found = True
-        by_cell: dict[tuple[str, float], list[RunRecord]] = {}
-        for run in runs:
-            by_cell.setdefault((run["variant"], run["rate"]), []).append(run)
-        lengths = sorted({at["length"] for run in runs for at in run["made_up"]})
-        rows = [_made_up_row(variant, rate, of, lengths) for (variant, rate), of in sorted(by_cell.items())]
-        shown = [
-            (f"{variant}, rate {rate:g}, {length}", summary([right(at_length(run, length)) - 1 for run in of]))
-            for (variant, rate), of in sorted(by_cell.items())
-            for length in lengths
-        ]
-        headings = ["variant, rate", "seeds", "solved", *(f"median right at {n}" for n in lengths), "AUC, each seed"]
-        blocks += [
-            Heading(f"{task}: {runs[0]['family'].partition(', ')[2]}", small=True),
-            Table(headings, rows),
-            Figure(f"{task}", f"{task}: share of right answers, minus 1, at each length: every seed", figures.points(
-                shown, "right answers minus 1", f"Accuracy on {task}")),
-        ]  # fmt: skip
+        blocks += _task_blocks(task, runs)
     if found:
-        blocks.append(Command("python -m launch.synthetic RUN --sequences=1250 --json=RUN/study/synthetic.json"))
+        held = "2,3,4,6,9,12,16,24,32 --policy=selective,oldest"
+        command = f"python -m launch.synthetic RUN --sequences=1250 --held={held} --json=RUN/study/synthetic.json"
+        blocks.append(Command(command))
     return blocks
+
+
+def _task_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
+    by_cell: dict[tuple[str, float], list[RunRecord]] = {}
+    for run in runs:
+        by_cell.setdefault((run["variant"], run["rate"]), []).append(run)
+    lengths = sorted({at["length"] for run in runs for at in run["made_up"]})
+    rows = [_made_up_row(variant, rate, of, lengths) for (variant, rate), of in sorted(by_cell.items())]
+    shown = [
+        (f"{variant}, rate {rate:g}, {length}", summary([right(at_length(run, length)) - 1 for run in of]))
+        for (variant, rate), of in sorted(by_cell.items())
+        for length in lengths
+    ]
+    headings = ["variant, rate", "seeds", "solved", *(f"median right at {n}" for n in lengths)]
+    return [
+        Heading(f"{task}: {runs[0]['family'].partition(', ')[2]}", small=True),
+        Table(headings, rows),
+        Figure(f"{task}", f"{task}: share of right answers, minus 1, at each length: every seed", figures.points(
+            shown, "right answers minus 1", f"Accuracy on {task}")),
+        *_held_blocks(task, runs),
+        *_masked_blocks(task, [run for run in runs if run["variant"] == SELECTIVE]),
+    ]  # fmt: skip
+
+
+def _held_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
+    """Accuracy against tokens held, of every seed, at the rate that most seeds of the variant solve it with."""
+    lines, rows = [], []
+    for variant in dict.fromkeys(run["variant"] for run in sorted(runs, key=lambda run: run["variant"])):
+        of_variant = [run for run in runs if run["variant"] == variant]
+        rates = sorted({run["rate"] for run in of_variant})
+        best = max(rates, key=lambda rate: sum(solved(run) for run in of_variant if run["rate"] == rate))
+        of = [run for run in of_variant if run["rate"] == best]
+        policies = dict.fromkeys(held["policy"] for run in of for held in trained_at(run)["held"])
+        for policy in policies:
+            name = f"{variant}: {POLICY_NAMES[policy]}"
+            curves = [
+                {held["tokens"]: 1 - held["wrong"] / held["answers"] for held in trained_at(run)["held"]
+                 if held["policy"] == policy} for run in of
+            ]  # fmt: skip
+            lines += [(name, list(curve), list(curve.values())) for curve in curves]
+            rows.append([f"{name}, rate {best:g}", *(
+                f"{min(curve[k] for curve in curves):.1%} to {max(curve[k] for curve in curves):.1%}"
+                for k in curves[0])])  # fmt: skip
+    if not lines:
+        return []
+    tokens, ideal = lines[0][1], trained_at(runs[0])["ideal"]
+    lines.append((f"a perfect memory holds {ideal:.1f}", [ideal, ideal], [0.0, 1.0]))
+    axes = ("tokens that each layer holds", "share of right answers")
+    svg = figures.lines(lines, axes, f"Accuracy on {task} by tokens held", log_x=True)
+    says = f"{task}: share of right answers by tokens that each layer holds, with <BOS> and the current one: every seed"
+    return [
+        Figure(f"{task}-held", says, svg),
+        Table(["model: policy, right with so many held, least to most of the seeds", *map(str, tokens)], rows),
+    ]
+
+
+def _masked_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
+    """What each selective run masks, layer by layer, and in assignment of which names."""
+    rows = [
+        [
+            f"{run['name']}, layer {number}{'' if solved(run) else ', not solved'}",
+            f"{layer['auc']:.3f}", f"{before['auc']:.3f}", f"{layer['stale_masked']:.1%}",
+            f"{before['stale_masked']:.1%}", f"{layer['alive_masked']:.1%}", f"{before['alive_masked']:.1%}",
+            *([", ".join(f"{share:.0%}" for share in layer["stale_masked_after"].values())] * (task == "assignment")),
+        ]
+        for run in runs
+        for number, (layer, before) in enumerate(zip(trained_at(run)["layers"], run["untrained"], strict=True))
+    ]  # fmt: skip
+    if not rows:
+        return []
+    headings = ["what is masked", "AUC", "before training", "stale masked", "before", "others masked", "before"]
+    age = f"Age alone has an AUC of {trained_at(runs[0])['age_auc']:.3f}."
+    if task == "assignment":
+        headings.append("stale masked, name by name")
+        age += (
+            " A model may mask the stale values of some names and answer for the others without forgetting: then no "
+            "layer's AUC is near 1, though the task is solved. The last column shows which model does."
+        )
+    else:
+        age += " What is stale is all that is older, so AUC says nothing here, and the share that is masked does."
+    return [Text(age), Table(headings, rows)]
 
 
 def at_length(run: RunRecord, length: int) -> MadeUp:
@@ -101,19 +168,22 @@ def right(at: MadeUp) -> float:
     return 1 - at["wrong"] / at["answers"]
 
 
+def trained_at(run: RunRecord) -> MadeUp:
+    """A run's answers at the length that it was trained at."""
+    return min(run["made_up"], key=lambda at: at["length"])
+
+
 def solved(run: RunRecord) -> bool:
     """Whether a run solves its task where it was trained."""
-    return right(min(run["made_up"], key=lambda at: at["length"])) >= SOLVED
+    return right(trained_at(run)) >= SOLVED
 
 
 def best_auc(run: RunRecord) -> float:
     """Of the layer that tells best, where the run was trained; 0.5 of a model that does not select."""
-    shortest = min(run["made_up"], key=lambda at: at["length"])
-    return max((layer["auc"] for layer in shortest["layers"]), default=0.5)
+    return max((layer["auc"] for layer in trained_at(run)["layers"]), default=0.5)
 
 
 def _made_up_row(variant: str, rate: float, of: list[RunRecord], lengths: list[int]) -> list[str]:
     count = sum(solved(run) for run in of)
     medians = [f"{median(right(at_length(run, length)) for run in of):.2%}" for length in lengths]
-    auc = ", ".join(f"{best_auc(run):.3f}" for run in of) if variant.startswith(SELECTIVE) else ""
-    return [f"{variant}, {rate:g}", str(len(of)), f"{count} of {len(of)}", *medians, auc]
+    return [f"{variant}, {rate:g}", str(len(of)), f"{count} of {len(of)}", *medians]

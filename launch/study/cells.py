@@ -103,7 +103,11 @@ PRESETS = {
     "toy": Preset(
         512,
         128,
-        (*_family("toy", "", (1, 2), ("memory", "heads2x")), *_made_up("assignment", (1, 2), (0.003,), 4)),
+        (
+            *_family("toy", "", (1, 2), ("memory", "heads2x")),
+            *_made_up("assignment", (1, 2), (0.003,), 4),
+            *_made_up("parity", (1, 2), (0.003,), 4),
+        ),
         ("--windows=4", "--validation-windows=4", "--first-step=32", "--step=16"),
         0,
         6,
@@ -111,7 +115,11 @@ PRESETS = {
     "small": Preset(
         1024,
         1024,
-        (*_family("small", "", (1, 2, 3), ("memory", "heads2x")), *_made_up("assignment", _FIVE, (0.003,), 300)),
+        (
+            *_family("small", "", (1, 2, 3), ("memory", "heads2x")),
+            *_made_up("assignment", _FIVE, (0.003,), 300),
+            *_made_up("parity", _FIVE, (0.003,), 150),
+        ),
         ("--windows=16", "--validation-windows=128", "--first-step=64", "--step=4", "--lazy"),
         60,
         128,

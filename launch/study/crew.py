@@ -102,7 +102,7 @@ class Crew:
         """
         # Looked at again and again: a signal that comes just before a call that blocks, or to another thread, does not
         # end that call, and would not be heard.
-        while (ended := next((e for process in self._working if (e := os.wait4(process, os.WNOHANG))[0]), None)) is None:
+        while (ended := self._ended()) is None:
             time.sleep(_PAUSE_SECONDS)
         process, status, usage = ended
         work, code = self._working.pop(process), os.waitstatus_to_exitcode(status)
@@ -116,6 +116,9 @@ class Crew:
         if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED) and not self.stopping:  # a signal that it alone got
             self._hear(signal.SIGTERM, None)
         return work.job, seconds, _outcome(work, code)
+
+    def _ended(self) -> tuple[int, int, resource.struct_rusage] | None:
+        return next((ended for process in self._working if (ended := os.wait4(process, os.WNOHANG))[0]), None)
 
     def _hear(self, number: int, frame: object) -> None:
         self.stopping = True

@@ -75,7 +75,8 @@ def lines(
     zero: bool = False,
     dots: bool = False,
 ) -> str:
-    """Lines over one another, told apart as everywhere in reports, and named in a legend of their own.
+    """Lines over one another, told apart as everywhere in reports, and named in a legend of their own; those of one
+    name, such as one of each seed, look the same.
 
     Args:
       several: names, x and y.
@@ -86,13 +87,17 @@ def lines(
       dots: whether each point has a dot, too.
     """
     figure = charts.new_figure(WIDTH, _LINES_HEIGHT)
-    top = 20 + 18 * math.ceil(len(several) / 3)
+    names = list(dict.fromkeys(name for name, _, _ in several))
+    top = 20 + 18 * math.ceil(len(names) / 3)
     axes = charts.add_axes(figure, (_LINES_LEFT, top, WIDTH - RIGHT, _LINES_HEIGHT - 46), *axes_say)
-    for number, (name, x, y) in enumerate(several):
+    for place, (name, x, y) in enumerate(several):
+        number, is_first = names.index(name), name not in {other for other, _, _ in several[:place]}
         shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).astype(int))
         xs, ys = [float(x[i]) for i in shown], [float(y[i]) for i in shown]
         colour, style = series.colour(number), series.dashes(number)
-        axes.plot(xs, ys, color=colour, linestyle=style, linewidth=2, label=name, clip_on=False)
+        axes.plot(
+            xs, ys, color=colour, linestyle=style, linewidth=2, clip_on=False, label=name if is_first else "_"
+        )  # what begins so is in no legend
         for at, value in zip(xs, ys, strict=True) if dots else ():
             charts.add_dot(axes, at, value, 6, colour, title=f"{name}: {value:.4g} at {at:g}")
     everything_x = [float(v) for _, x, _ in several for v in x]

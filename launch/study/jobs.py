@@ -11,6 +11,7 @@ TASKS_FILE, MADE_UP_FILE = "tasks.json", "synthetic.json"  # within a workdir's 
 UNREACHED = ".unreached"  # behind a search's file where its target is out of reach: what the search said
 _FACTORS = "4,16"  # of the caches that needle and variables are asked with
 _TRANSFER_WINDOWS = 64
+_SEQUENCES, _HELD = 1250, "2,3,4,6,9,12,16,24,32"  # of made-up tasks, and tokens that a layer may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,5 +136,7 @@ def _made_up(cell: Cell, seed: int, workdir: Path) -> Iterator[Job]:
     yield train
     run = train.output.parent
     output = run / FOLDER / MADE_UP_FILE
-    arguments = (str(run), "--sequences=1250", f"--json={output}")
+    policies = "oldest" if "standard" in cell.config.split(",") else "selective,oldest"
+    held = (f"--held={_HELD}", f"--policy={policies}")
+    arguments = (str(run), f"--sequences={_SEQUENCES}", *held, f"--json={output}")
     yield Job("made-up task", f"measuring {run.name}", "launch.synthetic", arguments, output, (train.output,))

@@ -50,7 +50,8 @@ class MadeUp(TypedDict):
     sequences: int
     wrong_sequences: int
     ideal: float
-    layers: list[dict[str, float]]  # as `launch.synthetic.Forgetting`
+    age_auc: float
+    layers: list[dict[str, Any]]  # as `launch.synthetic.Forgetting`
     held: list[dict[str, Any]]
 
 
@@ -78,6 +79,7 @@ class RunRecord(TypedDict):
     unreached: dict[str, str]  # by policy, what the search said of its target
     tasks: list[CacheResult]  # without single items
     made_up: list[MadeUp]
+    untrained: list[dict[str, Any]]  # what its layers forgot of the made-up task before training
     transfer: list[Transferred]
 
 
@@ -158,7 +160,7 @@ def read(name: str, workdir: epath.Path) -> RunRecord:
     folder = workdir / FOLDER
     field, result = run.field, run.result or {}
     validation = run.series("run/validation_loss")
-    made_up = _json(folder / MADE_UP_FILE) or {}
+    made_up = _made_up(folder / MADE_UP_FILE)
     return {
         "name": run.name,
         "workdir": run.workdir,
@@ -187,8 +189,16 @@ def read(name: str, workdir: epath.Path) -> RunRecord:
         },
         "tasks": _tasks(_json(folder / TASKS_FILE)),
         "made_up": [length for of_run in made_up.values() for length in of_run["lengths"]],
+        "untrained": [layer for of_run in made_up.values() for layer in of_run["untrained"]],
         "transfer": _json(folder / TRANSFER) or [],
     }
+
+
+def _made_up(path: epath.Path) -> dict[str, Any]:
+    found: dict[str, Any] = _json(path) or {}
+    if any("untrained" not in of_run for of_run in found.values()):
+        raise InputError(f"{path} is an earlier version's; remove it, and the same command measures again")
+    return found
 
 
 def variant(field: Field) -> str:

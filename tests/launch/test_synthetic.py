@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import TaskEvalBatches, find_task
-from inference_budget import BudgetsError
+from inference_budget import Budgets, BudgetsError, Request, Scorer, find_policy
 from launch.synthetic import MASKED, auc, measure, measure_held
 from tests.support import ROOT
 from tests.support.small_model import STANDARD, make_model
@@ -33,6 +33,8 @@ def test_a_measurement_is_what_a_count_token_by_token_gives(name):
     answers, wrong, wrong_sequences = 0, 0, 0
     scores: list[list[float]] = [[] for _ in f]
     stale: list[bool] = []
+    ages: list[int] = []
+    before: list[int] = []
     for row, (inputs, targets) in enumerate(zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True)):
         places = [n for n, target in enumerate(targets) if target > 0]
         errors = sum(best[row, n] != targets[n] for n in places)
@@ -45,6 +47,8 @@ def test_a_measurement_is_what_a_count_token_by_token_gives(name):
             query = places[-1]  # the position of the last bit
             tokens = {n: n < query - 1 for n in range(1, query)}
         stale += tokens.values()
+        ages += [query - n for n in tokens]
+        before += [inputs[n - 1] for n in tokens]
         for layer in range(len(f)):
             scores[layer] += [f[layer, row, query, n] for n in tokens]
     found = measure(model, task, length, sequences)
@@ -58,6 +62,12 @@ def test_a_measurement_is_what_a_count_token_by_token_gives(name):
         assert layer.auc == pytest.approx(auc(own, is_stale), abs=1e-3)
         assert layer.stale_masked == pytest.approx(np.mean(own[is_stale] > MASKED), abs=2e-3)
         assert layer.alive_masked == pytest.approx(np.mean(own[~is_stale] > MASKED), abs=2e-3)
+        after = {task.pieces[token] for token, is_stale in zip(before, stale, strict=True) if is_stale}
+        assert set(layer.stale_masked_after) == after
+        for token in {token for token in before if task.pieces[token] in after}:
+            of_token = own[is_stale & (np.array(before) == token)]
+            assert layer.stale_masked_after[task.pieces[token]] == pytest.approx(np.mean(of_token > MASKED), abs=2e-2)
+    assert found.age_auc == pytest.approx(auc(np.array(ages), is_stale))
     assert any(layer.stale_masked > 0.1 for layer in found.layers)
     alive = [not own for own in stale]
     assert found.ideal == pytest.approx(2 + sum(alive) / sequences)
@@ -79,14 +89,26 @@ def test_a_cache_that_holds_everything_answers_as_the_parallel_pass():
     task, length, sequences = find_task("assignment", names=3, values=5, queries=2), 20, 40
     model = make_model()
     batch = TaskEvalBatches(task, context_length=length, batch_size=1).read(np.arange(sequences))
-    best = np.asarray(model(batch["inputs"])).argmax(axis=-1)
-    first = (batch["targets"] > 0).argmax(axis=1)
-    rows = np.arange(sequences)
-    model_right = batch["targets"][rows, first] == best[rows, first]
+    best, asked = np.asarray(model(batch["inputs"])).argmax(axis=-1), batch["targets"] > 0
     full = measure_held(model, task, length, sequences, length, "selective")
-    assert (full.answers, full.wrong) == (sequences, np.sum(~model_right))
+    assert (full.answers, full.wrong) == (asked.sum(), np.sum(asked & (best != batch["targets"])))
     with pytest.raises(BudgetsError, match="the budget of layer 0 is 1"):
         measure_held(model, task, length, sequences, 1, "selective")
+
+
+def test_a_small_cache_answers_as_decoding_with_it_token_by_token():
+    task, length, sequences = find_task("assignment", names=3, values=2, queries=2), 20, 70  # more than one batch
+    model = make_model(max_length=length, vocab_size=len(task.pieces))  # right by chance now and then
+    batch = TaskEvalBatches(task, context_length=length, batch_size=1).read(np.arange(sequences))
+    requests = [
+        Request(inputs[: place + 1].tolist(), [int(targets[place])])
+        for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True)
+        for place in np.flatnonzero(targets > 0)
+    ]
+    scores = Scorer(model, Budgets((4, 4), length), find_policy("selective")).score(requests)
+    held = measure_held(model, task, length, sequences, 4, "selective")
+    assert (held.answers, held.wrong) == (len(scores), sum(not score.greedy for score in scores))
+    assert held.wrong != measure_held(model, task, length, sequences, length, "selective").wrong
 
 
 @pytest.mark.slow
@@ -102,6 +124,7 @@ def test_the_command_measures_a_run_and_writes_the_same_as_json(tmp_path):
         f"{tmp_path}/run",
         "--sequences=8",
         "--held=4,32",
+        "--policy=selective,oldest",
         f"--json={tmp_path}/out.json",
     ]
     done = run([sys.executable, *measured], cwd=ROOT, capture_output=True, text=True)
@@ -109,7 +132,9 @@ def test_the_command_measures_a_run_and_writes_the_same_as_json(tmp_path):
     (result,) = json.loads((tmp_path / "out.json").read_text()).values()
     assert [at["length"] for at in result["lengths"]] == [32, 64, 128] and result["task"] == "assignment"
     assert all(f"{at['answers']:,}" in done.stdout for at in result["lengths"])
-    assert [[cache["tokens"] for cache in at["held"]] for at in result["lengths"]] == [[4, 32]] * 3
+    held = [[(cache["tokens"], cache["policy"]) for cache in at["held"]] for at in result["lengths"]]
+    assert held == [[(4, "selective"), (4, "oldest"), (32, "selective"), (32, "oldest")], [], []]
+    assert len(result["untrained"]) == len(result["lengths"][0]["layers"]) == 1
     other = [sys.executable, "-m", "launch.evaluate", f"--checkpoint={tmp_path}/run", "--tasks=perplexity"]
     done = run(other, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "trained on the task assignment; measure it with launch.synthetic" in done.stderr

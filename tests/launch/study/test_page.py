@@ -1,6 +1,7 @@
 """The page says what a direct computation from the runs' files says, and what is missing."""
 
 import html as html_module
+import json
 import math
 import re
 import statistics
@@ -82,6 +83,15 @@ def test_memory_factors_are_those_of_the_searches_and_1_where_the_target_is_out_
     assert rows["selective"][3] == "-0.0100 ± 0.0010, -0.0200 ± 0.0010"
 
 
+def _write_longer_and_with_memory_loss(folder):
+    """Models at twice the context whose factor is larger, of a standard one that looks back or not as the first does,
+    and one with the memory loss.
+    """
+    write_search(write_run(folder, "memory", "toy,memory", 1)["workdir"], "selective", 16.0, 0.0)
+    write_search(write_run(folder, "n1024-selective", "toy,n1024", 1)["workdir"], "selective", 32.0, 0.0)
+    write_run(folder, "n1024-standard", "toy,standard,n1024", 1)
+
+
 def test_verdicts_follow_from_the_numbers(tmp_path):
     runs = {name: [write_run(tmp_path, name, f"toy{',standard' * (name == 'standard')}", seed) for seed in (1, 2)]
             for name in ("standard", "selective")}  # fmt: skip
@@ -99,18 +109,22 @@ def test_verdicts_follow_from_the_numbers(tmp_path):
         set_losses("selective", *losses)
         assert verdict("Selective attention has a lower loss") == expected
     memory = "At the standard model's perplexity it needs"
+    about_memory = (memory, "With the memory loss the factor", "The factor grows with the context")
     assert verdict(memory) == NOT_TESTABLE
+    _write_longer_and_with_memory_loss(tmp_path)
+    standard = [*(run["workdir"] for run in runs["standard"]), tmp_path / "n1024-standard-1"]
     for ours, theirs, above, expected in ((8, 2, 0.0, SHOWN), (2, 8, 0.0, NOT_SHOWN), (8, 2, 0.01, NOT_SHOWN)):
-        for run in runs["standard"]:
-            measured = run["measured"] | {"half_context": [5.0, 5.0], "last_quarter": [4.0, 4.0]}
-            write_json(run["workdir"] / "study/measured.json", measured)
+        for workdir in standard:
+            measured = json.loads((workdir / "study/measured.json").read_text())
+            write_json(workdir / "study/measured.json", measured | {"half_context": [5.0], "last_quarter": [4.0]})
         write_search(runs["selective"][0]["workdir"], "selective", ours, above)
         write_search(runs["standard"][0]["workdir"], "tova", theirs, 0.0)
         assert verdict(memory) == expected
-    measured |= {"half_context": [3.0, 3.0]}
-    for run in runs["standard"]:
-        write_json(run["workdir"] / "study/measured.json", measured)
-    assert verdict(memory) == NOT_TESTABLE  # a model that does not look back needs no memory
+        assert [verdict(claim) for claim in about_memory[1:]] == [SHOWN] * 2
+    for workdir in standard:
+        write_json(workdir / "study/measured.json", measured | {"half_context": [3.0], "last_quarter": [4.0]})
+    # A model that does not look back needs no memory: none of the verdicts about it can be had.
+    assert [verdict(claim) for claim in about_memory] == [NOT_TESTABLE] * 3
     assert verdict("In parity") == NOT_TESTABLE
 
 
