@@ -14,16 +14,16 @@ TASKS = ("assignment", "parity")
 
 
 def question_blocks(record: Record) -> list[Block]:
-    """Needle and variables, of the first seeds' models."""
+    """Needle, variables and downstream tasks, of the models that were asked."""
     blocks: list[Block] = [
-        Heading("4. Needle and variables under budgets"),
+        Heading("4. Needle, variables and other tasks under budgets"),
         Text(
-            "A line within held-out text gives a code, or a name its values again and again, and the end asks for it "
-            "(`launch/evaluate/retrieval.py`). Accuracy is that of choosing among the answers, ± standard errors "
-            "over "
-            "questions; bits per byte of the right answer moves sooner, here as paired differences to a full "
-            "cache. Models "
-            "that are at chance with a full cache cannot show what budgets cost."
+            "Needle and variables: a line within held-out text gives a code, or a name its values again and again, "
+            "and the end asks for it (`launch/evaluate/retrieval.py`). Accuracy is that of choosing among the "
+            "answers, ± standard errors over questions; bits per byte of the right answer moves sooner, and stands "
+            "as a paired difference to a full cache, too. Models that are at chance with a full cache cannot show "
+            "what budgets cost. Whatever `launch.evaluate` writes into a run's `study/tasks*.json` is here, "
+            "downstream tasks, too."
         ),
     ]
     rows = []
@@ -32,10 +32,11 @@ def question_blocks(record: Record) -> list[Block]:
             for task, found in result["tasks"].items():
                 chance = "" if found["chance"] is None else f"{found['chance']:.3f}"
                 cells = [run["name"], task, result["cache"], chance, _mean(found["metrics"].get("acc"))]
-                rows.append([*cells, _mean(found["minus_full_cache"].get("bits_per_byte"), "+")])
+                bits = [_mean(found["metrics"].get("bits_per_byte"))]
+                rows.append([*cells, *bits, _mean(found["minus_full_cache"].get("bits_per_byte"), "+")])
     if not rows:
         return [*blocks, Text("No model has been asked.")]
-    headings = ["model", "task and length", "cache", "chance", "accuracy", "bits per byte, minus full cache"]
+    headings = ["model", "task", "cache", "chance", "accuracy", "bits per byte", "minus full cache"]
     command = (
         "python -m launch.evaluate --checkpoint RUN --tasks needle,variables --memory-factor 4,16 --policy POLICY "
         "--output RUN/study/tasks.json"

@@ -16,7 +16,7 @@ from launch.budgets.result import PointJson, SearchFile
 from launch.commands import InputError
 from launch.evaluate.results import CacheResult
 from launch.report.run import ReportError, read_run
-from launch.study.jobs import MADE_UP_FILE, TASKS_FILE, UNREACHED
+from launch.study.jobs import MADE_UP_FILE, UNREACHED
 from launch.study.measure import FOLDER, MEASURED, TRANSFER, Measured, Transferred
 from launch.study.times import Time, clock_seconds, most_at_once
 from trainer.metrics.json_lines import METRICS_FILE
@@ -181,13 +181,13 @@ def read(name: str, workdir: epath.Path) -> RunRecord:
         "measured": _json(folder / MEASURED),
         "searches": {
             path.name.removeprefix("budgets-").removesuffix(".json"): _search(_json(path))
-            for path in _named(folder, ".json")
+            for path in _named(folder, "budgets-", ".json")
         },
         "unreached": {
             path.name.removeprefix("budgets-").removesuffix(f".json{UNREACHED}"): path.read_text().strip()
-            for path in _named(folder, UNREACHED)
+            for path in _named(folder, "budgets-", UNREACHED)
         },
-        "tasks": _tasks(_json(folder / TASKS_FILE)),
+        "tasks": [result for path in _named(folder, "tasks", ".json") for result in _tasks(_json(path))],
         "made_up": [length for of_run in made_up.values() for length in of_run["lengths"]],
         "untrained": [layer for of_run in made_up.values() for layer in of_run["untrained"]],
         "transfer": _json(folder / TRANSFER) or [],
@@ -238,10 +238,10 @@ def family(field: Field, fingerprint: str) -> str:
     return ", ".join(parts)
 
 
-def _named(folder: epath.Path, suffix: str) -> list[epath.Path]:
+def _named(folder: epath.Path, prefix: str, suffix: str) -> list[epath.Path]:
     if not folder.exists():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.startswith("budgets-") and p.name.endswith(suffix))
+    return sorted(p for p in folder.iterdir() if p.name.startswith(prefix) and p.name.endswith(suffix))
 
 
 def _search(content: SearchFile) -> Search:
@@ -267,8 +267,6 @@ def _point(point: PointJson) -> tuple[float, float]:
 
 
 def _tasks(content: Any) -> list[CacheResult]:
-    if content is None:
-        return []
     results: list[CacheResult] = content["results"]
     for result in results:
         for task in result["tasks"].values():

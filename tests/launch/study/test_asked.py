@@ -110,9 +110,11 @@ def test_only_models_that_solve_a_task_say_what_is_masked(wrong, auc, expected, 
 def test_questions_have_their_chance_accuracy_and_difference_to_a_full_cache(tmp_path):
     run = write_run(tmp_path, "selective", "toy", 1)
     mean = {"value": 0.25, "standard_error": 0.05}
-    found = {"chance": 0.1, "metrics": {"acc": mean}, "minus_full_cache": {"bits_per_byte": mean}, "items": {"a": {}}}
-    write_json(
-        run["workdir"] / "study/tasks.json", {"results": [{"cache": "tova 4.00x", "tasks": {"needle/64": found}}]}
-    )
-    cells = ["selective-1", "needle/64", "tova 4.00x", "0.100", "0.250 ± 0.050", "+0.250 ± 0.050"]
-    assert _rows(question_blocks(_record(tmp_path))) == [cells]
+    metrics = {"acc": mean, "bits_per_byte": mean}
+    found = {"chance": 0.1, "metrics": metrics, "minus_full_cache": {"bits_per_byte": mean}, "items": {"a": {}}}
+    for file, task in (("tasks", "needle/64"), ("tasks-hellaswag", "hellaswag")):
+        content = {"results": [{"cache": "tova 4.00x", "tasks": {task: found}}]}
+        write_json(run["workdir"] / f"study/{file}.json", content)
+    cells = ["tova 4.00x", "0.100", "0.250 ± 0.050", "0.250 ± 0.050", "+0.250 ± 0.050"]
+    rows = _rows(question_blocks(_record(tmp_path)))
+    assert sorted(rows) == [["selective-1", "hellaswag", *cells], ["selective-1", "needle/64", *cells]]
