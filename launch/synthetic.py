@@ -73,6 +73,7 @@ class Accuracy:
     sequences: int
     wrong_sequences: int  # of which an answer is wrong
     layers: list[Forgetting]  # none of a model without selection
+    wrong_after: dict[str, int]  # wrong answers behind this token, in assignment the name that is asked for
     age_auc: float  # of how far back a token is as a detector of stale ones
     ideal: float  # tokens that a perfect memory holds above the first layer: <BOS>, what is alive, and the current one
 
@@ -86,7 +87,7 @@ def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accu
     graph, params = nnx.split(_of_length(model, length))
     source = TaskEvalBatches(task, context_length=length, batch_size=_ROWS)
     look = jax.jit(lambda params, inputs, targets, row: _look(nnx.merge(graph, params), inputs, targets, row))
-    totals, f_LK, chosen = np.zeros(5, np.int64), [], []
+    totals, f_LK, chosen, wrong_after = np.zeros(5, np.int64), [], [], np.zeros((2, len(task.pieces)), np.int64)
     for first in range(0, sequences, _ROWS):
         batch = source.read(np.arange(first, min(first + _ROWS, sequences)))
         tokens_RN, targets_RN = _tokens(batch), batch["targets"]
@@ -94,6 +95,7 @@ def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accu
         right_RN, f_LRN = look(params, batch["inputs"], targets_RN, row_R + 1)
         asked_RN, wrong_RN = targets_RN > PAD, (targets_RN > PAD) & ~np.asarray(right_RN)
         totals += [asked_RN.sum(), wrong_RN.sum(), len(row_R), wrong_RN.any(axis=1).sum(), alive_RN.sum()]
+        wrong_after += [np.bincount(batch["inputs"][of], minlength=len(task.pieces)) for of in (asked_RN, wrong_RN)]
         chosen_RT = (stale_RN | alive_RN)[:, :-1]
         age_RT = (row_R[:, None] - np.arange(length - 1)).astype(float)
         before_RT = batch["inputs"][:, :-1]
@@ -105,7 +107,8 @@ def measure(model: Transformer, task: Task, length: int, sequences: int) -> Accu
     layers = [_forgetting(f_K, stale_K, names_K) for f_K in np.concatenate(f_LK, axis=1)] if f_LK else []
     answers, wrong, measured, wrong_sequences, alive = map(int, totals)
     counts = (length, answers, wrong, measured, wrong_sequences)
-    return Accuracy(*counts, layers, auc(age_K, stale_K), 2 + alive / measured)
+    after = {task.pieces[int(token)]: int(wrong_after[1, token]) for token in np.flatnonzero(wrong_after[0])}
+    return Accuracy(*counts, layers, after, auc(age_K, stale_K), 2 + alive / measured)
 
 
 def untrained(model: Transformer, task: Task, length: int, sequences: int, seed: int) -> list[Forgetting]:
@@ -184,6 +187,7 @@ def table(at: Accuracy, caches: Sequence[Held]) -> str:
         f"  context {at.length:,}: {at.wrong:,} of {at.answers:,} answers wrong, {accuracy:.2%} right, "
         f"{whole:.2%} of sequences without a mistake"
     ]
+    lines.append("    wrong behind " + ", ".join(f"{name}: {wrong:,}" for name, wrong in at.wrong_after.items()))
     if at.layers:
         lines.append(f"    age alone: AUC {at.age_auc:.3f}")
     for number, layer in enumerate(at.layers):

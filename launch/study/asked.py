@@ -1,6 +1,7 @@
 """The parts about questions: needle and variables in real text under budgets, and the made-up tasks."""
 
 from statistics import median
+from typing import Any
 
 from launch.evaluate.results import Mean
 from launch.study import figures
@@ -140,7 +141,7 @@ def _masked_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
             f"{run['name']}, layer {number}{'' if solved(run) else ', not solved'}",
             f"{layer['auc']:.3f}", f"{before['auc']:.3f}", f"{layer['stale_masked']:.1%}",
             f"{before['stale_masked']:.1%}", f"{layer['alive_masked']:.1%}", f"{before['alive_masked']:.1%}",
-            *([", ".join(f"{share:.0%}" for share in layer["stale_masked_after"].values())] * (task == "assignment")),
+            *(_by_name(layer, trained_at(run)) if task == "assignment" else ()),
         ]
         for run in runs
         for number, (layer, before) in enumerate(zip(trained_at(run)["layers"], run["untrained"], strict=True))
@@ -150,14 +151,20 @@ def _masked_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
     headings = ["what is masked", "AUC", "before training", "stale masked", "before", "others masked", "before"]
     age = f"Age alone has an AUC of {trained_at(runs[0])['age_auc']:.3f}."
     if task == "assignment":
-        headings.append("stale masked, name by name")
+        headings += ["stale masked, name by name", "wrong answers, name by name"]
         age += (
             " A model may mask the stale values of some names and answer for the others without forgetting: then no "
-            "layer's AUC is near 1, though the task is solved. The last column shows which model does."
+            "layer's AUC is near 1, though the task is solved. The last columns show which model does, and where its "
+            "mistakes are."
         )
     else:
         age += " What is stale is all that is older, so AUC says nothing here, and the share that is masked does."
     return [Text(age), Table(headings, rows)]
+
+
+def _by_name(layer: dict[str, Any], at: MadeUp) -> list[str]:
+    shares = ", ".join(f"{share:.0%}" for share in layer["stale_masked_after"].values())
+    return [shares, ", ".join(f"{wrong:,}" for wrong in at["wrong_after"].values())]
 
 
 def at_length(run: RunRecord, length: int) -> MadeUp:

@@ -51,6 +51,7 @@ class MadeUp(TypedDict):
     wrong_sequences: int
     ideal: float
     age_auc: float
+    wrong_after: dict[str, int]
     layers: list[dict[str, Any]]  # as `launch.synthetic.Forgetting`
     held: list[dict[str, Any]]
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from subprocess import run
 
 import numpy as np
@@ -34,10 +35,13 @@ def test_a_measurement_is_what_a_count_token_by_token_gives(name):
     scores: list[list[float]] = [[] for _ in f]
     stale: list[bool] = []
     ages: list[int] = []
+    wrong_after: dict[str, int] = Counter()
     before: list[int] = []
     for row, (inputs, targets) in enumerate(zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True)):
         places = [n for n, target in enumerate(targets) if target > 0]
         errors = sum(best[row, n] != targets[n] for n in places)
+        for n in places:
+            wrong_after[task.pieces[inputs[n]]] += best[row, n] != targets[n]
         answers, wrong, wrong_sequences = answers + len(places), wrong + errors, wrong_sequences + (errors > 0)
         if name == "assignment":
             query = places[0]  # the position of the first name that is asked for
@@ -55,7 +59,7 @@ def test_a_measurement_is_what_a_count_token_by_token_gives(name):
     assert (found.answers, found.wrong, found.sequences, found.wrong_sequences) == (
         *(answers, wrong, sequences, wrong_sequences),
     )
-    assert len(found.layers) == 2
+    assert len(found.layers) == 2 and found.wrong_after == wrong_after and sum(wrong_after.values()) == wrong
     is_stale = np.array(stale)
     for layer, own in zip(found.layers, map(np.array, scores), strict=True):
         # Near ties, and near the threshold, the order of a sum may decide.

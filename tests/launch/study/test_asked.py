@@ -39,7 +39,7 @@ def _made_up(folder, variant, seed, wrong, auc, masked=0.5):
     ]
     lengths = [
         {"length": 64 << place, "answers": 1000, "wrong": count, "sequences": 100, "wrong_sequences": 1, "ideal": 9.0,
-         "age_auc": 0.75, "layers": layers, "held": held if place == 0 else []}
+         "age_auc": 0.75, "wrong_after": {"n0": 3, "n1": 0}, "layers": layers, "held": held if place == 0 else []}
         for place, count in enumerate(wrong)
     ]  # fmt: skip
     before = [] if is_standard else [_layer(0.625), _layer(0.625)]
@@ -77,7 +77,7 @@ def test_what_is_masked_stands_beside_what_was_before_training_and_name_by_name(
     blocks = made_up_blocks(_record(tmp_path))
     rows = {row[0]: row[1:] for row in _rows(blocks)}
     numbers = ["0.900", "0.625", "50.0%", "50.0%", "25.0%", "25.0%"]
-    assert rows["assignment-1, layer 1"] == [*numbers, "0%, 100%"]
+    assert rows["assignment-1, layer 1"] == [*numbers, "0%, 100%", "3, 0"]
     assert rows["parity-1, layer 1, not solved"] == numbers
     assert "Age alone has an AUC of 0.750" in " ".join(block.text for block in blocks if isinstance(block, Text))
 
