@@ -72,15 +72,17 @@ def made_up_blocks(record: Record) -> list[Block]:
             blocks.append(Text(f"{task}: no run has been measured."))
             continue
         found = True
-        blocks += _task_blocks(task, runs)
+        for number, family in enumerate(dict.fromkeys(run["family"] for run in runs)):
+            blocks += _task_blocks(f"{task}-{number}", task, [run for run in runs if run["family"] == family])
     if found:
-        held = "2,3,4,6,9,12,16,24,32 --policy=selective,oldest"
-        command = f"python -m launch.synthetic RUN --sequences=1250 --held={held} --json=RUN/study/synthetic.json"
+        held = "2,3,4,6,9,16,32 --policy=selective,oldest"
+        command = f"python -m launch.synthetic RUN --sequences=640 --held={held} --json=RUN/study/synthetic.json"
         blocks.append(Command(command))
     return blocks
 
 
-def _task_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
+def _task_blocks(name: str, task: str, runs: list[RunRecord]) -> list[Block]:
+    """Of one family, whose figures' files begin with `name`."""
     by_cell: dict[tuple[str, float], list[RunRecord]] = {}
     for run in runs:
         by_cell.setdefault((run["variant"], run["rate"]), []).append(run)
@@ -95,14 +97,14 @@ def _task_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
     return [
         Heading(f"{task}: {runs[0]['family'].partition(', ')[2]}", small=True),
         Table(headings, rows),
-        Figure(f"{task}", f"{task}: share of right answers, minus 1, at each length: every seed", figures.points(
+        Figure(name, f"{task}: share of right answers, minus 1, at each length: every seed", figures.points(
             shown, "right answers minus 1", f"Accuracy on {task}")),
-        *_held_blocks(task, runs),
+        *_held_blocks(name, task, runs),
         *_masked_blocks(task, [run for run in runs if run["variant"] == SELECTIVE]),
     ]  # fmt: skip
 
 
-def _held_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
+def _held_blocks(file: str, task: str, runs: list[RunRecord]) -> list[Block]:
     """Accuracy against tokens held, of every seed, at the rate that most seeds of the variant solve it with."""
     lines, rows = [], []
     for variant in dict.fromkeys(run["variant"] for run in sorted(runs, key=lambda run: run["variant"])):
@@ -129,7 +131,7 @@ def _held_blocks(task: str, runs: list[RunRecord]) -> list[Block]:
     svg = figures.lines(lines, axes, f"Accuracy on {task} by tokens held", log_x=True)
     says = f"{task}: share of right answers by tokens that each layer holds, with <BOS> and the current one: every seed"
     return [
-        Figure(f"{task}-held", says, svg),
+        Figure(f"{file}-held", says, svg),
         Table(["model: policy, right with so many held, least to most of the seeds", *map(str, tokens)], rows),
     ]
 

@@ -11,7 +11,7 @@ TASKS_FILE, MADE_UP_FILE = "tasks.json", "synthetic.json"  # within a workdir's 
 UNREACHED = ".unreached"  # behind a search's file where its target is out of reach: what the search said
 _FACTORS = "4,16"  # of the caches that needle and variables are asked with
 _TRANSFER_WINDOWS = 64
-_SEQUENCES, _HELD = 1250, "2,3,4,6,9,12,16,24,32"  # of made-up tasks, and tokens that a layer may hold
+_SEQUENCES, _HELD = 640, "2,3,4,6,9,16,32"  # of made-up tasks, and tokens that a layer may hold
 
 
 @dataclasses.dataclass(frozen=True)

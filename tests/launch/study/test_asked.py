@@ -1,5 +1,6 @@
 """What the page says of answers is what was answered."""
 
+import re
 import statistics
 
 import pytest
@@ -8,9 +9,10 @@ from launch.commands import InputError
 from launch.study.asked import made_up_blocks, question_blocks
 from launch.study.claims import NOT_SHOWN, NOT_TESTABLE, SHOWN, verdicts
 from launch.study.measure import write_json
-from launch.study.page import Figure, Table, Text
+from launch.study.page import Figure, Heading, Table, Text
 from launch.study.record import collect
 from tests.launch.study.conftest import write_run
+from trainer.metrics.json_lines import METRICS_FILE
 
 
 def _record(folder):
@@ -45,6 +47,7 @@ def _made_up(folder, variant, seed, wrong, auc, masked=0.5):
     before = [] if is_standard else [_layer(0.625), _layer(0.625)]
     content = {"runs/any": {"task": variant.partition(",")[0], "lengths": lengths, "untrained": before}}
     write_json(run["workdir"] / "study/synthetic.json", content)
+    return run
 
 
 def test_made_up_tasks_have_the_share_that_solves_them_and_medians(tmp_path):
@@ -67,8 +70,17 @@ def test_accuracy_against_tokens_held_has_every_seed_and_the_perfect_memory(tmp_
     # 47 and 46 of 100 are wrong with 2 tokens, 2 and 1 with 32
     for name in ("selective: selective", "selective: window", "standard: window"):
         assert rows[f"{name}, rate 0.003"] == ["53.0% to 54.0%", "98.0% to 99.0%"]
-    (svg,) = (block.svg for block in blocks if isinstance(block, Figure) and block.name == "assignment-held")
+    (svg,) = (block.svg for block in blocks if isinstance(block, Figure) and block.name == "assignment-0-held")
     assert "a perfect memory holds 9.0" in svg
+
+
+def test_runs_of_another_number_of_steps_are_not_mixed_in(tmp_path):
+    for steps in (300, 500):
+        run = _made_up(tmp_path, "assignment", steps, (0, 0), 0.9)
+        metrics = run["workdir"] / METRICS_FILE
+        metrics.write_text(re.sub(r'("steps": )\d+', rf"\g<1>{steps}", metrics.read_text()))
+    headings = [b.text for b in made_up_blocks(_record(tmp_path)) if isinstance(b, Heading) and "assignment" in b.text]
+    assert [heading.partition("32, ")[2] for heading in headings] == ["300 steps of 64", "500 steps of 64"]
 
 
 def test_what_is_masked_stands_beside_what_was_before_training_and_name_by_name(tmp_path):
