@@ -120,9 +120,7 @@ def _held_blocks(file: str, task: str, runs: list[RunRecord]) -> list[Block]:
                  if held["policy"] == policy} for run in of
             ]  # fmt: skip
             lines += [(name, list(curve), list(curve.values())) for curve in curves]
-            rows.append([f"{name}, rate {best:g}", *(
-                f"{min(curve[k] for curve in curves):.1%} to {max(curve[k] for curve in curves):.1%}"
-                for k in curves[0])])  # fmt: skip
+            rows.append([f"{name}, rate {best:g}", *(_range([curve[k] for curve in curves]) for k in curves[0])])
     if not lines:
         return []
     tokens, ideal = lines[0][1], trained_at(runs[0])["ideal"]
@@ -132,8 +130,12 @@ def _held_blocks(file: str, task: str, runs: list[RunRecord]) -> list[Block]:
     says = f"{task}: share of right answers by tokens that each layer holds, with <BOS> and the current one: every seed"
     return [
         Figure(f"{file}-held", says, svg),
-        Table(["model: policy, right with so many held, least to most of the seeds", *map(str, tokens)], rows),
+        Table(["right with so many held, of the seeds", *map(str, tokens)], rows),
     ]
+
+
+def _range(shares: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(shares), max(shares))))
 
 
 def _masked_blocks(task: str, runs: list[RunRecord]) -> list[Block]:

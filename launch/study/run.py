@@ -52,6 +52,8 @@ def run_jobs(jobs: Sequence[Job], workdir: Path, at_once: int) -> list[str]:
             else:
                 job, seconds, message = crew.wait()
                 left.remove(job)
+                if crew.stopping:
+                    break
                 if message:
                     failed[job.name] = message
                 rest = seconds_left([job.kind for job in left], read_times(workdir), at_once)
