@@ -131,8 +131,8 @@ def context_blocks(record: Record) -> list[Block]:
             "Budgets say something only of models that look far back. Below, the loss at each position of held-out "
             "windows; and for the last quarter of positions, by how much the loss grows when the first half of the "
             "window is taken away: the same targets, each with 128 to 256 instead of 384 to 512 tokens before it "
-            "where "
-            "N = 512."
+            "where N = 512. Where that is not above 0 for the standard models, no verdict about memory is given; what "
+            "else was tried is in [Results](results.md#the-paper-at-small-scale)."
         ),
     ]
     rows = []
