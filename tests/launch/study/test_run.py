@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.study import run as study_run
 from launch.study.cells import PRESETS
 from launch.study.jobs import Job, jobs, unreached
 from launch.study.run import run_jobs
@@ -109,6 +110,13 @@ def test_each_has_its_share_of_the_cores_and_they_are_all_given_back(tmp_path):
     found[0].output.unlink()
     assert run_jobs(found, tmp_path, 1) == []
     assert json.loads(found[0].output.read_text()) == sorted(cores) == sorted(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("cores", "gibibytes", "expected"), [(8, 64, 8), (8, 5, 2), (1, 64, 1), (0, 64, 1), (4, 1, 1)])
+def test_by_default_as_many_as_cores_and_memory_allow(cores, gibibytes, expected, monkeypatch):
+    monkeypatch.setattr(study_run, "usable_cores", lambda: set(range(cores)))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gibibytes << 18}.get)
+    assert study_run.default_at_once() == expected
 
 
 def test_a_failure_is_told_hides_nothing_and_what_needs_it_is_left_out(tmp_path, capfd):
