@@ -74,7 +74,8 @@ def sharded_selective_attention(
     q_spec, kv_spec = P(batch_axes, sequence, heads), P(batch_axes, sequence, kv_heads)
     row_spec = P(batch_axes, sequence)
     rows = projections.q_sel, projections.k_sel, seen.evict_at, seen.q_segment_ids
-    bound = None if rule.logit_bound is None else jnp.asarray(rule.logit_bound, jnp.float32)
+    # A number stays one: `math.inf` says something by itself. An array has to be passed in.
+    bound = jnp.asarray(rule.logit_bound, jnp.float32) if isinstance(rule.logit_bound, Array) else None
     arrays = q, k, v, *rows, bound
     specs = q_spec, kv_spec, kv_spec, *(None if x is None else row_spec for x in rows), None if bound is None else P()
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
@@ -82,7 +83,8 @@ def sharded_selective_attention(
 
     def local(q, k, v, q_sel, k_sel, evict_at, segment_ids, logit_bound):
         own = _own_heads(Projections(q, k, v, q_sel, k_sel), projections.k.shape[2], rule.selection)
-        told = Seen.whole(segment_ids, evict_at), dataclasses.replace(rule, logit_bound=logit_bound)
+        known = rule if logit_bound is None else dataclasses.replace(rule, logit_bound=logit_bound)
+        told = Seen.whole(segment_ids, evict_at), known
         attend = attend_whole if mesh.shape.get(CONTEXT, 1) == 1 else _attend_two_chunks
         out, forgotten = attend(own, *told, options.get("implementation"))
         return out if rule.tau is None else (out, forgotten)

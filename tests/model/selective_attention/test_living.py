@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import P
+from jax.sharding import AxisType
 
 from selective_attention.attention import Selection, selective_attention
 from selective_attention.implementations import blockwise
+from selective_attention.parallel import sharded_selective_attention, zigzag_positions
 from tests.support.attention_oracle import make_inputs
 from tests.support.bundled import attend
 
@@ -142,3 +145,28 @@ def test_a_block_of_queries_drops_what_earlier_ones_forgot(layouts):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(0.1, np.abs(other).max()))
     jax.effects_barrier()
     assert any(listed < taken for listed, taken in layouts)
+
+
+@pytest.mark.parametrize("logit_bound", [None, math.inf], ids=["dropped", "kept"])
+def test_on_a_context_axis_it_is_the_definition_in_float64(logit_bound, layouts):
+    """To far less than float32 could show: there an F that rounding takes past tau moves the gradients by 0.1%."""
+    mesh, order = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Explicit,)), zigzag_positions(LENGTH, 2)
+
+    def gradients(attend, arrays, **options):
+        def loss(arrays):
+            out, forgotten = attend(**arrays, scale=1.0, memory_tau=0.7, **options)
+            return jnp.mean((out - jnp.cos(arrays["q"])) ** 2) + jnp.mean(forgotten**2)
+
+        return jax.jit(jax.grad(loss))(arrays)
+
+    with jax.enable_x64():
+        arrays = {name: np.asarray(x, np.float64) for name, x in arrays_of(batch=1).items()}
+        expected = gradients(selective_attention, arrays, implementation="reference")
+        with jax.set_mesh(mesh):
+            placed = {name: jax.device_put(x[:, order], P(None, "context")) for name, x in arrays.items()}
+            made = gradients(sharded_selective_attention, placed, implementation="xla", logit_bound=logit_bound)
+        for name, gradient in made.items():
+            exact = np.asarray(expected[name])[:, order]
+            np.testing.assert_allclose(gradient, exact, rtol=0, atol=1e-12 * np.abs(exact).max())
+    jax.effects_barrier()
+    assert any(listed < taken for listed, taken in layouts) == (logit_bound is None)
