@@ -33,7 +33,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,6 +56,7 @@ from launch import charts
 from launch.budgets.inputs import check_output, check_vocabulary, load_model, read_windows
 from launch.commands import InputError, Parser, positive, run_to_the_end
 from launch.evaluate.caches import data_of_run
+from launch.plan.schedule import LISTED
 from launch.slices import GENERATIONS
 from selective_attention import Transformer
 
@@ -114,6 +115,7 @@ class Kernel(NamedTuple):
     part: int  # of a tile against `PART` keys
     ends: int  # of a block of queries or keys
     step: int  # of the grid
+    listed: bool  # whether the grid has steps for tiles alone in which something lives
     skipped: float  # of fetching what is then left out
 
     @classmethod
@@ -125,12 +127,14 @@ class Kernel(NamedTuple):
         bytes_fetched = fetches * row["block"] * (2 * row["heads"] + 1) * row["width"] * 2
         cycles = bytes_fetched * chip.cores / chip.hbm_bandwidth * chip.clock
         ends, step = row["bundles_ends"], row["bundles_other"]
-        return cls(row["block"], whole, diagonal, rare[0] if rare else whole, ends, step, max(0.0, cycles - step))
+        listed = row["kernel"] in LISTED
+        return cls(row["block"], whole, diagonal, rare[0] if rare else whole, ends, step, listed, max(0, cycles - step))
 
     def all_cycles(self, length: int) -> float:
         """At this length, with no key dead."""
         blocks = length // self.side
-        return self._fixed(blocks) + blocks * (blocks - 1) / 2 * self.whole
+        below = blocks * (blocks - 1) / 2
+        return below * self.whole + self._fixed(blocks, below)
 
     def cycles(self, hidden_at: np.ndarray, length: int) -> np.ndarray:
         """Of each layer [L], at this length, where keys are hidden as `Dropped` says."""
@@ -141,18 +145,21 @@ class Kernel(NamedTuple):
         alive = (last[..., None, :] > starts).reshape(layers, windows, given, given, parts).sum(axis=-1)
         alive *= np.tri(given, k=-1, dtype=int)
         cost = np.where(alive == parts, self.whole, np.maximum(self.part * alive, self.skipped)) * (alive > 0)
-        of_rows, tiles = cost.sum(axis=-1).mean(axis=1), (alive > 0).sum(axis=-1).mean(axis=1)  # [L, blocks of queries]
+        of_rows, tiles = cost.sum(axis=-1).mean(axis=1), (alive > 0).sum(axis=-1)  # [L, (W,) blocks of queries]
+        # All sequences of a batch have the steps of the one that has most.
+        most = np.take_along_axis(tiles, tiles.sum(axis=-1).argmax(axis=1)[:, None, None], axis=1)[:, 0]
         blocks = length // self.side
 
         def longer(x: np.ndarray) -> np.ndarray:
             more = np.repeat(x[:, given // 2 :].mean(axis=1), blocks - given)
             return np.concatenate([x, more.reshape(layers, -1)], axis=1)
 
-        skipped = self.skipped * (np.arange(blocks) - longer(tiles))
-        return (longer(of_rows) + skipped).sum(axis=1) + self._fixed(blocks)
+        skipped = self.skipped * (np.arange(blocks) - longer(tiles.mean(axis=1)))
+        return (longer(of_rows) + skipped).sum(axis=1) + self._fixed(blocks, longer(most).sum(axis=1))
 
-    def _fixed(self, blocks: int) -> float:
-        return blocks * (self.diagonal + self.ends) + blocks**2 * self.step
+    def _fixed(self, blocks: int, below: Any) -> Any:
+        steps = below + blocks if self.listed else blocks**2
+        return blocks * (self.diagonal + self.ends) + steps * self.step
 
 
 def tpu_table(schedules: Sequence[dict], hidden_at: np.ndarray, longer: Sequence[int]) -> Iterator[str]:

@@ -20,6 +20,7 @@ KERNELS = {
     "splash_mha_dkv": ("tile",),
     "splash_mha_dq": ("tile",),
 }
+LISTED = {"selective_attention_backward"}  # which have a step of the grid only for tiles that are visited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Schedule:
     other: int  # bundles of a grid step outside of all these, at most: its pipeline
     rare: tuple[Region, ...] = ()  # what else uses the MXU, in program order: tiles of which only a part runs, first
 
-    def cycles(self, query_blocks: int, key_blocks: int, start_blocks: float = 0.0) -> float:
-        """Of the grid of one sequence and head group, causal, one core.
+    def cycles(self, query_blocks: int, key_blocks: int, start_blocks: float = 0.0, *, every: bool = True) -> float:
+        """Of the grid of one sequence and head group, causal, one core, no key forgotten.
 
         `start_blocks` is how many key blocks come before the first query block; where queries are a chunk of the
-        sequence, the mean over the chunks.
+        sequence, the mean over the chunks. `every`: whether the grid has a step for tiles above the diagonal too, in
+        which nothing is done.
         """
         whole = query_blocks * start_blocks + query_blocks * (query_blocks - 1) / 2
-        steps = query_blocks * key_blocks
+        steps = query_blocks * key_blocks if every else whole + key_blocks - start_blocks
         tiles = whole * self.tile.bundles + query_blocks * self.diagonal.bundles
         return tiles + max(query_blocks, key_blocks) * self.ends + steps * self.other
 
@@ -87,7 +89,8 @@ def kernel_cycles(folder: Path, calls: Sequence[str], body: str) -> float:
     if name in KERNELS and len(steps) == 4:
         batch, groups, query_blocks, key_blocks = steps
         schedule = read_schedule(folder, call, name)
-        return batch * groups * schedule.cycles(query_blocks, key_blocks, (key_blocks - query_blocks) / 2)
+        start, every = (key_blocks - query_blocks) / 2, name not in LISTED
+        return batch * groups * schedule.cycles(query_blocks, key_blocks, start, every=every)
     return math.prod(steps) * _regions(*_files(folder, call))[0]
 
 
@@ -103,6 +106,9 @@ def bundles(folder: Path, kernel: str) -> int:
 def grid(body: str) -> tuple[int, ...]:
     """The grid of a Pallas kernel, from the base64 of its program in the text of a compiled step.
 
+    Of a kernel of LISTED, the number of whose steps is only known when it runs: sequences, groups of heads, blocks of
+    queries and blocks of keys.
+
     Raises:
       ValueError: it says none.
     """
@@ -113,10 +119,15 @@ def grid(body: str) -> tuple[int, ...]:
         context.allow_unregistered_dialects = True
         tpu.register_dialect(context)
         text = str(ir.Module.parse(base64.b64decode(body)))
-    found = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)
+    found = re.search(r"iteration_bounds = array<i64: ([-\d, ]+)>", text)
     if found is None:
         raise ValueError("a Pallas kernel of the program does not say its grid; is this the jaxlib of constraints.txt?")
-    return tuple(int(n) for n in found[1].split(","))
+    sides = tuple(int(n) for n in found[1].split(","))
+    if sides[-1] > 0:
+        return sides
+    batch, groups, _ = sides
+    query_blocks, _, listed = re.findall(r"memref<(\d+)xi32, #tpu.memory_space<smem>>", text)[:3]
+    return batch, groups, int(query_blocks), int(listed) // (batch * int(query_blocks)) - 1
 
 
 def read_schedule(folder: Path, kernel: str, name: str) -> Schedule:

@@ -2,7 +2,9 @@
 implementation in float64.
 """
 
+import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from selective_attention.implementations import reference
 from selective_attention.implementations.tpu import attend as pallas_tpu
 from selective_attention.implementations.tpu import plan as pallas_tpu_plan
+from selective_attention.implementations.tpu.steps import Steps
 from selective_attention.selection import Selection
 
 from .test_pallas import assert_same, value_and_gradients
@@ -45,7 +48,7 @@ def forgotten_from(monkeypatch):
 
     def told(*args):
         made = original(*args)
-        jax.debug.callback(lambda x: ends.append(np.asarray(x)), made[1])
+        jax.debug.callback(lambda x: ends.append(np.asarray(x)), made[1][0])
         return made
 
     monkeypatch.setattr(pallas_tpu, "_forgotten_from", told)
@@ -108,6 +111,30 @@ def test_forgotten_keys_are_missed_by_nobody(case, monkeypatch):
     jax.effects_barrier()
     num_blocks = -(-arrays[0].shape[1] // tiles[1])
     assert (np.concatenate(ends) < num_blocks).any()
+
+
+@pytest.mark.parametrize(
+    ("offset", "blocks"),
+    [(0, (4, 4)), (256, (2, 4)), (128, (2, 6)), (100, (3, 4)), (525, (2, 6)), (340, (3, 5)), (0, (1, 1))],
+    ids=str,
+)
+def test_the_backward_kernel_visits_living_tiles_and_no_others(offset, blocks):
+    """And completes every block of queries in order, after its last tile, and of keys once."""
+    (nq, nk), side = blocks, 128
+    plan = types.SimpleNamespace(block_q=side, block_k=side)
+    plan.first_block_q = functools.partial(pallas_tpu_plan.KernelPlan.first_block_q, plan)
+    last_BJ = np.random.default_rng(offset + nq).integers(-1, nq, (3, nk))
+    most, tiles, *lists = (np.asarray(x) for x in Steps.living(plan, jnp.int32(offset), jnp.asarray(last_BJ), nq))
+    for b in range(3):
+        steps = list(zip(*(x.reshape(3, -1)[b, :most].tolist() for x in lists), strict=True))
+        first = [max(0, side * j - offset) // side for j in range(nk)]
+        expected = [(j, i) for j in range(nk) for i in range(max(last_BJ[b, j], min(first[j], nq - 1)), -1, -1)]
+        expected = [(j, i) for j, i in expected if i >= min(first[j], nq - 1)]
+        assert [step[:2] for step in steps[: tiles[b]]] == expected
+        completed = [i for _, i, complete in steps if complete == i]
+        assert sorted(set(completed)) == list(range(nq)) and completed == sorted(completed)
+        assert all(i >= complete for _, i, complete in steps)
+        assert {j for j, i, complete in steps[: tiles[b]] if complete == i} == set(range(nk))
 
 
 @pytest.mark.slow

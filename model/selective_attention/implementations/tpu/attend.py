@@ -25,6 +25,7 @@ from .columns import LANES, from_columns, pad, shuffle, to_columns
 from .forward import forward
 from .plan import KernelPlan, make_plan, most_queries
 from .program import on_platform
+from .steps import Steps
 from .tile import LOG2_E
 
 __all__ = ["attend", "column_sums"]  # the sums are one head's work, and small beside the kernel's: XLA does them
@@ -132,10 +133,13 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _operands(plan: KernelPlan, integers, protected, columns) -> dict[str, Array]:
-    """What both kernels read. Head 0 selects, unless the selecting head has its own columns."""
+    """What both kernels read. Head 0 selects, unless the selecting head has its own columns; with a single group its q
+    is in every window on q.
+    """
     operands = dict(columns)
     if plan.selection is not Selection.OFF:
-        operands["q_sel"] = columns.get("q_sel", columns["q"][:, : plan.select_dim])
+        if plan.head_groups > 1 and "q_sel" not in columns:
+            operands["q_sel"] = columns["q"][:, : plan.select_dim]
         k_sel = columns.get("k_sel", columns["k"][:, : plan.select_dim])
         # A key of zeros is never selected, which is all that protects the first token of a segment.
         operands["k_sel"] = k_sel if protected is None else jnp.where(protected, 0, k_sel)
@@ -157,8 +161,14 @@ def _backward_in_chunks(
 
     def run(offset, later, operands, key_dtype):
         operands = operands | ({"later": later} if selecting else {})
-        ends = _forgotten_from(plan, operands["f_blocks"], reach_B, offset) if plan.drops else ()
-        return on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, (offset, *ends))
+        nq = operands["q"].shape[2] // plan.block_q
+        last_BJ = jnp.full((batch, num_keys // plan.block_k), nq - 1)
+        ends: tuple[Array, ...] = ()
+        if plan.drops:
+            last_BJ, ends = _forgotten_from(plan, operands["f_blocks"], reach_B, offset)
+        starts_I = offset + plan.block_q * jnp.arange(nq, dtype=jnp.int32)
+        scalars = (starts_I, *Steps.living(plan, offset, last_BJ, nq), *ends)
+        return on_platform(functools.partial(backward, plan, key_dtype=key_dtype), operands, scalars)
 
     if chunks == 1:
         return run(offset, later, operands, dtype)
@@ -186,8 +196,8 @@ def _backward_in_chunks(
     return joined | sums | {"df_start": -later}
 
 
-def _forgotten_from(plan: KernelPlan, f_blocks: Array, reach_B: Array, offset: Array) -> tuple[Array, Array]:
-    """Int32: the last block of queries that has not forgotten a block of keys for good [B * nk], and the first, if any,
+def _forgotten_from(plan: KernelPlan, f_blocks: Array, reach_B: Array, offset: Array) -> tuple[Array, tuple[Array]]:
+    """Int32: the last block of queries that has not forgotten a block of keys for good [B, nk], and the first, if any,
     that has forgotten 128 keys [B * M / 128].
     """
     f_BIJL = f_blocks[:, 0, :: plan.columns, 0].reshape(f_blocks.shape[0], -1, f_blocks.shape[4] // LANES, LANES)
@@ -195,8 +205,8 @@ def _forgotten_from(plan: KernelPlan, f_blocks: Array, reach_B: Array, offset: A
     num_blocks, parts = dead_BIJ.shape[1:]
     first_query_I1 = offset + plan.block_q * jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
     earlier_IJ = LANES * jnp.arange(1, parts + 1, dtype=jnp.int32) <= first_query_I1  # of the others F is not written
-    ends_J = (num_blocks - jnp.sum(dead_BIJ & earlier_IJ, axis=1, dtype=jnp.int32)).reshape(-1)
-    return jnp.maximum(ends_J.reshape(-1, plan.parts).max(axis=1) - 1, 0), ends_J
+    ends_BJ = num_blocks - jnp.sum(dead_BIJ & earlier_IJ, axis=1, dtype=jnp.int32)
+    return ends_BJ.reshape(len(ends_BJ), -1, plan.parts).max(axis=2) - 1, (ends_BJ.reshape(-1),)
 
 
 def _split(x: Array, axis: int, chunks: int) -> Array:

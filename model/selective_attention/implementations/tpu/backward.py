@@ -1,9 +1,10 @@
 """The backward TPU kernel: one pass over blocks of keys (outer) and of queries in reverse (inner), for all gradients.
 
-Grid: (batch, head group, key block j, reversed query block r). Every tile's logits are recomputed once and give the
-gradients of q, k, v and of the selecting head together. What lives in VMEM across grid steps:
+Grid: (batch, head group, step); `steps.py` says which key block j and query block i a step is about. Every tile's
+logits are recomputed once and give the gradients of q, k, v and of the selecting head together. What lives in VMEM
+across grid steps:
 
-- the gradients of q and q_sel for all queries: output blocks that stay until the last block of keys has added its part;
+- the gradients of q and q_sel for all queries, until the last block of keys that they see has added its part;
 - the gradients of k, v and k_sel of key block j, over the query blocks;
 - `later` [1, Bk]: for each key of block j the sum, over all later queries and over heads, of the logits' gradients.
   F enters the logits with a minus sign, so `-later` is the gradient of S (section 3, reversed). It starts from the
@@ -27,7 +28,7 @@ from .columns import LANES, dot, fill_lanes, head_rows, lane_tile, lanes, shuffl
 from .pipeline import Line, software_pipeline
 from .plan import KernelPlan
 from .program import Program, Result, input_windows
-from .tile import LOG2_E, Square, Tile, sum_after
+from .tile import LOG2_E, Square, Tile, selecting_columns, sum_after
 
 UNIT_HEADS = 2  # of a square, that are one unit of the pipeline: their logits' gradients are summed in registers
 DELAYS = (0, 0, 1)  # units between a unit's stages
@@ -38,36 +39,40 @@ SELECTION_LAGS = (0, 1, 3)  # units from a square's last heads to the stages of 
 def backward(
     plan: KernelPlan, operands: dict[str, Array], scalars: tuple[Array, ...], *, key_dtype: jnp.dtype, interpret: bool
 ) -> dict[str, Array]:
-    """Runs the kernel; `scalars`: the first position [1] and, if the plan drops keys, the last block of queries that
-    has not forgotten a block of keys [B * nk], and the first that has forgotten 128 keys [B * M / 128]. Gradients come
-    back in the layout of what they belong to: dk, dv in `key_dtype`, dq in q's dtype, those of the selecting head and
-    of F in float32.
+    """Runs the kernel; `scalars`: the first position of every block of queries [nq], `Steps` and, if the plan drops
+    keys, the first block of queries that has forgotten 128 keys [B * M / 128]. Gradients come back in the layout of
+    what they belong to: dk, dv in `key_dtype`, dq in q's dtype, those of the selecting head and of F in float32.
     """
     batch, groups, heads = operands["q"].shape[0], plan.head_groups, plan.group_heads
     nq, nk = operands["q"].shape[2] // plan.block_q, operands["k"].shape[2] // plan.block_k
+    starts, most, *others = scalars
+    length = others[1].shape[0] // batch
 
-    def query_block(b, j, r, offset, *ends):
-        # Nothing is fetched for a tile that is skipped.
-        i = jnp.minimum(nq - 1 - r, ends[0][b * nk + j]) if plan.drops else nq - 1 - r
-        return jnp.maximum(i, jnp.minimum(plan.first_block_q(j, offset[0]), nq - 1))
+    def key_block(b, step, starts, tiles, keys, *_):
+        return keys[b * length + step]
 
-    def last_block_q(j, r, *_):
-        return jnp.where(j == nk - 1, nq - 1 - r, nq - 1)  # written in the last pass, when all keys have added theirs
+    def query_block(b, step, starts, tiles, keys, queries, *_):
+        return queries[b * length + step]
+
+    def complete(b, step, starts, tiles, keys, queries, complete, *_):
+        return complete[b * length + step]
 
     def of_heads(rows: int, dtype: jnp.dtype, block: int, blocks: int, index) -> Result:
-        window = pl.BlockSpec((1, rows, block), lambda b, g, *grid: (b, g, index(*grid)))
+        window = pl.BlockSpec((1, rows, block), lambda b, g, *grid: (b, g, index(b, *grid)))
         return Result(window, jax.ShapeDtypeStruct((batch, groups * rows, blocks * block), dtype))
 
     def of_groups(rows: int, block: int, blocks: int, index) -> Result:
-        window = pl.BlockSpec((1, 1, rows, block), lambda b, g, *grid: (b, g, 0, index(*grid)))
+        window = pl.BlockSpec((1, 1, rows, block), lambda b, g, *grid: (b, g, 0, index(b, *grid)))
         return Result(window, jax.ShapeDtypeStruct((batch, groups, rows, blocks * block), jnp.float32))
 
-    queries, keys = (plan.block_q, nq, last_block_q), (plan.block_k, nk, lambda j, *_: j)
-    windows = input_windows(plan, query_block, lambda b, j, *_: j)
+    queries, keys = (plan.block_q, nq, complete), (plan.block_k, nk, key_block)
+    windows = input_windows(plan, query_block, key_block)
     row, f_shape = (1, 1, heads, plan.block_q), (1, 1, plan.columns, 1, plan.block_k)
     windows["log_sum"] = windows["delta"] = pl.BlockSpec(row, lambda b, g, *grid: (b, g, 0, query_block(b, *grid)))
-    windows["f_blocks"] = pl.BlockSpec(f_shape, lambda b, g, j, *grid: (b, g, query_block(b, j, *grid), 0, j))
-    windows["later"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, j, *_: (b, g, 0, j))
+    windows["f_blocks"] = pl.BlockSpec(
+        f_shape, lambda b, g, *grid: (b, g, query_block(b, *grid), 0, key_block(b, *grid))
+    )
+    windows["later"] = pl.BlockSpec((1, 1, 1, plan.block_k), lambda b, g, *grid: (b, g, 0, key_block(b, *grid)))
     results = {
         "dq": of_heads(heads * plan.head_dim, operands["q"].dtype, *queries),
         "dk": of_heads(plan.group_kv_heads * plan.head_dim, key_dtype, *keys),
@@ -78,8 +83,8 @@ def backward(
         results["dk_sel"] = of_groups(plan.select_dim, *keys)
         results["df_start"] = of_groups(1, *keys)
     scratch = _scratch(plan, operands, nq)
-    program = Program("selective_attention_backward", (batch, groups, nk, nq), windows, results, scratch)
-    return program.run(functools.partial(_kernel, plan, nq, nk), scalars, operands, plan.vmem, interpret)
+    program = Program("selective_attention_backward", (batch, groups, most), windows, results, scratch)
+    return program.run(functools.partial(_kernel, plan, nq, nk), (starts, *others), operands, plan.vmem, interpret)
 
 
 def _scratch(plan: KernelPlan, operands: dict[str, Array], nq: int) -> dict[str, pl.MemoryRef]:
@@ -95,21 +100,35 @@ def _scratch(plan: KernelPlan, operands: dict[str, Array], nq: int) -> dict[str,
         "d_logits": pltpu.VMEM((DELAYS[2] + 1, UNIT_HEADS, LANES, LANES), operands["q"].dtype),
     }
     if plan.selects:
-        scratch["q_sel_columns"] = pltpu.VMEM((plan.select_dim, plan.block_q), operands["q_sel"].dtype)
-        scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands["q_sel"].dtype)
+        scratch["q_sel_columns"] = pltpu.VMEM(
+            (plan.select_dim, plan.block_q), operands.get("q_sel", operands["q"]).dtype
+        )
+        scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands.get("q_sel", operands["q"]).dtype)
         scratch["dq_sel_sum"] = pltpu.VMEM((nq, plan.select_dim, plan.block_q), jnp.float32)
         scratch["s"] = scratch["d_logits_sum"] = tile
         scratch["later_sum"] = pltpu.VMEM((1, plan.block_k), jnp.float32)
     return scratch
 
 
-def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, *scalars_and_ref) -> None:
-    *_, ends_ref, ref = (None, *scalars_and_ref)
-    b, j, r = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    i = nq - 1 - r
-    offset = offset_ref[0]
+def _kernel(
+    plan: KernelPlan, nq: int, nk: int, starts_ref, tiles_ref, keys_ref, queries_ref, complete_ref, *ends_and_ref
+) -> None:
+    *_, ends_ref, ref = (None, *ends_and_ref)
+    b, step = pl.program_id(0), pl.program_id(2)
+    at = b * (nq * (nk + 1)) + step
+    j, i = keys_ref[at], queries_ref[at]
+    is_tile, completes = step < tiles_ref[b], i == complete_ref[at]
 
-    @pl.when(r == 0)
+    @pl.when(step == 0)
+    def _start_of_sequence():
+        def clear(n, _):
+            ref.dq_sum[n] = jnp.zeros(ref.dq_sum.shape[1:], jnp.float32)
+            if plan.selects:
+                ref.dq_sel_sum[n] = jnp.zeros(ref.dq_sel_sum.shape[1:], jnp.float32)
+
+        jax.lax.fori_loop(0, nq, clear, None)
+
+    @pl.when(is_tile & ((step == 0) | (keys_ref[jnp.maximum(at - 1, 0)] != j)))
     def _start_of_key_block():
         ref.dk_sum[...] = jnp.zeros_like(ref.dk_sum)
         ref.dv_sum[...] = jnp.zeros_like(ref.dv_sum)
@@ -119,21 +138,16 @@ def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, *scalars_and_ref) ->
             ref.dk_sel[...] = jnp.zeros_like(ref.dk_sel)
             ref.later_sum[...] = ref.later[0, 0]
 
-    @pl.when(j == 0)
-    def _first_part_of_query_block():
-        ref.dq_sum[i] = jnp.zeros(ref.dq_sum.shape[1:], jnp.float32)
-        if plan.selects:
-            ref.dq_sel_sum[i] = jnp.zeros(ref.dq_sel_sum.shape[1:], jnp.float32)
-
-    first_query, first_key = offset + i * plan.block_q, j * plan.block_k
+    first_query, first_key = starts_ref[i], j * plan.block_k
     diagonal = (first_query == first_key) & (plan.block_q == plan.block_k)
+    sees = is_tile & (first_key < first_query + plan.block_q)
 
-    @pl.when(diagonal)
+    @pl.when(sees & diagonal)
     def _diagonal_tile():
         _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=True))
 
-    below = (i >= plan.first_block_q(j, offset)) & ~diagonal
-    alive = [i < ends_ref[(b * nk + j) * plan.parts + part] for part in range(plan.parts)] if plan.drops else [True]
+    below, part_at = sees & ~diagonal, (b * nk + j) * plan.parts
+    alive = [i < ends_ref[part_at + part] for part in range(plan.parts)] if plan.drops else [True]
     all_alive = functools.reduce(operator.and_, alive)
 
     @pl.when(below & all_alive)
@@ -146,7 +160,7 @@ def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, *scalars_and_ref) ->
         def _part_of_tile(part=part):
             _tile_gradients(plan, ref, i, Tile(plan, ref, first_query, first_key, diagonal=False, parts=[part]))
 
-    @pl.when(r == nq - 1)
+    @pl.when(is_tile & completes)
     def _end_of_key_block():
         ref.dk[0] = (ref.dk_sum[...] * plan.scale).astype(ref.dk.dtype)
         ref.dv[0] = ref.dv_sum[...].astype(ref.dv.dtype)
@@ -154,7 +168,7 @@ def _kernel(plan: KernelPlan, nq: int, nk: int, offset_ref, *scalars_and_ref) ->
             ref.dk_sel[...] *= plan.scale
             ref.df_start[0, 0] = -ref.later_sum[...]
 
-    @pl.when(j == nk - 1)
+    @pl.when(completes)
     def _end_of_query_block():
         ref.dq[0] = (ref.dq_sum[i] * plan.scale).astype(ref.dq.dtype)
         if plan.selects:
@@ -265,7 +279,7 @@ def _tile_gradients(plan: KernelPlan, ref, i, tile: Tile) -> None:
 
     if plan.selects:
         for c in range(plan.columns):
-            shuffled = shuffle_lanes(ref.q_sel[c][0].astype(jnp.float32))
+            shuffled = shuffle_lanes(selecting_columns(plan, ref, c).astype(jnp.float32))
             ref.q_sel_columns[:, lanes(c)] = shuffled.astype(ref.q_sel_columns.dtype)
             ref.q_sel_rows[lanes(c)] = shuffled.T.astype(ref.q_sel_rows.dtype)
     starts = {square: n * len(groups) + DELAYS[1] for n, square in enumerate(squares)}

@@ -28,7 +28,7 @@ from .columns import LANES, dot, fill_lanes, head_rows, lane_tile, lanes, shuffl
 from .pipeline import Line, software_pipeline
 from .plan import KernelPlan
 from .program import Program, Result, input_windows
-from .tile import LOG2_E, Square, Tile
+from .tile import LOG2_E, Square, Tile, selecting_columns
 
 KEY_ROWS_BYTES = 4 * 2**20  # of a sequence's keys as rows, that are kept from one block of queries to the next
 DELAYS = (0, 3, 6)  # units between a unit's stages
@@ -78,7 +78,7 @@ def forward(
     if plan.drops:
         scratch["alive"] = pltpu.SMEM((nk * plan.parts,), jnp.int32)
     if plan.selects:
-        scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands["q_sel"].dtype)
+        scratch["q_sel_rows"] = pltpu.VMEM((plan.block_q, plan.select_dim), operands["k_sel"].dtype)
     program = Program("selective_attention_forward", (batch, groups, nq, nk), windows, results, scratch)
     return program.run(functools.partial(_kernel, plan, nk), scalars, operands, plan.vmem, interpret)
 
@@ -99,7 +99,7 @@ def _kernel(plan: KernelPlan, nk: int, offset_ref, bounded_ref, reach_ref, ref) 
             ref.forgotten[...] = jnp.zeros_like(ref.forgotten)
         if plan.selects:
             for c in range(plan.columns):
-                shuffled = shuffle_lanes(ref.q_sel[c][0].astype(jnp.float32))
+                shuffled = shuffle_lanes(selecting_columns(plan, ref, c).astype(jnp.float32))
                 ref.q_sel_rows[lanes(c)] = shuffled.T.astype(ref.q_sel_rows.dtype)
 
     if plan.selects:

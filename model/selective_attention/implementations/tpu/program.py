@@ -27,7 +27,7 @@ class Program:
     """A kernel's memory; batch and groups of heads are the first two sides of the grid, and independent."""
 
     name: str
-    grid: tuple[int, int, int, int]
+    grid: tuple[int | Array, ...]
     windows: dict[str, Window]  # on operands, whether there or not
     results: dict[str, Result]
     scratch: dict[str, pl.MemoryRef]
@@ -55,7 +55,9 @@ class Program:
             ),
             out_shape=[result.array for result in self.results.values()],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem
+                dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * (len(self.grid) - 2),
+                vmem_limit_bytes=vmem,
+                disable_bounds_checks=True,  # of windows, which never leave their arrays: a quarter of a grid step
             ),
             interpret=interpret,
             name=self.name,

@@ -61,6 +61,13 @@ def _exclusive_sum(x_LL: Array, order: Sequence[int], inside: Callable[[Array, i
     return jnp.concatenate([within[n] + others for n in range(16)], axis=0), jnp.sum(run, axis=0, keepdims=True)
 
 
+def selecting_columns(plan: KernelPlan, refs: Any, column_block: int) -> Array:
+    """q of the selecting head [D', 128], which has a window of its own or is the first of all heads."""
+    if hasattr(refs, "q_sel"):
+        return refs.q_sel[column_block][0]
+    return refs.q[column_block][0, : plan.select_dim]
+
+
 class Tile:
     """F of one tile, square by square.
 
