@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py [--lengths 256,512,1024,2048,4096,8192] [--peer PYTHON]
     python benchmarks/attention.py --trained RUN [--data DATASET] [--batch 4]
+    python benchmarks/attention.py --remembered [--lengths 1024,2048] [--heads 4] [--rounds 20]
 
 Prints a table: milliseconds (the fastest of some rounds; all rows of one length take turns) and the temporaries that
 the compiler reports, of one forward pass and of one with gradients of q, k, v.
@@ -13,7 +14,8 @@ Random inputs forget nearly everything within a few hundred tokens, so here no k
 `--trained` takes q, k, v of every layer of a training run's model on windows of its held-out text, and times attention
 to living keys beside attention to all of them ("xla", forward and backward, with and without selection): the time of
 all processors together, which other work on the machine changes least. The difference of results is relative to the
-largest entry.
+largest entry. `--remembered` does the same with random q so small that no key is ever forgotten: what looking for
+forgotten ones costs where there are none.
 """
 
 import argparse
@@ -113,21 +115,38 @@ def trained(args: argparse.Namespace) -> None:
     model = load_model(args.trained)
     dataset = open_dataset(args.data) if args.data else data_of_run(args.trained)
     windows = read_windows(dataset, "validation", model.config.max_length, args.batch)
-    layers = of_layers(model, jnp.asarray(windows.inputs))
+    compare(args.trained, of_layers(model, jnp.asarray(windows.inputs)), args.rounds)
+
+
+def remembered(args: argparse.Namespace) -> None:
+    """The tables of `--remembered`: the bound is that of these q and k, far from what any F comes to."""
+    for length in map(int, args.lengths.split(",")):
+        shape = (args.batch, length, args.heads, args.head_dim)
+        q, k, v = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3))
+        bound = float(jnp.linalg.norm(q / 20, axis=-1).max() * jnp.linalg.norm(k, axis=-1).max()) / args.head_dim**0.5
+        compare("random q, k and v", [([q / 20, k, v], bound)], args.rounds)
+
+
+def compare(what: str, layers: list[tuple[list[jax.Array], float | None]], rounds: int) -> None:
+    """Prints a row for each layer's arrays and bound, and their sum."""
     shape = layers[0][0][0].shape
     heads = f"{shape[2]} heads of width {shape[3]}"
-    print(f"{args.trained}: {shape[0]} windows of N = {shape[1]:,}, {heads}, ms of processor time")
-    print("  layer    standard  all keys    living   of standard   difference: out      gradients")
+    print(f"{what}: {shape[0]} windows of N = {shape[1]:,}, {heads}, ms of processor time")
+    print("  layer    standard  all keys    living   of standard   of all keys   difference: out      gradients")
     sums = dict.fromkeys(("standard", "all keys", "living"), 0.0)
     for number, (arrays, bound) in enumerate(layers):
         programs = living_programs(arrays, bound)
-        times = fastest(programs, arrays, args.rounds, time.process_time)
+        times = fastest(programs, arrays, rounds, time.process_time)
         (whole, living) = (jax.tree.leaves(programs[name](*arrays))[1:] for name in ("all keys", "living"))
         off = [float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for a, b in zip(whole, living, strict=True)]
         sums = {name: sums[name] + times[name] for name in sums}
         cells = "".join(f"{times[name]:10.1f}" for name in sums)
-        print(f"{number:7d}  {cells}{times['living'] / times['standard']:12.2f}x{off[0]:18.1e}{max(off[1:]):15.1e}")
-    print("    all  " + "".join(f"{x:10.1f}" for x in sums.values()) + f"{sums['living'] / sums['standard']:12.2f}x")
+        print(f"{number:7d}  {cells}{_ratios(times)}{off[0]:18.1e}{max(off[1:]):15.1e}")
+    print("    all  " + "".join(f"{x:10.1f}" for x in sums.values()) + _ratios(sums))
+
+
+def _ratios(times: dict[str, float]) -> str:
+    return f"{times['living'] / times['standard']:12.2f}x{times['living'] / times['all keys']:13.2f}x"
 
 
 def peer_times(python: str, args: argparse.Namespace, length: int) -> dict[str, list[float]]:
@@ -147,9 +166,10 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON", help="a Python with torch and x-transformers")
     parser.add_argument("--trained", metavar="RUN", help="a training run's workdir, or an exported folder with --data")
     parser.add_argument("--data", metavar="DATASET", help="with --trained; by default what the run read")
+    parser.add_argument("--remembered", action="store_true", help="what looking for forgotten keys costs without any")
     args = parser.parse_args()
-    if args.trained:
-        trained(args)
+    if args.trained or args.remembered:
+        (trained if args.trained else remembered)(args)
         return
 
     print(f"{jax.default_backend()}, float32, batch {args.batch}, {args.heads} heads of width {args.head_dim}")
