@@ -105,7 +105,7 @@ class Mesh:
     """Devices along each axis; one of them may be -1: all that are left."""
 
     data: int = -1  # batch rows, parameters replicated; several slices extend this axis
-    fsdp: int = 1  # batch rows, parameters sharded
+    fsdp: int = 1  # batch rows, parameters sharded; with data=-1 no more than a slice has
     context: int = 1  # positions of the sequence
     tensor: int = 1  # heads, SwiGLU width and vocabulary
     topology: str = "v4-32"  # slice that these sizes are meant for: what launch.plan compiles for by default

@@ -25,7 +25,7 @@ CONTEXT_LENGTHS = (512, 1024, 2048)
 LEARNING_RATES = (0.0025, 0.01)  # half the paper's and twice
 ABLATIONS = ("unprotected_bos", "unprotected_self", "leaky", "own_head")
 # Of each width: a slice, and how many chips share parameters and optimizer state, which shortens the update too.
-MESHES = {8: ("v4-16", 4), 12: ("v4-32", 4), 16: ("v4-32", 4), 20: ("v4-64", 4), 24: ("v4-64", 8), 28: ("v4-128", 8)}
+MESHES = {8: ("v4-16", 4), 12: ("v4-32", 16), 16: ("v4-32", 4), 20: ("v4-64", 4), 24: ("v4-64", 8), 28: ("v4-128", 8)}
 OPTIONS: dict[str, dict[str, object]] = {
     "standard": {"model.selective": False},
     "memory": {"memory_loss.epsilon": 0.1},

@@ -29,7 +29,7 @@ def describe(
     """
     parse_flags(["trainer", *trainer_flags, "--workdir=."])
     settings = changed(read_settings(CONFIG.value), {"data.path": data})
-    shape = mesh_shape(settings.mesh, devices)
+    shape = mesh_shape(settings.mesh, devices, num_slices=slices)
     if shape[0] % slices:
         raise ConfigError(
             f"mesh data={shape[0]} must be a multiple of the {slices} slices, which it spans; change --config.mesh.*"

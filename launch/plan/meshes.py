@@ -53,7 +53,7 @@ def check_mesh(config: Settings, topology: Topology, slices: int) -> None:
     """
     chips = topology.num_chips * slices
     try:
-        *_, context, tensor = mesh_shape(config.mesh, chips)
+        *_, context, tensor = mesh_shape(config.mesh, chips, num_slices=slices)
     except ConfigError as error:
         raise ConfigError(f"--topology={topology.name}: {error}{_example(config, topology, slices)}") from error
     rows = chips // (context * tensor)

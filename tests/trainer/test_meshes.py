@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from configs import base
 from trainer.batches import batch_sharding, rows_sharding
+from trainer.errors import ConfigError
 from trainer.hosts.requests import Request, request_array
-from trainer.mesh import AXES, make_mesh
+from trainer.mesh import AXES, make_mesh, mesh_shape
 from trainer.settings import read_settings
 from trainer.state import init_state
 from trainer.step import make_train_step
@@ -121,6 +122,19 @@ def test_mesh_computes_what_one_device_does_and_shards_every_matrix(name):
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     assert_same_gradient(run((2, 2, 1, 1), steps=1, accumulation=4).gradient, run((1, 1, 1, 1)).gradient)
+
+
+@pytest.mark.parametrize(
+    ("devices", "slices", "tensor", "shape"),
+    [(64, 1, 1, (4, 16, 1, 1)), (4, 1, 1, (1, 4, 1, 1)), (8, 1, 2, (1, 4, 1, 2)), (8, 2, 1, (2, 4, 1, 1))],
+)
+def test_fsdp_takes_what_a_smaller_slice_has(devices, slices, tensor, shape):
+    assert mesh_shape(base.Mesh(fsdp=16, tensor=tensor), devices, num_slices=slices) == shape
+
+
+def test_fsdp_is_what_was_asked_for_where_data_is():
+    with pytest.raises(ConfigError, match="data=1, fsdp=16, context=1, tensor=1 does not fit the 4 devices"):
+        mesh_shape(base.Mesh(data=1, fsdp=16), 4)
 
 
 def test_what_one_host_asks_for_reaches_all():

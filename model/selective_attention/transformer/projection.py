@@ -6,15 +6,18 @@ Shape letters: the package's.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from ..implementations.tpu.columns import LANES
 from ..implementations.tpu.rotary import EPSILON
 from ..remat import keep
-from ..sharding import Axes, partition_spec, reshard
+from ..sharding import FSDP, Axes, partition_spec, reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,23 @@ class Contraction:
         return tuple(None if a == "embed" else a for a in self.weight_axes)
 
     def gathered(self, weight: Array) -> Array:
-        """`weight`, whole along fsdp."""
-        return reshard(weight, *self.gathered_axes)
+        """`weight`, whole along fsdp.
+
+        Where shards of a projection to or from heads are narrow, the TPU compiler lays heads along lanes, which leaves
+        half of them empty, in what is gathered and in all matmuls with it. So these travel with heads and their width
+        as one dimension. What is gathered has `embed` along lanes, and so has its gradient; it is kept for the backward
+        pass, since the compiler does not gather beside other work what it has to turn.
+        """
+        spec, embed = partition_spec(self.gathered_axes, weight.shape), self.weight_axes.index("embed")
+        if spec is None or weight.ndim < 3 or shard_width(weight.shape[embed]) >= LANES // 2:
+            return reshard(weight, *self.gathered_axes)
+        heads, width = (n for n in range(weight.ndim) if n != embed)
+        shape, axes = [weight.shape[embed], -1], [None, spec[heads]]
+        order = slice(None, None, -1 if embed else 1)
+        folded = jax.reshard(weight.reshape(shape[order]), jax.P(*axes[order]))
+        whole = folded.reshape(weight.shape, out_sharding=spec)
+        turned = functools.partial(with_layout_constraint, layouts=Layout((heads, width, embed)))
+        return keep(jax.lax.platform_dependent(whole, tpu=turned, default=lambda x: x))
 
     def apply(self, x: Array, gathered: Array) -> Array:
         return _einsum(self.subscripts, x, gathered, self.out_axes)
@@ -58,6 +76,13 @@ class Contraction:
         letters, weight, out = self.letters
         whole = _einsum(f"{letters},{out}->{weight}", x, d_out, self.gathered_axes)
         return reshard(whole, *self.weight_axes)
+
+
+def shard_width(embed: int) -> int:
+    """How much of a weight's `embed` each device holds on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape.get(FSDP, 1)
+    return embed if embed % shards else embed // shards
 
 
 def _einsum(subscripts: str, a: Array, b: Array, out_axes: Axes) -> Array:

@@ -31,7 +31,7 @@ from ..implementations.tpu import swiglu as tpu
 from ..implementations.tpu.columns import LANES
 from ..remat import keep
 from ..sharding import TENSOR, Axes, partition_spec, reshard
-from .projection import Contraction, contraction, inverse_rms, wide
+from .projection import Contraction, contraction, inverse_rms, shard_width, wide
 
 _STREAM, _HIDDEN = ("batch", "sequence", None), ("batch", "sequence", "mlp")
 
@@ -85,9 +85,9 @@ def _backward(contractions, _, fused, residuals, d_y_BNE):
     w_gate, w_up, w_down = _gathered(contractions, scale_E, weights, x_BNE.dtype)
     normed_BNE = wide(x_BNE) * inverse_BN1
     if fused:
-        *made, along = _on_shards(
-            tpu.hidden_gradient, (d_y_BNE, gate_BNU, up_BNU), (w_down,), _HIDDEN, _HIDDEN, _STREAM
-        )
+        # The compiler lays U along the lanes of shards [U, E] whose E does not fill them.
+        kernel = functools.partial(tpu.hidden_gradient, turn=shard_width(w_down.shape[1]) % LANES > 0)
+        *made, along = _on_shards(kernel, (d_y_BNE, gate_BNU, up_BNU), (w_down,), _HIDDEN, _HIDDEN, _STREAM)
     else:
         d_h = wide(contractions[2].input_gradient(d_y_BNE, w_down))
         *made, along = tpu.swiglu_gradient(d_h, wide(gate_BNU), wide(up_BNU))

@@ -84,10 +84,10 @@ def test_a_sweep_without_a_mesh_says_so():
 
 
 NOT_OF_THE_SLICE = {  # config, topology, slices, mesh; the mesh that the message names
-    "of a larger slice": ("d28", "v4-8", 1, {}, "--mesh=fsdp=4"),
+    "of a larger slice": ("d28", "v4-8", 1, {"data": 1}, "--mesh=fsdp=4"),
     "of other chips": ("d8", "v4-8", 1, {"data": 3, "fsdp": 2}, "--mesh=data=2"),
-    "of two slices": ("d12", "v4-8", 2, {"fsdp": 16}, "--mesh=fsdp=4"),
-    "with a split sequence": ("d12", "v4-8", 1, {"fsdp": 2, "context": 4}, "--mesh=context=1"),
+    "of two slices": ("d12", "v4-8", 2, {"data": 2, "fsdp": 16}, "--mesh=fsdp=4"),
+    "with a split sequence": ("d12", "v4-8", 1, {"data": 1, "fsdp": 2, "context": 4}, "--mesh=data=2,context=1"),
 }
 
 
@@ -141,7 +141,7 @@ def test_scaling_is_relative_to_the_first_topology_that_fits():
     weak, strong = ([row for row in rows if row["scaling"] == kind] for kind in ("weak", "strong"))
     assert [row["batch_size"] for row in weak] == [1024, 4096, 8192, 262_144] and all("error" in row for row in weak)
     assert "error" in strong[0] and strong[1]["efficiency"] == 1
-    assert strong[2]["efficiency"] == pytest.approx((64 + 4) / (32 + 4) / 2)
+    assert strong[2]["efficiency"] == pytest.approx((64 + 16) / (32 + 16) / 2)
     rows.append(
         strong[0] | {"topology": "v4-2048", "error": "--topology=v4-2048: batch_size=256 is too small" + " x" * 50}
     )

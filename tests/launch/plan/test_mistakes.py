@@ -20,7 +20,7 @@ MISTAKES = {
         [D8, "--topology=v4-8", "--mesh=data=3,fsdp=2"],
         "so that the product is 4, for example --mesh=data=2",
     ),
-    "mesh of a larger slice": (["--config=configs/c4.py:d28", "--topology=v4-8"], "--mesh=fsdp=4"),
+    "mesh of a larger slice": ([D8, "--topology=v4-8", "--mesh=data=1,fsdp=8"], "--mesh=fsdp=4"),
     "no such axis": ([D8, "--mesh=rows=2"], "'rows=2' is not AXIS=SIZE"),
     "misspelt group": ([D8, "--config.modl.width=3"], "--config has no key modl; did you mean model?"),
     "stray argument": ([D8, "v4-8"], "unexpected argument 'v4-8'"),

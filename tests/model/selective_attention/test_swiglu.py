@@ -36,8 +36,12 @@ def ours(fused, x, scale, weights):
 # The kernels need 128 tokens on each device, and widths of whole lanes; two blocks of each width.
 @pytest.mark.parametrize(
     ("fused", "mesh", "sizes"),
-    [(False, (1, 2, 2, 2), (4, 8, 6, 8)), (True, (1, 2, 2, 1), (4, 128, 256, 384))],
-    ids=["plain JAX on every axis", "kernels"],
+    [
+        (False, (1, 2, 2, 2), (4, 8, 6, 8)),
+        (True, (1, 2, 2, 1), (4, 128, 256, 384)),
+        (True, (1, 4, 1, 1), (4, 128, 256, 384)),
+    ],
+    ids=["plain JAX on every axis", "kernels", "kernels, narrow shards"],
 )
 def test_values_and_gradients_equal_those_of_the_plain_form_on_a_mesh(fused, mesh, sizes, monkeypatch):
     monkeypatch.setattr(tpu, "MOST_WORK", 256 * 256 * 128)

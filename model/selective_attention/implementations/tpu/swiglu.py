@@ -7,6 +7,7 @@ tokens and a block of a weight; the weight's is fetched once, then all tokens pa
 Shape letters: the package's; T tokens, U the width of SwiGLU, L the 128 lanes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,18 +48,19 @@ def _hidden(x, inverse, w_gate, w_up, gate, up, h) -> None:
         h[:, at] = (wide * sigmoid(wide) * up[:, at].astype(jnp.float32)).astype(h.dtype)
 
 
-def hidden_gradient(d_y_TE: Array, gate_TU: Array, up_TU: Array, w_down_UE: Array) -> list[Array]:
+def hidden_gradient(d_y_TE: Array, gate_TU: Array, up_TU: Array, w_down_UE: Array, turn: bool = False) -> list[Array]:
     """From d_h = d_y w_down^T: the gradients of gate and up, and a float32 [T, ...] whose sum over the last axis is
-    `sum_u(d_gate gate + d_up up)`.
+    `sum_u(d_gate gate + d_up up)`. `turn` spares a copy of a `w_down` that has U along lanes.
     """
-    dtypes = [gate_TU.dtype, up_TU.dtype]
-    return _call(_hidden_gradient, 0, [d_y_TE], [gate_TU, up_TU], [w_down_UE], dtypes, sums=1)
+    kernel = functools.update_wrapper(functools.partial(_hidden_gradient, turn), _hidden_gradient)
+    weight = w_down_UE.T if turn else w_down_UE
+    return _call(kernel, int(turn), [d_y_TE], [gate_TU, up_TU], [weight], [gate_TU.dtype, up_TU.dtype], sums=1)
 
 
-def _hidden_gradient(d_y, gate, up, w_down, d_gate, d_up, along) -> None:
+def _hidden_gradient(turned: bool, d_y, gate, up, w_down, d_gate, d_up, along) -> None:
     sums = jnp.zeros(along.shape, jnp.float32)
     for at in _chunks(gate.shape[1], COLUMNS):
-        d_h = dot(d_y[...], w_down[at], (1, 1))
+        d_h = dot(d_y[...], w_down[:, at], (1, 0)) if turned else dot(d_y[...], w_down[at], (1, 1))
         parts = swiglu_gradient(d_h, gate[:, at].astype(jnp.float32), up[:, at].astype(jnp.float32))
         d_gate[:, at], d_up[:, at] = (part.astype(d_gate.dtype) for part in parts[:2])
         for n in range(parts[2].shape[1] // LANES):
