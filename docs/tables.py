@@ -3,8 +3,8 @@
     make results [ONLY=WORD]    # WORD: part of the command above a table, such as sweep
 
 A table follows a line that names its command and commit. So are the plans of the paper's experiments, which
-`python -m configs.list` prints: those that are not in configs/plans.json yet. Takes four hours on two cores, of which
-the experiments (ONLY=--json) take two; no TPU is needed. Stopped, it goes on with the experiment where it was.
+`python -m configs.list` prints: those that are not in configs/plans.json yet. Takes six hours on two cores, of which
+the experiments (ONLY=--json) take four; no TPU is needed. Stopped, it goes on with the experiment where it was.
 """
 
 import json
