@@ -201,19 +201,24 @@ def test_the_benchmark_counts_living_keys_flops_and_dead_tiles_as_the_mask_says(
     assert dropped.dead_tiles()[0] > 0
 
 
-def test_the_benchmark_counts_a_tpu_kernels_tiles_by_the_keys_that_live(benchmark):
-    kernel = benchmark.Kernel(side=256, whole=1000, diagonal=600, part=550, ends=10, step=5, skipped=100.0)
+@pytest.mark.parametrize("listed", [False, True], ids=["every tile has a step", "living tiles have steps"])
+def test_the_benchmark_counts_a_tpu_kernels_tiles_by_the_keys_that_live(benchmark, listed):
+    kernel = benchmark.Kernel(256, whole=1000, diagonal=600, part=550, ends=10, step=5, listed=listed, skipped=100.0)
     length, rng = 1024, np.random.default_rng(0)
-    hidden_at = np.arange(length) + 1 + rng.integers(0, 300, (2, 3, length))
+    hidden_at = np.arange(length) + 1 + rng.integers(0, 200, (2, 3, length))
     hidden_at[..., 0] = length
-    expected, tiles = np.zeros((2, 4)), np.zeros((2, 4))
+    hidden_at[:, 1, 300] = length  # so that one window has more living tiles than the others
+    expected, tiles = np.zeros((2, 4)), np.zeros((2, 3, 4))
     for layer, window, i in np.ndindex(2, 3, 4):
         for j in range(i):
             last = [hidden_at[layer, window, key : key + 128].max() for key in (256 * j, 256 * j + 128)]
             living = sum(end > 256 * i for end in last)
             expected[layer, i] += (100, 550, 1000)[living] / 3
-            tiles[layer, i] += (living > 0) / 3
-    fixed = 4 * (600 + 10) + 16 * 5
-    np.testing.assert_allclose(kernel.cycles(hidden_at, length), expected.sum(axis=1) + fixed)
-    longer = expected.sum(axis=1) + expected[:, 2:].mean(axis=1) + 100 * (4 - np.mean([2, 3])) + 5 * 610 + 25 * 5
+            tiles[layer, window, i] += living > 0
+    most = tiles[:, 1]  # all sequences of a batch have the steps of the one that has most
+    assert (most.sum(axis=1) > tiles.mean(axis=1).sum(axis=1)).all()
+    steps = most.sum(axis=1) + 4 if listed else 16
+    np.testing.assert_allclose(kernel.cycles(hidden_at, length), expected.sum(axis=1) + 4 * 610 + 5 * steps)
+    steps = most.sum(axis=1) + most[:, 2:].mean(axis=1) + 5 if listed else 25
+    longer = expected.sum(axis=1) + expected[:, 2:].mean(axis=1) + 100 * (4 - np.mean([2, 3])) + 5 * 610 + 5 * steps
     np.testing.assert_allclose(kernel.cycles(hidden_at, 1280), longer)
