@@ -5,6 +5,7 @@ from typing import Any
 
 from launch.evaluate.results import Mean
 from launch.study import figures
+from launch.study.jobs import HELD, MADE_UP_FILE, SEQUENCES
 from launch.study.memory import POLICY_NAMES
 from launch.study.page import Block, Command, Figure, Heading, Table, Text
 from launch.study.record import SELECTIVE, MadeUp, Record, RunRecord
@@ -75,9 +76,8 @@ def made_up_blocks(record: Record) -> list[Block]:
         for number, family in enumerate(dict.fromkeys(run["family"] for run in runs)):
             blocks += _task_blocks(f"{task}-{number}", task, [run for run in runs if run["family"] == family])
     if found:
-        held = "2,3,4,6,9,16,32 --policy=selective,oldest"
-        command = f"python -m launch.synthetic RUN --sequences=640 --held={held} --json=RUN/study/synthetic.json"
-        blocks.append(Command(command))
+        asked = f"--sequences={SEQUENCES} --held={HELD} --policy=selective,oldest"
+        blocks.append(Command(f"python -m launch.synthetic RUN {asked} --json=RUN/study/{MADE_UP_FILE}"))
     return blocks
 
 

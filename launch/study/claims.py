@@ -128,8 +128,7 @@ def _looking_back(record: Record) -> dict[str, Variants]:
     """The families whose standard models' loss grows on average where the first half of their context is taken away:
     where it does not, any policy may drop what is far back, and no memory factor says anything.
     """
-    found = {family: worths(variants.get(STANDARD, {})) for family, variants in _texts(record).items()}
-    return {family: _texts(record)[family] for family, worth in found.items() if worth and sum(worth) / len(worth) > 0}
+    return {family: of for family, of in _texts(record).items() if sum(worths(of.get(STANDARD, {}))) > 0}
 
 
 def _memory_loss(record: Record) -> Verdict:

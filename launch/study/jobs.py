@@ -11,7 +11,7 @@ TASKS_FILE, MADE_UP_FILE = "tasks.json", "synthetic.json"  # within a workdir's 
 UNREACHED = ".unreached"  # behind a search's file where its target is out of reach: what the search said
 _FACTORS = "4,16"  # of the caches that needle and variables are asked with
 _TRANSFER_WINDOWS = 64
-_SEQUENCES, _HELD = 640, "2,3,4,6,9,16,32"  # of made-up tasks, and tokens that a layer may hold
+SEQUENCES, HELD = 640, "2,3,4,6,9,16,32"  # of made-up tasks, and tokens that a layer may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,6 @@ def _made_up(cell: Cell, seed: int, workdir: Path) -> Iterator[Job]:
     run = train.output.parent
     output = run / FOLDER / MADE_UP_FILE
     policies = "oldest" if "standard" in cell.config.split(",") else "selective,oldest"
-    held = (f"--held={_HELD}", f"--policy={policies}")
-    arguments = (str(run), f"--sequences={_SEQUENCES}", *held, f"--json={output}")
+    held = (f"--held={HELD}", f"--policy={policies}")
+    arguments = (str(run), f"--sequences={SEQUENCES}", *held, f"--json={output}")
     yield Job("made-up task", f"measuring {run.name}", "launch.synthetic", arguments, output, (train.output,))
